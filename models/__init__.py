@@ -1,0 +1,12 @@
+"""Vision Transformers with free widths: architecture as a value, masks, compaction, counts."""
+from models.compact import compact
+from models.count import macs, params
+from models.dims import BlockDims, DimsError, ViTDims
+from models.masks import Masks
+
+from models.vit import ModelError, TokenLogits, build_vit, skeleton
+
+__all__ = [
+    "BlockDims", "DimsError", "Masks", "ModelError", "TokenLogits", "ViTDims", "build_vit", "compact", 
+    "macs", "params", "skeleton",
+]  # fmt: skip

@@ -1,0 +1,122 @@
+"""The architecture of a Vision Transformer as a value: every width of every block, and nothing else."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+class DimsError(ValueError):
+    """Widths that do not describe a model; the message names the block and the width."""
+
+
+def _whole(name: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DimsError(f"{name} must be a whole number, not {value!r}")
+    if value < minimum:
+        raise DimsError(f"{name} must be at least {minimum}, not {value}")
+    return value
+
+
+def _known_keys(data: Any, cls: type, what: str) -> None:
+    names = [f.name for f in fields(cls)]
+    if not isinstance(data, dict) or sorted(data) != sorted(names):
+        found = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
+        raise DimsError(f"{what} needs exactly the keys {', '.join(names)}; found: {found}")
+
+
+@dataclass(frozen=True)
+class BlockDims:
+    """Widths of one block. 0 heads: no attention branch; 0 mlp: no MLP branch.
+
+    heads: attention heads; qk, v: query/key and value channels of one head; mlp: hidden channels of the MLP;
+    tokens: tokens the block computes on, prefix tokens included.
+    """
+
+    heads: int
+    qk: int
+    v: int
+    mlp: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        width = 1 if _whole("heads", self.heads, 0) else 0
+        _whole("qk", self.qk, width)
+        _whole("v", self.v, width)
+        _whole("mlp", self.mlp, 0)
+        _whole("tokens", self.tokens, 1)
+
+
+@dataclass(frozen=True)
+class ViTDims:
+    """Widths of a whole model. embed: the residual width, shared by every block."""
+
+    embed: int
+    blocks: tuple[BlockDims, ...]
+
+    def __post_init__(self) -> None:
+        _whole("embed", self.embed, 1)
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+
+    @classmethod
+    def of(cls, model: Any) -> ViTDims:
+        """Widths of a model of this project, or of a plain timm `VisionTransformer`."""
+        if isinstance(getattr(model, "dims", None), cls):
+            return model.dims
+        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        blocks = (
+            BlockDims(b.attn.num_heads, b.attn.head_dim, b.attn.head_dim, b.mlp.fc1.out_features, tokens)
+            for b in model.blocks
+        )
+        return cls(model.embed_dim, tuple(blocks))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in checkpoints and `dims.json`."""
+        return dict(embed=self.embed, blocks=[asdict(b) for b in self.blocks])
+
+    @classmethod
+    def from_dict(cls, data: Any) -> ViTDims:
+        """The inverse of `to_dict`. Raises DimsError naming what is missing, unknown or out of range."""
+        _known_keys(data, cls, "dims")
+        if not isinstance(data["blocks"], list | tuple):
+            raise DimsError("dims: blocks must be a list")
+        blocks = []
+        for i, block in enumerate(data["blocks"]):
+            _known_keys(block, BlockDims, f"dims: block {i}")
+            try:
+                blocks.append(BlockDims(**block))
+            except DimsError as error:
+                raise DimsError(f"dims: block {i}: {error}") from None
+        return cls(data["embed"], tuple(blocks))
+
+    def to_dim(self) -> dict[str, Any]:
+        """The published NViT spelling; it has no place for token counts."""
+        lists = dict(head="heads", QK="qk", V="v", MLP="mlp")
+        return dict(EMB=self.embed) | {k: [getattr(b, f) for b in self.blocks] for k, f in lists.items()}
+
+    @classmethod
+    def from_dim(cls, dim: Any, tokens: int | Sequence[int]) -> ViTDims:
+        """From the published spelling {"EMB": int, "head": [...], "QK": [...], "V": [...], "MLP": [...]}.
+
+        `tokens` is one count for every block, or one per block.
+        """
+        lists = ("head", "QK", "V", "MLP")
+        if not isinstance(dim, dict) or sorted(dim) != sorted(("EMB", *lists)):
+            raise DimsError(f"dim needs exactly the keys EMB, {', '.join(lists)}")
+        if not all(isinstance(dim[k], list | tuple) for k in lists):
+            raise DimsError(f"dim: {', '.join(lists)} must be lists, one entry per block")
+        counts = {k: len(dim[k]) for k in lists}
+        if len(set(counts.values())) != 1:
+            raise DimsError(f"dim: lists of different lengths: {counts}")
+        tokens = [tokens] * counts["head"] if isinstance(tokens, int) else list(tokens)
+        if len(tokens) != counts["head"]:
+            raise DimsError(f"dim has {counts['head']} blocks but {len(tokens)} token counts")
+        blocks = zip(*(dim[k] for k in lists), tokens, strict=True)
+        return cls(dim["EMB"], tuple(BlockDims(*widths) for widths in blocks))
+
+    def sizes(self) -> dict[str, int]:
+        """Units of every axis, by the axis names of `models.axes`."""
+        named = dict(embed=self.embed)
+        for i, b in enumerate(self.blocks):
+            named |= {f"blocks.{i}.{axis}": getattr(b, axis) for axis in ("heads", "qk", "v", "mlp")}
+        return named

@@ -1,0 +1,106 @@
+"""Which units of a model survive. In every mask, True is keep and False is remove."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from models.axes import Dim, axes_of, branch_of
+from models.dims import ViTDims
+from models.vit import LayerNorm
+
+
+class Masks:
+    """One bool vector per axis (`embed`, `blocks.3.heads`, …) over the units of the full-size model `dims`.
+
+    A masked model is a full-size one whose removed units are exact zeros and whose LayerNorms run over the survivors: it
+    computes the same function as the compact model (DESIGN: masked equals compact).
+    """
+
+    def __init__(self, dims: ViTDims, device: torch.device | str = "cpu") -> None:
+        self.full = dims
+        self.keep = {axis: torch.ones(n, dtype=torch.bool, device=device) for axis, n in dims.sizes().items()}
+        self._alive = dims.sizes()  # survivors per axis, on the host: no device synchronisation to read a width
+
+    def remove(self, axis: str, units: Tensor) -> None:
+        """Remove units (indices, int64) from an axis."""
+        self.keep[axis][units] = False
+        self._alive[axis] = int(self.keep[axis].sum())
+
+    def alive(self, axis: str) -> int:
+        return self._alive[axis]
+
+    @property
+    def dims(self) -> ViTDims:
+        """The architecture that is left."""
+        blocks = [
+            replace(b, **{a: self._alive[f"blocks.{i}.{a}"] for a in ("heads", "qk", "v", "mlp")})
+            for i, b in enumerate(self.full.blocks)
+        ]
+        return ViTDims(self._alive["embed"], tuple(blocks))
+
+    def _keep_along(self, dim: Dim) -> Tensor:
+        """Survivors along one dimension of a parameter: products of axes, concatenated."""
+        segments = []
+        for segment in dim:
+            keep = self.keep[segment[0]]
+            for axis in segment[1:]:
+                keep = torch.outer(keep, self.keep[axis]).flatten()
+            segments.append(keep)
+        return torch.cat(segments)
+
+    def _is_cut(self, dim: Dim) -> bool:
+        return any(self._alive[axis] < len(self.keep[axis]) for segment in dim for axis in segment)
+
+    def _branch_is_gone(self, parameter: str) -> bool:
+        branch = branch_of(parameter)
+        return branch is not None and not self._alive[branch]
+
+    @torch.no_grad()
+    def zero_(self, parameter: str, tensor: Tensor) -> None:
+        """Zero the removed units of a parameter, or of a tensor of its shape, in place."""
+        if self._branch_is_gone(parameter):
+            tensor.zero_()
+            return
+        for position, dim in enumerate(axes_of(parameter)):
+            if self._is_cut(dim):
+                shape = [-1 if i == position else 1 for i in range(tensor.dim())]
+                tensor.mul_(self._keep_along(dim).view(shape))
+
+    def cut(self, parameter: str, tensor: Tensor) -> Tensor:
+        """The surviving part of a parameter, as the compact model holds it."""
+        for position, dim in enumerate(axes_of(parameter)):
+            if self._is_cut(dim):
+                tensor = tensor.index_select(position, self._keep_along(dim).nonzero().flatten())
+        return tensor
+
+    def zero_weights_(self, model: nn.Module) -> None:
+        """Zero every removed weight: after each optimizer step, so that a removed unit stays removed."""
+        for name, parameter in model.named_parameters():
+            self.zero_(name, parameter)
+
+    def install_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Make `model` the masked model: zero weights, LayerNorms over survivors, and removed moments of the optimizer."""
+        self.zero_weights_(model)
+        for module in model.modules():
+            if isinstance(module, LayerNorm):
+                module.set_mask(self.keep["embed"])
+        for name, parameter in model.named_parameters():
+            for value in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    self.zero_(name, value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.keep)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError when the axes or their sizes are not those of this model."""
+        sizes = {axis: len(keep) for axis, keep in self.keep.items()}
+        found = {axis: t.numel() for axis, t in state.items() if t.dtype == torch.bool and t.dim() == 1}
+        if found != sizes:
+            odd = sorted(set(sizes.items()) ^ set(found.items()))[0][0]
+            raise ValueError(f"masks do not fit the model: axis {odd} has {found.get(odd)} units, not {sizes.get(odd)}")
+        for axis, keep in state.items():
+            self.keep[axis].copy_(keep)
+            self._alive[axis] = int(keep.sum())

@@ -1,0 +1,217 @@
+"""timm's plain Vision Transformers with free widths in every block.
+
+timm builds the model; only its blocks and LayerNorms are ours. Parameter names and the fused qkv row order are timm's,
+so a timm state dict loads unchanged at full width. Legend: B batch, N tokens, E embed, H heads, d channels per head.
+"""
+from __future__ import annotations
+
+import difflib
+import json
+from functools import lru_cache, partial
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention as TimmAttention
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models.axes import axes_of
+from models.dims import BlockDims, ViTDims
+
+
+class ModelError(ValueError):
+    """A model name or structure that this project cannot build; the message says why and what would do."""
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm whose statistics run over the surviving channels only.
+
+    With no mask it is torch's. With a mask (True is keep) removed channels are filled with the survivors' mean mu: then
+    the mean over all E channels is mu and the variance is K/E of the survivors', so torch's fused kernel with eps K/E and
+    weights scaled by sqrt(K/E) gives exactly what a LayerNorm of width K computes, and no gradient reaches a removed
+    channel. Published NViT keeps statistics over all channels while masked, which makes masked and compact differ.
+    """
+
+    keep: Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("keep", None, persistent=False)
+        self.register_buffer("averager", None, persistent=False)
+        self.fraction = 1.0  # K / E
+
+    def set_mask(self, keep: Tensor) -> None:
+        """keep: (E,) bool, True is keep."""
+        self.fraction = float(keep.float().mean())
+        masked = self.fraction < 1
+        self.keep = keep.clone() if masked else None
+        self.averager = keep.to(self.weight.dtype).unsqueeze(1) / keep.sum() if masked else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.keep is None:
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.averager.dtype)
+            x = torch.where(self.keep, x, x @ self.averager)  # removed channels take the survivors' mean
+            weight = self.weight * self.fraction**0.5
+            return F.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps * self.fraction)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with independent query/key and value widths.
+
+    The softmax scale is the parent's (`parent_head_dim ** -0.5`), whatever qk remains. The narrower of qk and v is padded
+    with zeros for the attention kernel alone, because unequal widths leave the fused kernel; `pad_to_equal = False` shows
+    the bare architecture to a counter.
+    """
+
+    pad_to_equal = True
+
+    def __init__(self, embed: int, dims: BlockDims, scale: float, qkv_bias: bool, proj_bias: bool,
+                 attn_drop: float, proj_drop: float) -> None:  # fmt: skip
+        super().__init__()
+        self.num_heads, self.qk, self.v, self.scale = dims.heads, dims.qk, dims.v, scale
+        self.qkv = nn.Linear(embed, dims.heads * (2 * dims.qk + dims.v), bias=qkv_bias)
+        self.attn_drop = attn_drop
+        self.proj = nn.Linear(dims.heads * dims.v, embed, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, _ = x.shape
+        H, qk, v_dim = self.num_heads, self.qk, self.v
+        q, k, v = self.qkv(x).split([H * qk, H * qk, H * v_dim], dim=-1)
+        q, k = (t.view(B, N, H, qk).transpose(1, 2) for t in (q, k))  # B H N qk
+        v = v.view(B, N, H, v_dim).transpose(1, 2)  # B H N v
+        if self.pad_to_equal and qk < v_dim:
+            q, k = (F.pad(t, (0, v_dim - qk)) for t in (q, k))
+        elif self.pad_to_equal and v_dim < qk:
+            v = F.pad(v, (0, qk - v_dim))
+        dropout = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)[..., :v_dim]
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, H * v_dim)))  # B N E
+
+
+class Block(nn.Module):
+    """timm's pre-norm block with the widths of `dims`. A branch of width 0 is not built.
+
+    Takes the arguments timm passes to its `block_fn`; those that a plain ViT leaves at their default are ignored here
+    because `skeleton` has refused any other value.
+    """
+
+    def __init__(self, *, dims: BlockDims, scale: float, dim: int, norm_layer: Any, qkv_bias: bool = False,
+                 proj_bias: bool = True, init_values: float | None = None, proj_drop: float = 0.0,
+                 attn_drop: float = 0.0, drop_path: float = 0.0, act_layer: Any = nn.GELU, **_: Any) -> None:  # fmt: skip
+        super().__init__()
+        self.dims = dims
+        if dims.heads:
+            self.norm1 = norm_layer(dim)
+            self.attn = Attention(dim, dims, scale, qkv_bias, proj_bias, attn_drop, proj_drop)
+            self.ls1 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
+            self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        if dims.mlp:
+            self.norm2 = norm_layer(dim)
+            self.mlp = Mlp(dim, dims.mlp, act_layer=act_layer, bias=proj_bias, drop=proj_drop)
+            self.ls2 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
+            self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dims.heads:
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        if self.dims.mlp:
+            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x  # B N E
+
+
+class TokenLogits(nn.Module):
+    """A model's (class-token logits, distillation-token logits), each (B, classes), in train and eval mode alike.
+
+    A model with one head gives the same logits twice.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.model.forward_features(images)  # B N E
+        if not isinstance(self.model, VisionTransformerDistilled):
+            logits = self.model.forward_head(features)
+            return logits, logits
+        cls, dist = self.model.head_drop(features[:, 0]), self.model.head_drop(features[:, 1])
+        return self.model.head(cls), self.model.head_dist(dist)
+
+
+def _why_not_plain(model: nn.Module) -> str | None:
+    """What keeps a timm model from being pruned by width here, or None."""
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        return f"it is a {type(model).__name__}"
+    if not isinstance(model.patch_embed, PatchEmbed):
+        return f"its stem is a {type(model.patch_embed).__name__}"
+    if model.attn_pool is not None:
+        return "it pools by attention"
+    for block in model.blocks:
+        if type(block) is not TimmBlock or type(block.attn) is not TimmAttention or type(block.mlp) is not Mlp:
+            parts = ", ".join(type(m).__name__ for m in (block, getattr(block, "attn", None), getattr(block, "mlp", None)))
+            return f"its blocks are not plain ({parts})"
+        if not isinstance(block.norm1, nn.LayerNorm):
+            return f"it normalises with {type(block.norm1).__name__}"
+    for name, _ in model.named_parameters():
+        try:
+            axes_of(name)
+        except KeyError:
+            return f"its parameter {name} has no place in a plain ViT"
+    return None
+
+
+@lru_cache(maxsize=32)
+def _skeleton(arch: str, kwargs_json: str) -> VisionTransformer:
+    if not timm.is_model(arch):
+        names = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+        closest = sorted(names, key=lambda n: -difflib.SequenceMatcher(None, arch, n[: len(arch)]).ratio())[:3]
+        raise ModelError(f"timm knows no model {arch!r}; closest: {', '.join(closest)}")
+    module = timm.model_entrypoint(arch).__module__
+    if module not in ("timm.models.vision_transformer", "timm.models.deit"):
+        raise ModelError(f"{arch} is not a plain Vision Transformer: it is built by {module}")
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(arch, **json.loads(kwargs_json))
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        raise ModelError(f"timm cannot build {arch} with {kwargs_json}: {error}") from error
+    if reason := _why_not_plain(model):
+        raise ModelError(f"{arch} is not a plain Vision Transformer: {reason}")
+    return model
+
+
+def skeleton(arch: str, **kwargs: Any) -> VisionTransformer:
+    """timm's model at full width without storage (meta device), cached: for names, shapes and counts.
+
+    Raises ModelError for a name timm does not know and for a model that is not a plain ViT.
+    """
+    return _skeleton(arch, json.dumps(kwargs, sort_keys=True))
+
+
+def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTransformer:
+    """timm's model `arch` with the widths `dims` (default: its own), initialised as timm does.
+
+    kwargs are timm's (img_size, num_classes, drop_path_rate, …) and describe the *parent*: the softmax scale comes from
+    its head width, whatever `dims` says. The result carries `dims`, `arch` and `arch_kwargs`. Raises ModelError.
+    """
+    pretrained = kwargs.pop("pretrained", False)
+    parent = skeleton(arch, **kwargs)
+    dims = dims or ViTDims.of(parent)
+    blocks = iter(dims.blocks)
+    scale = parent.blocks[0].attn.head_dim ** -0.5
+    model = timm.create_model(
+        arch,
+        pretrained=pretrained,
+        **kwargs | dict(embed_dim=dims.embed, depth=len(dims.blocks)),
+        norm_layer=partial(LayerNorm, eps=parent.blocks[0].norm1.eps),
+        block_fn=lambda **timm_kwargs: Block(dims=next(blocks), scale=scale, **timm_kwargs),
+    )
+    model.dims, model.arch, model.arch_kwargs = dims, arch, kwargs
+    return model
