@@ -3,10 +3,10 @@ from models.compact import compact
 from models.count import macs, params
 from models.dims import BlockDims, DimsError, ViTDims
 from models.masks import Masks
-
+from models.pretrained import load_dense
 from models.vit import ModelError, TokenLogits, build_vit, skeleton
 
 __all__ = [
-    "BlockDims", "DimsError", "Masks", "ModelError", "TokenLogits", "ViTDims", "build_vit", "compact", 
+    "BlockDims", "DimsError", "Masks", "ModelError", "TokenLogits", "ViTDims", "build_vit", "compact", "load_dense",
     "macs", "params", "skeleton",
 ]  # fmt: skip

@@ -1,0 +1,7 @@
+"""Latency on the user's device: tables, and the measurements they come from."""
+from latency.measure import Ratio, Timing, device_name, interleaved, ratio
+from latency.table import LatencyTable, LatencyTableError, MonotoneReport
+
+__all__ = [
+    "LatencyTable", "LatencyTableError", "MonotoneReport", "Ratio", "Timing", "device_name", "interleaved", "ratio",
+]  # fmt: skip

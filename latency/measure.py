@@ -1,0 +1,255 @@
+"""Wall time of models and of their branches: in eval and inference mode, interleaved, devices synchronised.
+
+Legend: B batch, N tokens, E embed, H heads.
+"""
+from __future__ import annotations
+
+import copy
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.dims import BlockDims, ViTDims
+from models.vit import build_vit, skeleton
+
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+SETTLING_BYTES = 31 << 20  # just under the 32 MiB up to which glibc's allocator adapts
+CHAIN = 2  # branches of own weights, one after another on the residual stream, that a branch is measured as
+PASS_SECONDS = dict(cpu=0.001, cuda=0.006)  # what one of the passes of which a branch's quickest counts lasts at least
+PASSES = 3
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per batch: median, quartiles and minimum over n samples, and the samples in the order of the rounds."""
+
+    median: float
+    q1: float
+    q3: float
+    min: float
+    n: int
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Timing:
+        q1, median, q3 = map(float, np.quantile(samples, (0.25, 0.5, 0.75)))
+        return cls(median, q1, q3, float(min(samples)), len(samples), tuple(map(float, samples)))
+
+
+class Ratio(NamedTuple):
+    """Median and quartiles over rounds of the ratio of two timings."""
+
+    median: float
+    q1: float
+    q3: float
+
+
+def ratio(a: Timing, b: Timing) -> Ratio:
+    """Time of `a` over time of `b`, paired by round so that drift of the machine cancels.
+
+    Raises ValueError when they were not measured in the same number of rounds.
+    """
+    if a.n != b.n:
+        raise ValueError(f"timings of {a.n} and {b.n} rounds are not paired; measure both in one call of interleaved")
+    q1, median, q3 = np.quantile(np.divide(a.samples, b.samples), (0.25, 0.5, 0.75))
+    return Ratio(float(median), float(q1), float(q3))
+
+
+def settle_allocator() -> None:
+    """Bring the C allocator to its steady state.
+
+    glibc returns freed memory to the system until a large block has been freed once; before that, the same model can
+    take up to twice as long, depending on what the process did earlier.
+    """
+    torch.empty(SETTLING_BYTES, dtype=torch.uint8)
+
+
+def stopwatch(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Seconds per call over `repeats` calls in a row; on a GPU between two events, the queue empty before and after."""
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(repeats):
+            call()
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop) / 1e3 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) / repeats
+
+
+def warm_up(call: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Seconds of the quickest of some warm-up calls; on a GPU they stop after a second."""
+    quickest, begin = math.inf, time.perf_counter()
+    while calls > 0 and (device.type == "cpu" or time.perf_counter() - begin < 1):
+        quickest = min(quickest, stopwatch(call, 1, device))
+        calls -= 1
+    return quickest
+
+
+@contextmanager
+def _ready(model: nn.Module, dtype: str):
+    """The model in eval mode and in `dtype`: itself for fp32, else a copy. Its own mode is restored."""
+    if dtype != "fp32":
+        yield copy.deepcopy(model).to(DTYPES[dtype]).eval()
+        return
+    training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(training)
+
+
+def _caller(module: nn.Module, x: Tensor, compiled: bool) -> Callable[[], object]:
+    call = torch.compile(module) if compiled else module
+    return lambda: call(x)
+
+
+def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int = 15, min_seconds: float = 0.02,
+                dtype: str = "fp32", compiled: bool = False) -> dict[str, Timing]:  # fmt: skip
+    """Seconds per batch of every model on `images` (B, 3, H, W), measured in turn A B A B ... on the images' device.
+
+    dtype: fp32, or bf16 / fp16, for which weights and images are cast (no autocast: this is how a model is deployed);
+    the caller's models keep their own type. compiled: under torch.compile. One sample is as many passes as last
+    `min_seconds`. Raises ValueError for another dtype, fewer than one round, or a model on another device.
+    """
+    if dtype not in DTYPES or rounds < 1:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)} and rounds at least 1, not {dtype!r} and {rounds}")
+    device, images = images.device, images.to(DTYPES[dtype])
+    for name, model in models.items():
+        if any(p.device != device for p in model.parameters()):
+            raise ValueError(f"model {name} is not on the images' device, {device}")
+    settle_allocator()
+    samples: dict[str, list[float]] = {name: [] for name in models}
+    calls = 50 if device.type == "cuda" else 3
+    with torch.inference_mode(), ExitStack() as stack:
+        ready = {name: stack.enter_context(_ready(model, dtype)) for name, model in models.items()}
+        passes = {name: _caller(model, images, compiled) for name, model in ready.items()}
+        repeats = {name: math.ceil(min_seconds / warm_up(call, device, calls)) for name, call in passes.items()}
+        for _ in range(rounds):
+            for name, call in passes.items():
+                samples[name].append(stopwatch(call, repeats[name], device))
+    return {name: Timing.of(s) for name, s in samples.items()}
+
+
+def device_name(device: torch.device | str) -> str:
+    """GPU name, or CPU model and the number of threads torch uses."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return f"{cpu}, {torch.get_num_threads()} threads"
+
+
+class _Pool:
+    """Random weights, twice as many as the dense model's blocks have, that every measured branch takes its own from.
+
+    That costs no memory per branch, and leaves the caches about as a whole model would.
+    """
+
+    def __init__(self, size: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.values = 0.1 * torch.randn(size, device=device).to(dtype)
+        self.next = 0
+
+    def fill(self, module: nn.Module) -> nn.Module:
+        """Give a module without storage its weights."""
+        state = {}
+        for name, parameter in module.named_parameters():
+            if self.next + parameter.numel() > len(self.values):
+                self.next = 0
+            state[name] = self.values[self.next :][: parameter.numel()].view(parameter.shape)
+            self.next += -(-parameter.numel() // 64) * 64  # aligned as the allocator would
+        module.load_state_dict(state, assign=True)
+        return module
+
+
+class Bench:
+    """The branches of one architecture at a grid of widths, measured through the modules that the compact model uses.
+
+    A key is ("attention", "EMB_96", "QK_3_32", "V_32"), ("mlp", "EMB_96", "MLP_384") or ("overhead", "EMB_96"): what is
+    outside the blocks. The full-width block is the reference, measured again and again in between: it tells the machine's
+    drift, and the times when others use it.
+
+    grid: points of embed, heads, qk, v and mlp; kwargs: timm's, of the model `arch`.
+    """
+
+    def __init__(self, arch: str, kwargs: dict[str, Any], grid: dict[str, list[int]], batch: int, device: str,
+                 dtype: str, compiled: bool) -> None:  # fmt: skip
+        self.device, self.dtype, self.compiled = torch.device(device), DTYPES[dtype], compiled
+        self.clock: list[float] = []  # seconds of the reference
+        self._due = -math.inf
+        settle_allocator()
+        parent = skeleton(arch, **kwargs)
+        dims = ViTDims.of(parent)
+        tokens = dims.blocks[0].tokens
+        self.images = self._random(batch, parent.patch_embed.proj.in_channels, *parent.patch_embed.img_size)
+        pool = _Pool(2 * sum(p.numel() + 64 for p in parent.blocks.parameters()), self.device, self.dtype)
+        self._points: dict[tuple[str, ...], tuple[nn.Module, Tensor, int]] = {}  # module, input, branches in it
+        for embed in grid["embed"]:
+            stream = self._random(batch, tokens, embed)  # B N E
+            for key, branch in _branches(arch, kwargs, grid, embed, tokens):
+                self._points[key] = pool.fill(branch), stream, len(branch)
+            outside = build_vit(arch, ViTDims(embed, ()), **kwargs).to(self.device, self.dtype).eval()
+            self._points["overhead", f"EMB_{embed}"] = outside, self.images, 1
+        block = _without_storage(arch, kwargs, dims.embed, dims.blocks[:1])
+        self._reference = _caller(pool.fill(block), self._random(batch, tokens, dims.embed), compiled=False)
+
+    @property
+    def keys(self) -> list[tuple[str, ...]]:
+        return list(self._points)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def _quickest(self, call: Callable[[], object], repeats: int = 1) -> float:
+        return min(stopwatch(call, repeats, self.device) for _ in range(PASSES))
+
+    def _reference_seconds(self) -> float:
+        """Of the reference at present: the middle of the last three measurements, which take an eighth of all time."""
+        if (begin := time.perf_counter()) >= self._due:
+            self.clock.append(self._quickest(self._reference))
+            self._due = time.perf_counter() + max(0.2, 8 * (time.perf_counter() - begin))
+        return float(np.median(self.clock[-3:]))
+
+    @torch.inference_mode()
+    def samples(self, key: tuple[str, ...], count: int = 1) -> list[tuple[float, float]]:
+        """(seconds of one branch, seconds of the reference around that time), `count` times."""
+        module, x, branches = self._points[key]
+        if self.compiled:
+            torch.compiler.reset()  # else dynamo soon gives up on the many widths of one forward
+        call = _caller(module, x, self.compiled)
+        repeats = math.ceil(PASS_SECONDS[self.device.type] / warm_up(call, self.device, calls=1 + self.compiled))
+        return [(self._quickest(call, repeats) / branches, self._reference_seconds()) for _ in range(count)]
+
+
+def _without_storage(arch: str, kwargs: dict[str, Any], embed: int, blocks: Sequence[BlockDims]) -> nn.Sequential:
+    with torch.device("meta"):
+        return build_vit(arch, ViTDims(embed, tuple(blocks)), **kwargs).blocks.eval()
+
+
+def _branches(arch: str, kwargs: dict[str, Any], grid: dict[str, list[int]], embed: int,
+              tokens: int) -> Iterator[tuple[tuple[str, ...], nn.Sequential]]:  # fmt: skip
+    """Key and chain of CHAIN equal branches, without storage, of every grid point at one embedding width."""
+    dims = {("mlp", f"EMB_{embed}", f"MLP_{m}"): BlockDims(0, 0, 0, m, tokens) for m in grid["mlp"]}
+    for heads, qk, v in product(grid["heads"], grid["qk"], grid["v"]):
+        dims["attention", f"EMB_{embed}", f"QK_{heads}_{qk}", f"V_{v}"] = BlockDims(heads, qk, v, 0, tokens)
+    blocks = _without_storage(arch, kwargs, embed, [d for d in dims.values() for _ in range(CHAIN)])
+    for i, key in enumerate(dims):
+        yield key, blocks[i * CHAIN : (i + 1) * CHAIN]

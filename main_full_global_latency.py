@@ -1,0 +1,326 @@
+"""NViT: prune a pretrained ViT over embedding, heads, QK, V and MLP at once, until a latency target is reached."""
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+import checkpoint
+import options
+import training
+from datasets import build_loader, start_epoch
+from engine import Precision, evaluate, train_one_epoch
+from latency.table import LatencyTable
+from models import Masks, compact
+from models.vit import TokenLogits
+from pruning import debug
+from pruning.config import PruningConfig, load_config
+from pruning.global_latency import GlobalPruner
+from pruning.saliency import Saliency
+from utils import Problems, RunFailed, append_log, is_main, make_folder, run_script, say, warn, write_json
+
+KL_TEMPERATURE = 3.0  # published, fixed while pruning
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = options.new_parser(
+        __doc__,
+        "example: python main_full_global_latency.py --data-set DIGITS --initial-checkpoint dense.pth --pruning "
+        "--pruning_config pruning_configs/group8_m23_m09.json\n  --latency_look_up_table table.json --latency_target 0.5 "
+        "--output_dir runs/digits",
+    )
+    options.add_model_args(parser)
+    options.add_data_args(parser)
+    options.add_augmentation_args(parser)
+    options.add_optimizer_args(parser)
+    options.add_distillation_args(parser)
+    options.add_tau_arg(parser, "of soft CNN distillation; the full model's KL is at 3, as published")
+    options.add_run_args(parser, "where the run's folder is made; required")
+    parser.add_argument("--resume", metavar="FILE", nargs="?", const="auto", default="",
+                        help="go on from FILE, or from checkpoint.pth of this run's folder (default: start anew)")
+    group = parser.add_argument_group("pruning")
+    group.add_argument("--pruning", action="store_true", help="prune; without it the dense model is evaluated")
+    group.add_argument("--pruning_config", metavar="FILE", default="pruning_configs/group8_m23_m09.json",
+                       help="criterion, momentum, group sizes (default: pruning_configs/group8_m23_m09.json)")
+    group.add_argument("--prune_dict", metavar="JSON", default='{"Global":0}',
+                       help='label of the run and most units removed, 0 for no limit (default: {"Global":0})')
+    group.add_argument("--interval_prune", metavar="STEPS", type=int, nargs="+", default=[100],
+                       help="training steps between pruning events (default: 100)")
+    group.add_argument("--prune_per_iter", metavar="UNITS", type=int, default=1024,
+                       help="units per event: prune_per_iter / group_size groups go (default: 1024)")
+    group.add_argument("--group_size", metavar="UNITS", type=int, default=16,
+                       help="units that prune_per_iter counts as one group (default: 16)")
+    group.add_argument("--student_eval", metavar="BOOL", type=options.boolean, default=False,
+                       help="after the first event the student runs in eval mode (default: False)")
+    group.add_argument("--latency_regularization", metavar="F", type=float, default=0.0,
+                       help="lambda of saliency - lambda x latency, in squared loss per second of the table (default: 0)")
+    group.add_argument("--latency_target", metavar="RATIO", type=float, default=None,
+                       help="stop at this share of the dense model's predicted latency, in (0, 1] (default: none)")
+    group.add_argument("--latency_look_up_table", metavar="FILE", default="latency_head.json",
+                       help="from python -m latency.build_table (default: latency_head.json)")
+    group = parser.add_argument_group("accepted, no effect")
+    group.add_argument("--pruning_exit", action="store_true", help="the published code never reads it")
+    return parser
+
+
+@dataclass
+class Setup:
+    """What the arguments named, loaded and checked."""
+
+    device: torch.device
+    full: training.FullModel
+    data: training.Data
+    model: nn.Module
+    cnn: nn.Module | None
+    table: LatencyTable
+    config: PruningConfig
+    pruner: GlobalPruner
+    folder: Path
+
+
+def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, cap: int) -> Path:
+    """As published: the arguments that matter are in the name."""
+    name = f"global_prune_{args.data_set}_{full.arch}_lr{args.lr}_{label}_{cap}"
+    if args.latency_target is not None:
+        name += f"_lat_{args.latency_regularization}_target_{args.latency_target}"
+    return Path(args.output_dir) / f"{name}_ft_{args.epochs}"
+
+
+def _prune_dict(text: str) -> tuple[str, int]:
+    try:
+        (label, cap), *more = json.loads(text).items()
+    except (json.JSONDecodeError, AttributeError, ValueError):
+        label, cap, more = None, None, []
+    if more or not isinstance(cap, int) or isinstance(cap, bool) or cap < 0:
+        raise ValueError(f'--prune_dict must be one label and a count, like {{"Global":39000}}, not {text}')
+    return label, cap
+
+
+def _load_table(path: str, full: training.FullModel) -> LatencyTable:
+    table = LatencyTable.load(path)
+    table.check_covers(training.dims_of(full))
+    return table
+
+
+def check_args(args: argparse.Namespace) -> Setup:
+    """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
+    problems = Problems()
+    training.check_numbers(args, problems)
+    for name in ("prune_per_iter", "group_size"):
+        if getattr(args, name) <= 0:
+            problems.add(f"--{name} must be above 0, not {getattr(args, name)}")
+    if args.prune_per_iter < args.group_size:
+        problems.add(f"--prune_per_iter {args.prune_per_iter} is less than one group of --group_size {args.group_size}")
+    if len(args.interval_prune) != 1 or args.interval_prune[0] <= 0:
+        problems.add(f"--interval_prune takes one number of steps above 0, not {args.interval_prune}")
+    if args.latency_target is not None and not 0 < args.latency_target <= 1:
+        problems.add(f"--latency_target must lie in (0, 1], not {args.latency_target}")
+    if args.latency_regularization < 0:
+        problems.add(f"--latency_regularization must not be negative, not {args.latency_regularization}")
+    if not args.output_dir:
+        problems.add("--output_dir is required")
+    named = problems.attempt(_prune_dict, args.prune_dict)
+    config = problems.attempt(load_config, args.pruning_config)
+    device = problems.attempt(training.start, args)
+    full = problems.attempt(training.full_model, args)
+    table = problems.attempt(_load_table, args.latency_look_up_table, full) if full else None
+    data = problems.attempt(training.load_data, args, full) if full else None
+    if full and not full.has_weights and not args.resume:
+        problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
+    problems.raise_if_any()
+    model = problems.attempt(full.build, pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path)
+    cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
+    problems.raise_if_any()
+    config, dead = config
+    if dead:
+        warn(f"{args.pruning_config}: as in the published code, these keys have no effect: {', '.join(dead)}")
+    masks = Masks(model.dims, device)
+    label, cap = named
+    pruner = GlobalPruner(
+        masks, table, config.group_sizes(model.dims), regularization=args.latency_regularization, cap=cap or None,
+        target=args.latency_target, per_event=args.prune_per_iter // args.group_size,
+    )  # fmt: skip
+    lowest = table.ratio(pruner.floor(), model.dims)
+    if args.latency_target is not None and args.latency_target < lowest:
+        problems.add(f"--latency_target {args.latency_target} is below {lowest:.4f}, the least that the group sizes allow")
+    problems.raise_if_any()
+    folder = problems.attempt(make_folder, run_folder(args, full, label, cap))
+    problems.raise_if_any()
+    return Setup(device, full, data, model, cnn, table, config, pruner, folder)
+
+
+class PruningSteps:
+    """What pruning does inside the training loop: score after backward, keep removed weights at zero, remove at events."""
+
+    def __init__(self, args: argparse.Namespace, setup: Setup, student: nn.Module, optimizer: torch.optim.Optimizer,
+                 criterion: nn.Module) -> None:  # fmt: skip
+        self.interval, self.student_eval, self.kl_coeff = args.interval_prune[0], args.student_eval, criterion.kl_coeff
+        self.pruner, self.masks, self.folder = setup.pruner, setup.pruner.masks, setup.folder
+        self.criterion_name, self.criterion = setup.config.criterion, criterion
+        self.student, self.optimizer, self.model = student, optimizer, setup.model
+        self.saliency = Saliency(setup.model, setup.model.dims, setup.config.criterion, setup.config.momentum)
+        self.writer = SummaryWriter(setup.folder) if is_main() else None
+        self.steps = self.events = 0
+        self.done = self.pruner.target is not None and self.pruner.ratio <= self.pruner.target
+        self._set_phase()
+
+    def _set_phase(self) -> None:
+        """Until the first event the student equals the full model: its KL is off, unless it is the only loss."""
+        alone = not self.criterion.original_coeff
+        self.criterion.kl_coeff = self.kl_coeff if self.events or alone else 0.0
+        self.student.train(not (self.events and self.student_eval))
+
+    def after_backward(self) -> None:
+        self.saliency.step()
+
+    def after_step(self, loss: Tensor) -> bool:
+        """True once the run is over: the target is met or nothing may be removed any more."""
+        self.masks.zero_weights_(self.model)
+        self.steps += 1
+        if self.steps % self.interval:
+            return False
+        try:
+            event = self.pruner.event(self.saliency.close_window())
+        except ValueError as error:
+            raise RunFailed(f"pruning event {self.events + 1}: {error}") from None
+        self.masks.install_(self.model, self.optimizer)
+        self.events += 1
+        if self.events == 1:
+            self.saliency.forget()
+            self._set_phase()
+        self._report(event, loss)
+        self.done = event.reached or not event.groups
+        return self.done
+
+    def _report(self, event: Any, loss: Tensor) -> None:
+        if not is_main():
+            return
+        debug.write_event(self.folder / "debug", self.events, self.masks, event, self.criterion_name)
+        tags = debug.scalars(self.masks.dims) | {"dimension/Estimated_Latency": event.ratio, "train/loss": loss.item()}
+        for tag, value in tags.items():
+            self.writer.add_scalar(tag, value, self.steps)
+        removed = ", ".join(f"{len(g.units)} {g.axis}" for g in event.groups)
+        say(f"event {self.events}: predicted latency {event.ratio:.4f} of dense; removed {removed or 'nothing'}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(saliency=self.saliency.state_dict(), steps=self.steps, events=self.events)
+
+    def restore(self, state: dict[str, Any], masks: dict[str, Tensor]) -> None:
+        self.saliency.load_state_dict(state["saliency"])
+        self.steps, self.events = state["steps"], state["events"]
+        self.masks.load_state_dict(masks)
+        self.masks.install_(self.model)
+        self._set_phase()
+
+
+def save(name: str, setup: Setup, steps: PruningSteps, optimizer: torch.optim.Optimizer, precision: Precision,
+         args: argparse.Namespace, epoch: int, metrics: dict[str, Any]) -> None:  # fmt: skip
+    if not is_main():
+        return
+    dims = steps.masks.dims
+    checkpoint.save(
+        setup.folder / name, arch=setup.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
+        masks=steps.masks.state_dict(), model=setup.model.state_dict(), optimizer=optimizer.state_dict(),
+        scaler=precision.scaler.state_dict(), pruner=steps.state_dict(), epoch=epoch, step=steps.steps,
+        rng=checkpoint.rng_state(), metrics=metrics, args=vars(args) | dict(initial_checkpoint=setup.full.path),
+    )  # fmt: skip
+
+
+def resume(args: argparse.Namespace, setup: Setup, steps: PruningSteps, optimizer: torch.optim.Optimizer,
+           precision: Precision) -> int:  # fmt: skip
+    """Restore a run; returns the epoch to go on with."""
+    path = setup.folder / "checkpoint.pth" if args.resume == "auto" else Path(args.resume)
+    problems = Problems()
+    content = problems.attempt(checkpoint.load, path)
+    problems.raise_if_any()
+    if content["arch"] != setup.full.record or content["pruner"] is None:
+        problems.add(f"--resume: {path} is not a pruning run of {setup.full.arch} with these arguments")
+    problems.raise_if_any()
+    setup.model.load_state_dict(content["model"])
+    optimizer.load_state_dict(content["optimizer"])
+    precision.scaler.load_state_dict(content["scaler"])
+    steps.restore(content["pruner"], content["masks"])
+    checkpoint.set_rng_state(content["rng"])
+    return content["epoch"] + 1
+
+
+def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: float, top1: float) -> dict[str, Any]:
+    """summary.json and dims.json of a finished run."""
+    batch = int(setup.table.meta.get("batch", args.batch_size))
+    common = dict(batch=batch, device=setup.device)
+    dense = training.stage(setup.full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
+    measured = training.measured_ratio(setup.full, masks.dims, batch, setup.device)
+    pruned = training.stage(
+        setup.full, masks.dims, top1, predicted=round(setup.pruner.ratio, 5), measured=measured, **common
+    )
+    summary = dict(dense=dense, pruned=pruned)
+    write_json(setup.folder / "dims.json", masks.dims.to_dict())
+    write_json(setup.folder / "summary.json", summary)
+    return summary
+
+
+def main(args: argparse.Namespace) -> None:
+    setup = check_args(args)
+    precision = training.precision(args, setup.device)
+    val_loader = build_loader(setup.data.val, args, is_train=False)
+    teacher = training.frozen(copy.deepcopy(setup.model), setup.device)
+    top1_dense = evaluate(teacher, val_loader, precision, args.dist_eval)["acc1"]
+    say(f"dense model: top-1 {top1_dense:.2f} on {len(setup.data.val)} images")
+    if not args.pruning:
+        say("no --pruning: nothing removed")
+        return
+
+    # ---------------------------------------------------------------- parts
+    train_loader = build_loader(setup.data.train, args, is_train=True)
+    student = training.for_training(setup.model, setup.device)
+    optimizer = training.make_optimizer(args, setup.model)
+    criterion = training.make_loss(args, setup.cnn, teacher, tau=KL_TEMPERATURE, per_token=False)
+    mixup = training.make_mixup(args, setup.data.classes)
+    steps = PruningSteps(args, setup, student, optimizer, criterion)
+    first = resume(args, setup, steps, optimizer, precision) if args.resume else 0
+    write_json(setup.folder / "args.json", vars(args))
+
+    # ---------------------------------------------------------------- prune
+    test = dict(acc1=top1_dense)
+    for epoch in range(first, args.epochs):
+        if steps.done:
+            break
+        start_epoch(train_loader, epoch)
+        steps._set_phase()
+        stats = train_one_epoch(
+            student, criterion, train_loader, optimizer, precision, epoch, mixup=mixup, clip_grad=args.clip_grad,
+            after_backward=steps.after_backward, after_step=steps.after_step, log_interval=args.log_interval,
+        )  # fmt: skip
+        test = evaluate(TokenLogits(setup.model), val_loader, precision, args.dist_eval)
+        ratio = setup.pruner.ratio
+        append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **_prefixed(stats, test))
+        save("checkpoint.pth", setup, steps, optimizer, precision, args, epoch, test | dict(latency=ratio))
+        say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f} of dense")
+
+    # ---------------------------------------------------------------- result
+    if args.latency_target is not None and setup.pruner.ratio > args.latency_target:
+        raise RunFailed(
+            f"target {args.latency_target} not reached in {args.epochs} epochs: predicted latency {setup.pruner.ratio:.4f}; "
+            f"the state is in {setup.folder / 'checkpoint.pth'}: go on with --resume and more --epochs"
+        )
+    small = compact(setup.model, steps.masks)
+    say(f"compact: embed {small.dims.embed}, widths {small.dims.to_dim()}")
+    summary = finish(args, setup, steps.masks, top1_dense, test["acc1"])
+    save("pruned_checkpoint.pth", setup, steps, optimizer, precision, args, args.epochs, test | summary["pruned"])
+    say(f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {test['acc1']:.2f}, latency predicted "
+        f"{summary['pruned']['latency_predicted']:.3f}, measured {summary['pruned']['latency_measured']:.3f} of dense")
+
+
+def _prefixed(stats: dict[str, float], test: dict[str, float]) -> dict[str, float]:
+    return {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in test.items()}
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args())

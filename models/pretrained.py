@@ -1,0 +1,82 @@
+"""From files to models: this project's checkpoints, and the dense weights a run starts from."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+import checkpoint
+from checkpoint import CheckpointError
+from models.compact import compact
+from models.dims import DimsError, ViTDims
+from models.masks import Masks
+from models.vit import ModelError, build_vit
+
+
+def _fill(model: VisionTransformer, state: dict[str, torch.Tensor], path: str | Path) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise CheckpointError(f"the weights of {path} do not fit its architecture: {' '.join(lines[1:3])[:300]}") from None
+
+
+def from_checkpoint(content: dict[str, Any], path: str | Path, state: str = "model", **overrides: Any) -> VisionTransformer:
+    """The compact model of a loaded checkpoint; `state` names its weights, `overrides` change timm kwargs (drop rates)."""
+    try:
+        arch = content["arch"]["name"]
+        kwargs = content["arch"]["kwargs"] | overrides
+        dims = ViTDims.from_dict(content["dims"])
+        if content["masks"] is None:
+            model = build_vit(arch, dims, **kwargs)
+            _fill(model, content[state], path)
+            return model
+        student = build_vit(arch, **kwargs)
+        _fill(student, content[state], path)
+        masks = Masks(student.dims)
+        masks.load_state_dict(content["masks"])
+        masks.install_(student)
+        return compact(student, masks)
+    except CheckpointError:
+        raise
+    except (DimsError, ModelError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path} describes no model that can be built: {error}") from None
+
+
+def load_dense(path: str | Path, device: torch.device | str = "cpu") -> VisionTransformer:
+    """Any checkpoint of this project as a compact model in eval mode; `model.dims` is its ViTDims.
+
+    A pruned checkpoint is compacted first. Raises CheckpointError.
+    """
+    return from_checkpoint(checkpoint.load(path), path).to(device).eval()
+
+
+def read_initial(path: str | Path) -> tuple[str | None, dict[str, Any], dict[str, torch.Tensor]]:
+    """(timm name or None, its kwargs, state dict) of a dense starting point.
+
+    Accepts {"arch", "kwargs", "model"}, DeiT's {"model": state dict} and a bare state dict. Raises CheckpointError.
+    """
+    content = checkpoint.read(path)
+    arch, kwargs = content.get("arch"), content.get("kwargs", {})
+    if isinstance(arch, dict):  # a checkpoint of this project: full-width ones can start a run
+        if content.get("masks") is not None:
+            raise CheckpointError(f"{path} is a pruned checkpoint; give it to finetune_dense.py --finetune")
+        arch, kwargs = arch.get("name"), arch.get("kwargs", {})
+    state = content.get("model", content)
+    tensors = isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values())
+    if not tensors or not isinstance(kwargs, dict) or not isinstance(arch, str | None):
+        raise CheckpointError(f"{path} holds no state dict: expected the keys arch, kwargs and model, or model alone")
+    return arch, kwargs, state
+
+
+def load_initial_(model: VisionTransformer, state: dict[str, torch.Tensor], path: str | Path) -> list[str]:
+    """Load a dense state dict into a full-width model; returns the classifier weights left fresh for another class count.
+
+    Raises CheckpointError when anything but the classifier does not fit.
+    """
+    own = model.state_dict()
+    fresh = [k for k in state if k.startswith("head") and k in own and own[k].shape != state[k].shape]
+    _fill(model, {k: own[k] if k in fresh else v for k, v in state.items()}, path)
+    return fresh

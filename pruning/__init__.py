@@ -1,0 +1,1 @@
+"""Pruning methods: saliency of units, and the selections built on it."""

@@ -1,0 +1,85 @@
+"""`pruning_configs/*.json` as a value: what is scored, how it is averaged, in what groups units go."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from models.dims import ViTDims
+from pruning.saliency import Saliency
+
+AXES = ("embed", "heads", "qk", "v", "mlp")
+PUBLISHED_METHODS = {2: "magnitude", 22: "taylor_elementwise", 23: "taylor_sq"}
+PUBLISHED_GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)
+# Keys of the published files that its code overwrites or never reads.
+PUBLISHED_DEAD = frozenset(
+    "use_momentum frequency prune_per_iteration maximum_pruning_iterations prune_neurons_max pruning_silent group_size "
+    "pruning_threshold do_after_step latency_regularization latency_target latency_look_up_table l2_normalization_per_layer "
+    "rank_neurons_equally push_group_down push_down leave_at_least_one_group set_moment_zero fixed_layer starting_neuron "
+    "start_pruning_after_n_iterations fixed_criteria flops_regularization".split()
+)
+
+
+class ConfigError(ValueError):
+    """A pruning config that cannot be used; the message names the file and the key."""
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """criterion: see `Saliency`; momentum: of the average over events, in [0, 1); group_size: units per group, by axis."""
+
+    criterion: str = "taylor_sq"
+    momentum: float = 0.9
+    group_size: dict[str, int] = field(default_factory=lambda: dict(PUBLISHED_GROUPS))
+
+    def __post_init__(self) -> None:
+        if self.criterion not in Saliency.CRITERIA:
+            raise ConfigError(f"criterion {self.criterion!r} is none of {', '.join(Saliency.CRITERIA)}")
+        number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
+        if not number or not 0 <= self.momentum < 1:
+            raise ConfigError(f"momentum must be a number in [0, 1), not {self.momentum!r}")
+        if not isinstance(self.group_size, dict) or sorted(self.group_size) != sorted(AXES):
+            raise ConfigError(f"group_size needs exactly the axes {', '.join(AXES)}")
+        for axis, size in self.group_size.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ConfigError(f"group_size of {axis} must be a whole number above 0, not {size!r}")
+
+    def group_sizes(self, dims: ViTDims) -> dict[str, int]:
+        """Units per group of every axis of a model: at most an eighth of the axis, so that narrow models keep a choice."""
+        return {a: min(self.group_size[a.rsplit(".", 1)[-1]], max(1, n // 8)) for a, n in dims.sizes().items()}
+
+
+def _from_published(data: dict[str, Any]) -> tuple[PruningConfig, list[str]]:
+    if data["method"] not in PUBLISHED_METHODS:
+        known = ", ".join(f"{number} ({word})" for number, word in PUBLISHED_METHODS.items())
+        raise ConfigError(f"method {data['method']!r} is none of {known}")
+    if unknown := set(data) - PUBLISHED_DEAD - {"method", "pruning_momentum"}:
+        raise ConfigError(f"unknown key {sorted(unknown)[0]!r}")
+    config = PruningConfig(PUBLISHED_METHODS[data["method"]], data.get("pruning_momentum", 0.0))
+    return config, sorted(set(data) & PUBLISHED_DEAD)
+
+
+def load_config(path: str | Path) -> tuple[PruningConfig, list[str]]:
+    """(config, published keys that have no effect) of a JSON file, in this project's words or the published numbers.
+
+    A file with a numeric `method` is a published one: its group sizes were 16/2/8/8/16 whatever it says. Raises
+    ConfigError.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"pruning config {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"pruning config {path} is not JSON: {error}") from None
+    try:
+        if not isinstance(data, dict):
+            raise ConfigError("expected an object")
+        if "method" in data:
+            return _from_published(data)
+        known = [f.name for f in fields(PruningConfig)]
+        if unknown := set(data) - set(known):
+            raise ConfigError(f"unknown key {sorted(unknown)[0]!r}; known: {', '.join(known)}")
+        return PruningConfig(**data), []
+    except ConfigError as error:
+        raise ConfigError(f"pruning config {path}: {error}") from None

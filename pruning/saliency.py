@@ -1,0 +1,141 @@
+"""Saliency of every unit of every axis, in one vectorised pass over the parameters per training step.
+
+NViT (arXiv 2110.04869) section 3.2, Eq. 1-6: the gate criterion of a group S collapses to (sum over its weights of
+w dL/dw)^2. Both factors are taken before the optimizer step; the published code multiplies the weight after it with the
+gradient before it.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.axes import axes_of
+from models.dims import ViTDims
+
+# Which axes score a parameter, by its name inside the block. As published: qk sums Q only and v sums V only (the other
+# side gives the same sum), mlp sums fc1, norms and tokens enter nowhere.
+SCORED = {
+    "patch_embed.proj.weight": ("embed",),
+    "patch_embed.proj.bias": ("embed",),
+    "attn.qkv.weight": ("heads", "qk", "v", "embed"),
+    "attn.qkv.bias": ("heads", "qk", "v"),
+    "attn.proj.weight": ("embed",),
+    "attn.proj.bias": ("embed",),
+    "mlp.fc1.weight": ("mlp", "embed"),
+    "mlp.fc1.bias": ("mlp",),
+    "mlp.fc2.weight": ("embed",),
+    "mlp.fc2.bias": ("embed",),
+}
+CONSTANTS = dict(heads=1 / 12, qk=1 / 2, v=1 / 2, mlp=1.0)  # published; embed's 1/12 is 1/depth
+
+
+def _kind(axis: str) -> str:
+    """The axis without its block: `blocks.3.qk` is `qk`."""
+    return axis.rsplit(".", 1)[-1]
+
+
+def _local(parameter: str) -> str:
+    return parameter.split(".", 2)[2] if parameter.startswith("blocks.") else parameter
+
+
+class Saliency:
+    """Accumulates per-step scores of all units, and averages them over pruning events.
+
+    criterion: `taylor_sq` (published 23) (c sum w g)^2; `taylor_elementwise` (22) sum (w g)^2; `magnitude` (2) sum w^2.
+    momentum: weight of the past in the moving average over events, bias-corrected (the published code does not correct,
+    so that its first scores after a reset are ten times too small).
+    """
+
+    CRITERIA = ("taylor_sq", "taylor_elementwise", "magnitude")
+
+    def __init__(self, model: nn.Module, dims: ViTDims, criterion: str, momentum: float = 0.0) -> None:
+        self.criterion, self.momentum = criterion, momentum
+        self.sizes = dims.sizes()
+        device = next(model.parameters()).device
+        total = sum(self.sizes.values())
+        self._sums = torch.zeros(total, device=device)  # this step's sum of every unit, all axes behind one another
+        self._views = dict(zip(self.sizes, self._sums.split(list(self.sizes.values())), strict=True))
+        self._constant = torch.cat([self._constant_of(axis, n, dims) for axis, n in self.sizes.items()]).to(device)
+        self.accumulated = torch.zeros(total, device=device)
+        self.steps = torch.zeros((), device=device)
+        self.average = torch.zeros(total, device=device)
+        self.events = 0
+        self._plan = [(p, self._destinations(name, p)) for name, p in model.named_parameters() if _local(name) in SCORED]
+
+    def _constant_of(self, axis: str, units: int, dims: ViTDims) -> Tensor:
+        squared = self.criterion == "taylor_sq"
+        constant = 1 / len(dims.blocks) if axis == "embed" else CONSTANTS[_kind(axis)]
+        return torch.full((units,), constant if squared else 1.0)
+
+    def _destinations(self, name: str, parameter: nn.Parameter) -> list[tuple[int, slice, list[int], list[int], Tensor]]:
+        """Where a parameter's sums go: (dimension, rows of it, their shape as axes, axes to sum, the axis's sums)."""
+        scored, places = SCORED[_local(name)], []
+        for position, dim in enumerate(axes_of(name)):
+            start, seen = 0, set()
+            for segment in dim:
+                shape = [self.sizes[axis] for axis in segment]
+                rows = slice(start, start + torch.Size(shape).numel())
+                start = rows.stop
+                for axis in segment:
+                    if _kind(axis) in scored and not (_kind(axis) == "qk" and axis in seen):
+                        others = [i for i, other in enumerate(segment) if other != axis]
+                        places.append((position, rows, shape, others, self._views[axis]))
+                    seen.add(axis)
+        return places
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Add this step's scores: after backward, with gradients unscaled and weights not yet moved."""
+        self._sums.zero_()
+        for parameter, places in self._plan:
+            if self.criterion == "magnitude":
+                product = parameter.float().square()
+            elif parameter.grad is None:
+                continue
+            else:
+                product = parameter.float() * parameter.grad
+            if self.criterion == "taylor_elementwise":
+                product = product.square()
+            along: dict[int, Tensor] = {}
+            for position, rows, shape, others, sums in places:
+                if position not in along:
+                    rest = [i for i in range(product.dim()) if i != position]
+                    along[position] = product.sum(rest) if rest else product
+                part = along[position][rows].view(shape)
+                sums.add_(part.sum(others) if others else part)
+        scores = self._sums * self._constant
+        if self.criterion == "taylor_sq":
+            scores.square_()
+        finite = torch.isfinite(scores).all()  # a step that overflowed under AMP is skipped whole, without a host sync
+        self.accumulated += torch.where(finite, scores, 0.0)
+        self.steps += finite
+
+    def close_window(self) -> dict[str, Tensor]:
+        """Scores (float64, on the CPU) per axis at a pruning event: the mean over the steps since the last, averaged.
+
+        Raises ValueError when no finite step was seen.
+        """
+        if not self.steps.item():
+            raise ValueError("no training step with finite gradients since the last pruning event: nothing to rank by")
+        window = self.accumulated / self.steps
+        self.events += 1
+        self.average = self.momentum * self.average + (1 - self.momentum) * window
+        scores = (self.average / (1 - self.momentum**self.events)).double().cpu()
+        self.accumulated.zero_()
+        self.steps.zero_()
+        return dict(zip(self.sizes, scores.split(list(self.sizes.values())), strict=True))
+
+    def forget(self) -> None:
+        """Restart the moving average: the loss it was gathered under has changed."""
+        self.average.zero_()
+        self.events = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(accumulated=self.accumulated, steps=self.steps, average=self.average, events=self.events)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("accumulated", "steps", "average"):
+            getattr(self, name).copy_(state[name])
+        self.events = state["events"]

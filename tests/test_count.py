@@ -1,0 +1,58 @@
+"""Closed-form MACs and parameters against torch's own counts, and the published figures."""
+import random
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import BlockDims, ViTDims, build_vit, macs, params
+from models.vit import Attention
+
+
+def random_dims(tokens: int, depth: int) -> ViTDims:
+    blocks = (
+        BlockDims(random.randint(0, 4), random.randint(1, 12), random.randint(1, 12), random.choice((0, 7, 50)), tokens)
+        for _ in range(depth)
+    )
+    return ViTDims(random.randint(8, 40), tuple(blocks))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_counts_are_torchs(monkeypatch, family, images, seed):
+    monkeypatch.setattr(Attention, "pad_to_equal", False)
+    random.seed(seed)
+    tokens = build_vit(**family).dims.blocks[0].tokens
+    dims = random_dims(tokens, depth=1 + seed) if seed else None
+    model = build_vit(**family, dims=dims).eval()
+    assert params(**family, dims=dims) == sum(p.numel() for p in model.parameters())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images[:1])
+    assert 2 * macs(**family, dims=dims) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("arch, giga_macs, mega_params", [
+    ("deit_base_distilled_patch16_224", 17.66, 87.34),  # NViT, table 1: 17.6 G
+    ("deit_small_distilled_patch16_224", 4.63, 22.44),
+    ("deit_tiny_distilled_patch16_224", 1.27, 5.91),
+])  # fmt: skip
+def test_published_figures(arch, giga_macs, mega_params):
+    assert macs(arch) / 1e9 == pytest.approx(giga_macs, abs=0.005)
+    assert params(arch) / 1e6 == pytest.approx(mega_params, abs=0.005)
+
+
+def test_counts_follow_classes_image_size_and_channels(monkeypatch, tiny):
+    monkeypatch.setattr(Attention, "pad_to_equal", False)
+    kwargs = tiny | dict(num_classes=7, img_size=24, in_chans=1)
+    model = build_vit(**kwargs).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 1, 24, 24))
+    assert 2 * macs(**kwargs) == counter.get_total_flops()
+    assert params(**kwargs) == sum(p.numel() for p in model.parameters())
+
+
+def test_padding_is_not_counted(tiny, images):
+    """MACs are the architecture's; what the kernel really multiplies is more where qk and v differ."""
+    dims = ViTDims(32, (BlockDims(4, 2, 8, 16, 18),))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        build_vit(**tiny, dims=dims).eval()(images[:1])
+    assert 2 * macs(**tiny, dims=dims) < counter.get_total_flops()

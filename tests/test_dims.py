@@ -1,0 +1,103 @@
+"""The architecture as a value: conversions are exact, and what is wrong with a value is named."""
+import dataclasses
+import json
+
+import pytest
+import timm
+
+from models import BlockDims, DimsError, ViTDims, build_vit
+
+BLOCK = dict(heads=3, qk=16, v=20, mlp=40, tokens=18)
+DIMS = ViTDims(48, (BlockDims(**BLOCK), BlockDims(0, 0, 0, 7, 18)))
+
+
+def test_dict_round_trip_through_json():
+    data = json.loads(json.dumps(DIMS.to_dict()))
+    assert data == dict(embed=48, blocks=[BLOCK, dict(heads=0, qk=0, v=0, mlp=7, tokens=18)])
+    assert ViTDims.from_dict(data) == DIMS
+
+
+def test_published_spelling_round_trip():
+    dim = json.loads(json.dumps(DIMS.to_dim()))
+    assert dim == {"EMB": 48, "head": [3, 0], "QK": [16, 0], "V": [20, 0], "MLP": [40, 7]}
+    assert ViTDims.from_dim(dim, tokens=18) == DIMS
+    per_block = ViTDims.from_dim(dim, tokens=[18, 9])
+    assert [b.tokens for b in per_block.blocks] == [18, 9]
+
+
+def test_of_reads_timm_and_our_models(family):
+    arch, kwargs = family["arch"], {k: v for k, v in family.items() if k != "arch"}
+    prefix = {"deit_tiny_distilled_patch16_224": 2}.get(arch, int(kwargs.get("class_token", True)))
+    tokens = 16 + prefix + kwargs.get("reg_tokens", 0)
+    expected = ViTDims(36, (BlockDims(4, 9, 9, 144, tokens),) * 2)
+    assert ViTDims.of(timm.create_model(arch, **kwargs)) == expected
+    assert ViTDims.of(build_vit(**family)) == expected
+    assert ViTDims.of(build_vit(arch, DIMS, **kwargs)) is DIMS
+
+
+def test_values_are_frozen_hashable_and_hold_tuples():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DIMS.embed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DIMS.blocks[0].qk = 1
+    assert hash(DIMS) == hash(ViTDims(48, list(DIMS.blocks)))
+
+
+def test_sizes_are_keyed_by_axis():
+    assert DIMS.sizes() == {
+        "embed": 48,
+        "blocks.0.heads": 3, "blocks.0.qk": 16, "blocks.0.v": 20, "blocks.0.mlp": 40,
+        "blocks.1.heads": 0, "blocks.1.qk": 0, "blocks.1.v": 0, "blocks.1.mlp": 7,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value, complaint", [
+    ("heads", -1, "heads must be at least 0, not -1"),
+    ("qk", 0, "qk must be at least 1, not 0"),
+    ("v", 0, "v must be at least 1, not 0"),
+    ("mlp", -4, "mlp must be at least 0, not -4"),
+    ("tokens", 0, "tokens must be at least 1, not 0"),
+    ("heads", 2.0, r"heads must be a whole number, not 2\.0"),
+    ("mlp", "8", "mlp must be a whole number, not '8'"),
+    ("qk", True, "qk must be a whole number, not True"),
+    ("v", None, "v must be a whole number, not None"),
+])  # fmt: skip
+def test_bad_widths_are_named(field, value, complaint):
+    with pytest.raises(DimsError, match=complaint):
+        BlockDims(**BLOCK | {field: value})
+    with pytest.raises(DimsError, match=f"block 1.*{complaint}"):
+        ViTDims.from_dict(dict(embed=48, blocks=[BLOCK, BLOCK | {field: value}]))
+
+
+@pytest.mark.parametrize("embed", [0, -8, 2.5, "8", None, True])
+def test_bad_embed_is_named(embed):
+    with pytest.raises(DimsError, match="embed must be"):
+        ViTDims.from_dict(dict(embed=embed, blocks=[BLOCK]))
+
+
+@pytest.mark.parametrize("data, complaint", [
+    (None, "found: NoneType"),
+    ([], "found: list"),
+    (dict(embed=8), "found: embed"),
+    (dict(embed=8, blocks=[], depth=2), "depth"),
+    (dict(embed=8, blocks=3), "blocks must be a list"),
+    (dict(embed=8, blocks=[BLOCK, 5]), "block 1.*found: int"),
+    (dict(embed=8, blocks=[{k: v for k, v in BLOCK.items() if k != "mlp"}]), "block 0 needs exactly the keys.*mlp"),
+])  # fmt: skip
+def test_bad_dicts_are_explained(data, complaint):
+    with pytest.raises(DimsError, match=complaint):
+        ViTDims.from_dict(data)
+
+
+@pytest.mark.parametrize("change, tokens, complaint", [
+    ({"EMB": 0}, 18, "embed must be at least 1"),
+    ({"QK": [16]}, 18, "different lengths.*'QK': 1"),
+    ({"V": 20}, 18, "V.* must be lists"),
+    ({"MLP": [40, "7"]}, 18, "mlp must be a whole number"),
+    ({"EXTRA": 1}, 18, "exactly the keys"),
+    ({}, [18], "2 blocks but 1 token counts"),
+    ({}, 0, "tokens must be at least 1"),
+])  # fmt: skip
+def test_bad_published_spellings_are_explained(change, tokens, complaint):
+    with pytest.raises(DimsError, match=complaint):
+        ViTDims.from_dim(DIMS.to_dim() | change, tokens)

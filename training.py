@@ -1,0 +1,262 @@
+"""From checked arguments to the parts of a run, shared by every script: full-size model, data, losses, optimizer, results."""
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+import checkpoint
+from datasets import build_dataset
+from engine import Precision
+from latency.measure import device_name, interleaved, ratio
+from losses import DistillationLoss, NViTLoss, base_criterion
+from models import ViTDims, build_vit, macs, params, skeleton
+from models.pretrained import load_initial_, read_initial
+from models.vit import TokenLogits
+from utils import Problems, init_distributed, say, seed_everything, world_size
+
+DEFAULT_MODEL = "deit_base_distilled_patch16_224"
+
+
+@dataclass
+class FullModel:
+    """The full-size model a run is about: timm's name and kwargs (classes included once the data is known), and its weights."""
+
+    arch: str
+    kwargs: dict[str, Any]
+    path: str = ""
+    state: dict[str, Tensor] | None = field(default=None, repr=False)
+    pretrained: bool = False
+
+    def build(self, **drop_rates: float) -> nn.Module:
+        """The model with its weights, or freshly initialised where it has none. Raises ValueError."""
+        if self.state is None and self.pretrained:
+            return self._download(drop_rates)
+        model = build_vit(self.arch, **self.kwargs | drop_rates)
+        if self.state is not None and (fresh := load_initial_(model, self.state, self.path)):
+            say(f"classifier of {self.path} is for other classes: {', '.join(fresh)} start fresh")
+        return model
+
+    def _download(self, drop_rates: dict[str, float]) -> nn.Module:
+        try:
+            return build_vit(self.arch, pretrained=True, **self.kwargs | drop_rates)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"--pretrained: the weights of {self.arch} cannot be downloaded ({_first_line(error)}); "
+                "give a local file with --initial-checkpoint FILE"
+            ) from None
+
+    @property
+    def has_weights(self) -> bool:
+        return self.state is not None or self.pretrained
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As checkpoints store it under `arch`."""
+        return dict(name=self.arch, kwargs=self.kwargs)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def full_model(args: argparse.Namespace) -> FullModel:
+    """What --model, --model-kwargs, --input-size, --initial-checkpoint and --pretrained say. Raises ValueError."""
+    arch, kwargs, state = None, {}, None
+    if args.initial_checkpoint:
+        arch, kwargs, state = read_initial(args.initial_checkpoint)
+        if args.model and arch and args.model != arch:
+            raise ValueError(f"--model is {args.model} but {args.initial_checkpoint} holds {arch}")
+    arch = args.model or arch or DEFAULT_MODEL
+    for key, value in args.model_kwargs.items():
+        if kwargs.get(key, value) != value:
+            raise ValueError(f"--model-kwargs {key}={value} but {args.initial_checkpoint} has {key}={kwargs[key]}")
+    kwargs = {k: v for k, v in (kwargs | args.model_kwargs).items() if k != "num_classes" and not k.endswith("drop_rate")}
+    size = args.input_size
+    if size and kwargs.get("img_size", size) != size:
+        raise ValueError(f"--input-size is {size} but the model has img_size={kwargs['img_size']}")
+    if size and size != skeleton(arch, **kwargs).patch_embed.img_size[0]:
+        kwargs["img_size"] = size
+    if len(set(skeleton(arch, **kwargs).patch_embed.img_size)) > 1:
+        raise ValueError(f"{arch} takes images that are not square, which the data transforms do not make")
+    path = str(Path(args.initial_checkpoint).resolve()) if args.initial_checkpoint else ""
+    return FullModel(arch, kwargs, path, state, args.pretrained)
+
+
+def dims_of(full: FullModel) -> ViTDims:
+    """Widths of the full-size model."""
+    return ViTDims.of(skeleton(full.arch, **full.kwargs))
+
+
+@dataclass
+class Data:
+    """Data sets and what the model needs to know of them."""
+
+    train: Any
+    val: Any
+    classes: int
+
+
+def load_data(args: argparse.Namespace, full: FullModel, train: bool = True) -> Data:
+    """Both splits (val alone where train is False); the model's classes follow from them. Raises ValueError."""
+    sized = copy.copy(args)
+    sized.input_size = skeleton(full.arch, **full.kwargs).patch_embed.img_size[0]
+    val, classes = build_dataset(False, sized)
+    full.kwargs["num_classes"] = classes
+    return Data(build_dataset(True, sized)[0] if train else None, val, classes)
+
+
+def check_numbers(args: argparse.Namespace, problems: Problems) -> None:
+    """Complaints about flags that every training script has."""
+    for name in ("batch_size", "epochs", "log_interval"):
+        if getattr(args, name, 1) <= 0:
+            problems.add(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    for name in ("drop", "drop_path", "distillation_alpha"):
+        if not 0 <= getattr(args, name, 0) <= 1:
+            problems.add(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
+    for name in ("lr", "num_workers", "kl_loss_coeff", "original_loss_coeff"):
+        if getattr(args, name, 0) < 0:
+            problems.add(f"--{name} must not be negative, not {getattr(args, name)}")
+    mixing = getattr(args, "mixup", 0) > 0 or getattr(args, "cutmix", 0) > 0 or getattr(args, "cutmix_minmax", None)
+    if mixing and args.batch_size % 2 and not getattr(args, "eval", False):
+        problems.add(f"mixup and cutmix need an even --batch-size, not {args.batch_size} (or --mixup 0 --cutmix 0)")
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Join the processes, seed them, and choose the device. Raises ValueError for one that is not there."""
+    wanted = args.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        wanted = "cpu"
+    try:
+        device = init_distributed(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} is not usable: {_first_line(error)}") from None
+    seed_everything(args.seed)
+    return device
+
+
+def precision(args: argparse.Namespace, device: torch.device) -> Precision:
+    """`--amp`: bfloat16 where the device has it, else float16; `--amp-dtype` overrides."""
+    if not args.amp:
+        return Precision(device, None)
+    if args.amp_dtype:
+        return Precision(device, getattr(torch, args.amp_dtype))
+    brain = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    return Precision(device, torch.bfloat16 if brain else torch.float16)
+
+
+def for_training(model: nn.Module, device: torch.device) -> nn.Module:
+    """Both tokens' logits, under DistributedDataParallel where there are several processes."""
+    both = TokenLogits(model).to(device)
+    if world_size() == 1:
+        return both
+    return nn.parallel.DistributedDataParallel(both, device_ids=[device] if device.type == "cuda" else None)
+
+
+def frozen(model: nn.Module, device: torch.device) -> nn.Module:
+    """A teacher: both tokens' logits, in eval mode, without gradients."""
+    return TokenLogits(model).to(device).eval().requires_grad_(False)
+
+
+def make_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:
+    if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
+        return None
+    return Mixup(
+        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing, num_classes=classes,
+    )  # fmt: skip
+
+
+def scaled_lr(args: argparse.Namespace) -> float:
+    """The published linear rule: --lr is for a global batch of 512."""
+    return args.lr * args.batch_size * world_size() / 512
+
+
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's, with weight decay on matrices only. Raises ValueError for a name timm does not know."""
+    options = dict(eps=args.opt_eps) | (dict(betas=args.opt_betas) if args.opt_betas else {})
+    if args.opt in ("sgd", "momentum", "nesterov"):
+        options = {}
+    return create_optimizer_v2(
+        model, opt=args.opt, lr=scaled_lr(args), weight_decay=args.weight_decay, momentum=args.momentum, **options
+    )
+
+
+def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
+    """timm's, stepped every update; the cosine reaches --min-lr at the last epoch."""
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
+        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )  # fmt: skip
+    return scheduler
+
+
+def cnn_teacher(args: argparse.Namespace, classes: int, device: torch.device) -> nn.Module | None:
+    """The CNN of --distillation-type soft or hard. Raises ValueError where it cannot be had or knows other classes."""
+    if args.distillation_type == "none" or not args.original_loss_coeff:
+        return None
+    try:
+        if not args.teacher_path:
+            teacher = timm.create_model(args.teacher_model, pretrained=True)
+        else:
+            _, _, state = read_initial(args.teacher_path)
+            teacher = timm.create_model(args.teacher_model, num_classes=len(state[_classifier(args.teacher_model)]))
+            teacher.load_state_dict(state)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        hint = "" if args.teacher_path else "; give a local file with --teacher-path FILE"
+        raise ValueError(f"CNN teacher {args.teacher_model}: {_first_line(error)}{hint}") from None
+    if teacher.num_classes != classes:
+        raise ValueError(f"CNN teacher {args.teacher_model} knows {teacher.num_classes} classes, the data has {classes}")
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def _classifier(model: str) -> str:
+    """Name of the bias of a timm model's classifier, from its config."""
+    classifier = timm.get_pretrained_cfg_value(model, "classifier") or "head"
+    return f"{classifier if isinstance(classifier, str) else classifier[0]}.bias"
+
+
+def make_loss(args: argparse.Namespace, cnn: nn.Module | None, full: nn.Module | None, *, tau: float,
+              per_token: bool) -> NViTLoss:  # fmt: skip
+    """The published loss; tau is the temperature of the full model's KL."""
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    kind = args.distillation_type if cnn is not None else "none"
+    original = DistillationLoss(
+        base_criterion(mixing, args.smoothing), cnn, kind, args.distillation_alpha, args.distillation_tau
+    )
+    return NViTLoss(original, args.original_loss_coeff, full, args.kl_loss_coeff, tau, per_token)
+
+
+def measured_ratio(full: FullModel, dims: ViTDims, batch: int, device: torch.device) -> float:
+    """Measured latency of the compact model relative to the dense one: fp32, interleaved, the median of paired ratios.
+
+    Latency does not depend on weights, so both are freshly built.
+    """
+    size = skeleton(full.arch, **full.kwargs).patch_embed.img_size
+    pair = dict(dense=build_vit(full.arch, **full.kwargs), compact=build_vit(full.arch, dims, **full.kwargs))
+    channels = skeleton(full.arch, **full.kwargs).patch_embed.proj.in_channels
+    state = checkpoint.rng_state()
+    timings = interleaved({k: m.to(device) for k, m in pair.items()}, torch.randn(batch, channels, *size, device=device))
+    checkpoint.set_rng_state(state)
+    return round(ratio(timings["compact"], timings["dense"]).median, 5)
+
+
+def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | None, measured: float | None, batch: int,
+          device: torch.device) -> dict[str, Any]:  # fmt: skip
+    """One object of summary.json: top-1 in percent, counts of one image, latencies as ratios to the dense model."""
+    return dict(
+        top1=round(top1, 3), params=params(full.arch, dims, **full.kwargs), macs=macs(full.arch, dims, **full.kwargs),
+        latency_predicted=predicted, latency_measured=measured, device=device_name(device), batch=batch, dtype="fp32",
+        dims=dims.to_dict(),
+    )  # fmt: skip
