@@ -42,8 +42,8 @@ class DistillationLoss(nn.Module):
             distilled = F.cross_entropy(dist, taught.argmax(1))
         else:
             student = F.log_softmax(dist / self.tau, 1)
-            distilled = F.kl_div(student, F.log_softmax(taught / self.tau, 1), log_target=True, reduction="mean")
-            distilled = distilled * self.tau**2
+            distilled = F.kl_div(student, F.log_softmax(taught / self.tau, 1), log_target=True, reduction="sum")
+            distilled = distilled * self.tau**2 / dist.numel()
         return task * (1 - self.alpha) + distilled * self.alpha
 
 

@@ -168,10 +168,14 @@ class PruningSteps:
         self.saliency = Saliency(setup.model, setup.model.dims, setup.config.criterion, setup.config.momentum)
         self.writer = SummaryWriter(setup.folder) if is_main() else None
         self.steps = self.events = 0
-        self.done = self.pruner.target is not None and self.pruner.ratio <= self.pruner.target
-        self._set_phase()
+        self.exhausted = False  # no group may be removed any more
+        self.set_phase()
 
-    def _set_phase(self) -> None:
+    @property
+    def done(self) -> bool:
+        return self.exhausted or self.pruner.reached
+
+    def set_phase(self) -> None:
         """Until the first event the student equals the full model: its KL is off, unless it is the only loss."""
         alone = not self.criterion.original_coeff
         self.criterion.kl_coeff = self.kl_coeff if self.events or alone else 0.0
@@ -194,9 +198,9 @@ class PruningSteps:
         self.events += 1
         if self.events == 1:
             self.saliency.forget()
-            self._set_phase()
+            self.set_phase()
         self._report(event, loss)
-        self.done = event.reached or not event.groups
+        self.exhausted = not event.groups
         return self.done
 
     def _report(self, event: Any, loss: Tensor) -> None:
@@ -217,7 +221,7 @@ class PruningSteps:
         self.steps, self.events = state["steps"], state["events"]
         self.masks.load_state_dict(masks)
         self.masks.install_(self.model)
-        self._set_phase()
+        self.set_phase()
 
 
 def save(name: str, setup: Setup, steps: PruningSteps, optimizer: torch.optim.Optimizer, precision: Precision,
@@ -234,8 +238,8 @@ def save(name: str, setup: Setup, steps: PruningSteps, optimizer: torch.optim.Op
 
 
 def resume(args: argparse.Namespace, setup: Setup, steps: PruningSteps, optimizer: torch.optim.Optimizer,
-           precision: Precision) -> int:  # fmt: skip
-    """Restore a run; returns the epoch to go on with."""
+           precision: Precision) -> tuple[int, dict[str, Any]]:  # fmt: skip
+    """Restore a run; returns the epoch to go on with and the metrics so far."""
     path = setup.folder / "checkpoint.pth" if args.resume == "auto" else Path(args.resume)
     problems = Problems()
     content = problems.attempt(checkpoint.load, path)
@@ -248,7 +252,7 @@ def resume(args: argparse.Namespace, setup: Setup, steps: PruningSteps, optimize
     precision.scaler.load_state_dict(content["scaler"])
     steps.restore(content["pruner"], content["masks"])
     checkpoint.set_rng_state(content["rng"])
-    return content["epoch"] + 1
+    return content["epoch"] + 1, content["metrics"]
 
 
 def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: float, top1: float) -> dict[str, Any]:
@@ -284,16 +288,15 @@ def main(args: argparse.Namespace) -> None:
     criterion = training.make_loss(args, setup.cnn, teacher, tau=KL_TEMPERATURE, per_token=False)
     mixup = training.make_mixup(args, setup.data.classes)
     steps = PruningSteps(args, setup, student, optimizer, criterion)
-    first = resume(args, setup, steps, optimizer, precision) if args.resume else 0
+    first, test = resume(args, setup, steps, optimizer, precision) if args.resume else (0, dict(acc1=top1_dense))
     write_json(setup.folder / "args.json", vars(args))
 
     # ---------------------------------------------------------------- prune
-    test = dict(acc1=top1_dense)
     for epoch in range(first, args.epochs):
         if steps.done:
             break
         start_epoch(train_loader, epoch)
-        steps._set_phase()
+        steps.set_phase()
         stats = train_one_epoch(
             student, criterion, train_loader, optimizer, precision, epoch, mixup=mixup, clip_grad=args.clip_grad,
             after_backward=steps.after_backward, after_step=steps.after_step, log_interval=args.log_interval,

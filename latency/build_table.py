@@ -16,33 +16,29 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from itertools import product
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from scipy.optimize import lsq_linear
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from latency.measure import DTYPES, device_name, interleaved, settle_allocator, stopwatch, warm_up
+from latency.measure import DTYPES, Bench, device_name, interleaved, ratio
 from latency.table import LatencyTable, write_json
-from models import BlockDims, ModelError, ViTDims, build_vit, skeleton
+from models import BlockDims, ViTDims, build_vit, skeleton
 
-GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units that pruning removes together; at most an eighth of the axis
+GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units pruned together; at most an eighth
 POINTS = dict(embed=5, heads=4, qk=6, v=6, mlp=9)
 POINTS_COMPILED = dict(embed=3, heads=3, qk=3, v=3, mlp=4)  # every point is compiled: seconds each
 MAX_POINTS = 200_000
-CHAIN = 2  # distinct branches one after another on the residual stream, so that weights are not always in cache
-SAMPLE_SECONDS = dict(cpu=0.004, cuda=0.02)
-CLOCK_EVERY = 0.25  # seconds between two measurements of the reference, which follow the machine's drift
-NOISY = 0.2  # relative spread between rounds
-FIT_MODELS = 5
-
-Key = tuple[str, ...]
+NOISY = 0.2  # relative spread between rounds above which a point is measured again
+RETRIES = 2
+QUIET = 1.25  # times the quick reference: slower moments are those when others use the machine
+FIT_MODELS, FIT_ROUNDS = 6, 9
+PULL = 0.3  # towards one common factor of all parts: what the weight of one more model would be, squared
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -57,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="fp32", help=f"{', '.join(DTYPES)}; weights and images (default: fp32)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda (default: cuda where there is one)")  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="measure under torch.compile; by default on fewer points")
+    parser.add_argument("--compile", action="store_true", help="measure under torch.compile, on fewer points")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each point (default: 3)")
     parser.add_argument("--points", nargs="*", default=[], metavar="AXIS=N",
                         help="points per axis, e.g. embed=5 heads=4 qk=6 v=6 mlp=9 (the default)")  # fmt: skip
@@ -87,8 +83,8 @@ def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], ViTDims]:
             stored = torch.load(args.initial_checkpoint, map_location="cpu", weights_only=True)
             arch, kwargs = arch or stored["arch"], dict(stored["kwargs"])
         except Exception as error:  # torch.load has no common type for its failures
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--initial-checkpoint {args.initial_checkpoint}: {type(error).__name__}: {reason}") from None
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise ValueError(f"--initial-checkpoint {args.initial_checkpoint}: {reason}") from None
     if not arch:
         raise ValueError("--model or --initial-checkpoint is needed")
     kwargs |= _pairs(args.model_kwargs, "--model-kwargs")
@@ -96,20 +92,24 @@ def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], ViTDims]:
     return arch, kwargs, ViTDims.of(skeleton(arch, **kwargs))
 
 
-def grid_of(args: argparse.Namespace, dims: ViTDims) -> dict[str, list[int]]:
-    """Points of every axis: multiples of the pruning group, from one group to the full width. Raises ValueError."""
-    counts = POINTS_COMPILED if args.compile else POINTS
-    given = _pairs(args.points, "--points")
-    if odd := [f"{k}={n}" for k, n in given.items() if k not in POINTS or not isinstance(n, int) or n < 1]:
+def points_of(args: argparse.Namespace) -> dict[str, int]:
+    """How many points every axis gets at most. Raises ValueError."""
+    counts = (POINTS_COMPILED if args.compile else POINTS) | (given := _pairs(args.points, "--points"))
+    if odd := [f"{axis}={n}" for axis, n in given.items() if axis not in POINTS or type(n) is not int or n < 1]:
         raise ValueError(f"--points: {' '.join(odd)}: expected whole numbers above 0 for {', '.join(POINTS)}")
+    if (total := math.prod(counts.values())) > MAX_POINTS:
+        raise ValueError(f"--points: {total:,} combinations; at most {MAX_POINTS:,}")
+    return counts
+
+
+def grid_of(counts: dict[str, int], dims: ViTDims) -> dict[str, list[int]]:
+    """Points of every axis: multiples of the pruning group, from one group to the full width."""
     grid = {}
-    for axis, count in (counts | given).items():
+    for axis, count in counts.items():
         full = dims.embed if axis == "embed" else max(getattr(b, axis) for b in dims.blocks)
         group = min(GROUPS[axis], max(1, full // 8))
         spread = np.linspace(group, full, count) if count > 1 else [full]
         grid[axis] = sorted({min(full, round(p / group) * group) for p in spread} | {full})
-    if (total := math.prod(map(len, grid.values()))) > MAX_POINTS:
-        raise ValueError(f"--points: {total:,} combinations; at most {MAX_POINTS:,}")
     return grid
 
 
@@ -130,116 +130,180 @@ def problems(args: argparse.Namespace) -> list[str]:
         found.append(f"--output: there is no folder {folder}")
     elif not os.access(folder, os.W_OK) or Path(args.output).is_dir():
         found.append(f"--output: cannot write {args.output}")
-    try:
-        grid_of(args, parent_of(args)[2])
-    except ValueError as error:
-        found.append(str(error))
+    for check in (parent_of, points_of):
+        try:
+            check(args)
+        except ValueError as error:
+            found.append(str(error))
     return found
 
 
-def branches(arch: str, kwargs: dict[str, Any], grid: dict[str, list[int]], tokens: int) -> Iterator[tuple]:
-    """(key, embed, chain of modules without storage) of every branch that is measured."""
-    for embed in grid["embed"]:
-        dims = {("mlp", f"EMB_{embed}", f"MLP_{m}"): BlockDims(0, 0, 0, m, tokens) for m in grid["mlp"]}
-        for h, qk, v in product(grid["heads"], grid["qk"], grid["v"]):
-            dims["attention", f"EMB_{embed}", f"QK_{h}_{qk}", f"V_{v}"] = BlockDims(h, qk, v, 0, tokens)
-        with torch.device("meta"):
-            blocks = build_vit(arch, ViTDims(embed, tuple(d for d in dims.values() for _ in range(CHAIN))), **kwargs).blocks
-        for i, key in enumerate(dims):
-            yield key, embed, blocks[i * CHAIN : (i + 1) * CHAIN].eval()
+def settings_of(args: argparse.Namespace, arch: str, kwargs: dict[str, Any], grid: dict) -> dict[str, Any]:
+    """What the measurements depend on: the table's `_meta`, and what an interrupted run must share to be continued."""
+    parent = skeleton(arch, **kwargs)
+    return dict(
+        model=arch, model_kwargs=kwargs, batch=args.batch_size, img_size=list(parent.patch_embed.img_size),
+        tokens=ViTDims.of(parent).blocks[0].tokens, dtype=args.dtype,
+        device=device_name(args.device), threads=torch.get_num_threads(),
+        compile="default" if args.compile else None, torch=torch.__version__, timm=timm.__version__,
+        rounds=args.rounds, grid=grid, unit="seconds per block",
+    )  # fmt: skip
 
 
-class Pool:
-    """Random weights, as many as the dense model's blocks have, that every measured branch takes its own from.
+class Progress:
+    """Samples of every key, kept in `<output>.part` so that an interrupted run can be continued."""
 
-    Taking them in turn costs no memory per branch and leaves the caches as a whole model would.
+    def __init__(self, output: str, settings: dict[str, Any]) -> None:
+        self.path, self.settings = Path(f"{output}.part"), json.loads(json.dumps(settings))
+        self.samples: dict[str, list[list[float]]] = {}
+        self.clock: list[float] = []
+        if self.path.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        try:
+            stored = json.loads(self.path.read_text())
+            if {k: v for k, v in stored["_meta"].items() if k != "complete"} == self.settings:
+                self.samples, self.clock = stored["_samples"], stored["_clock"]
+        except (ValueError, KeyError, AttributeError):
+            pass  # not a file of ours
+        count = sum(map(len, self.samples.values()))
+        what = f"continuing with {count} samples of" if count else "starting afresh, of other settings is"
+        print(f"{what} {self.path}", file=sys.stderr)
+
+    def save(self) -> None:
+        meta = self.settings | {"complete": False}
+        write_json({"_meta": meta, "_samples": self.samples, "_clock": self.clock}, self.path)
+
+    def quiet(self) -> float:
+        """The reference's time up to which the machine counts as undisturbed, in seconds."""
+        return QUIET * float(np.quantile(self.clock, 0.1))
+
+    def relative(self, key: str) -> list[float]:
+        """Times of a key over the reference's, of the undisturbed moments, or of the two least disturbed."""
+        limit, pairs = self.quiet(), sorted(self.samples[key], key=lambda pair: pair[1])
+        return [s / r for i, (s, r) in enumerate(pairs) if i < 2 or r <= limit]
+
+    def spread(self, key: str) -> float:
+        q1, median, q3 = np.quantile(self.relative(key), (0.25, 0.5, 0.75))
+        return float((q3 - q1) / median)
+
+    def seconds(self) -> dict[str, float]:
+        """Of every key, at the undisturbed machine's speed."""
+        reference = np.median([c for c in self.clock if c <= self.quiet()])
+        return {key: float(np.median(self.relative(key)) * reference) for key in self.samples}
+
+
+def sample_all(bench: Bench, progress: Progress, rounds: int) -> None:
+    """Measure every key once a round, in a new random order each, and the unsettled ones again."""
+    bench.clock, per_visit = progress.clock, rounds if bench.compiled else 1
+    keys = {"/".join(key): key for key in bench.keys}
+
+    def visit(names: list[str], title: str) -> None:
+        random.shuffle(names)
+        for name in tqdm(names, desc=title, unit="point", leave=False, mininterval=0.5):
+            progress.samples.setdefault(name, []).extend(bench.samples(keys[name], per_visit))
+
+    try:
+        for i in range(1 if bench.compiled else rounds):
+            visit([k for k in keys if len(progress.samples.get(k, ())) <= i], f"round {i + 1}/{rounds}")
+            progress.save()
+        for i in range(1 if bench.compiled else RETRIES):
+            visit([k for k in keys if progress.spread(k) > NOISY], f"settling {i + 1}/{RETRIES}")
+    finally:
+        progress.save()
+
+
+def table_of(seconds: dict[str, float], meta: dict[str, Any]) -> LatencyTable:
+    """The table of seconds by key ("attention/EMB_96/QK_3_32/V_32", ...)."""
+    tree: dict[str, Any] = {}
+    for name, value in seconds.items():
+        *path, last = name.split("/")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = float(f"{value:.6g}")
+    return LatencyTable.of_parts(**tree, meta=meta)
+
+
+def random_dims(dims: ViTDims, rng: random.Random) -> ViTDims:
+    """A compact architecture with every width between a quarter and the whole of its axis, in pruning groups."""
+
+    def width(axis: str, full: int) -> int:
+        group = min(GROUPS[axis], max(1, full // 8))
+        return rng.randint(-(-full // (4 * group)), full // group) * group
+
+    axes = ("heads", "qk", "v", "mlp")
+    blocks = (BlockDims(*(width(axis, getattr(b, axis)) for axis in axes), b.tokens) for b in dims.blocks)
+    return ViTDims(width("embed", dims.embed), tuple(blocks))
+
+
+def fit(table: LatencyTable, arch: str, kwargs: dict[str, Any], dims: ViTDims, images: Tensor,
+        args: argparse.Namespace) -> dict[str, float]:  # fmt: skip
+    """Factors of the attention, the MLP and what is outside, so that whole models come out as measured.
+
+    Least squares of the relative errors of the dense and a few random models, with a pull towards one common factor.
     """
-
-    def __init__(self, size: int, device: str, dtype: torch.dtype) -> None:
-        generator = torch.Generator(device).manual_seed(0)
-        self.values = (0.1 * torch.randn(size, generator=generator, device=device)).to(dtype)
-        self.next = 0
-
-    def fill(self, module: nn.Module) -> nn.Module:
-        state = {}
-        for name, parameter in module.named_parameters():
-            if self.next + parameter.numel() > len(self.values):
-                self.next = 0
-            state[name] = self.values[self.next :][: parameter.numel()].view(parameter.shape)
-            self.next += -(-parameter.numel() // 64) * 64  # aligned as the allocator would
-        module.load_state_dict(state, assign=True)
-        return module
+    rng = random.Random(0)
+    chosen = [dims, *(random_dims(dims, rng) for _ in range(FIT_MODELS))]
+    models = {str(i): build_vit(arch, d, **kwargs).to(images.device) for i, d in enumerate(chosen)}
+    timings = list(interleaved(models, images, FIT_ROUNDS, dtype=args.dtype, compiled=args.compile).values())
+    measured = np.array([ratio(t, timings[0]).median * timings[0].median for t in timings])
+    parts = np.array([_parts_seconds(table, d) for d in chosen])
+    common = float(np.median(measured / parts.sum(1)))
+    rows = np.concatenate([parts / measured[:, None], PULL * np.eye(3)])
+    target = np.concatenate([np.ones(len(chosen)), PULL * common * np.ones(3)])
+    factors = np.clip(np.linalg.lstsq(rows, target, rcond=None)[0], common / 2, common * 2)
+    return dict(zip(("attention", "mlp", "overhead"), map(float, factors), strict=True))
 
 
-class Bench:
-    """Measures branches and models of one architecture, each relative to a reference that follows the machine's speed."""
+def _parts_seconds(table: LatencyTable, dims: ViTDims) -> tuple[float, float, float]:
+    attention = sum(table.block_seconds(dims.embed, replace(b, mlp=0)) for b in dims.blocks)
+    mlp = sum(table.block_seconds(dims.embed, replace(b, heads=0)) for b in dims.blocks)
+    return attention, mlp, table.overhead_seconds(dims.embed)
 
-    def __init__(self, args: argparse.Namespace, arch: str, kwargs: dict[str, Any], dims: ViTDims,
-                 grid: dict[str, list[int]]) -> None:  # fmt: skip
-        self.args, self.arch, self.kwargs, self.dims = args, arch, kwargs, dims
-        self.device, self.dtype = torch.device(args.device), DTYPES[args.dtype]
-        self.least = SAMPLE_SECONDS[args.device]
-        parent = skeleton(arch, **kwargs)
-        tokens = parent.patch_embed.num_patches + parent.num_prefix_tokens
-        self.images = self._random(args.batch_size, parent.patch_embed.proj.in_channels, *parent.patch_embed.img_size)
-        pool = Pool(2 * sum(p.numel() + 64 for p in parent.blocks.parameters()), args.device, self.dtype)
-        streams = {e: self._random(args.batch_size, tokens, e) for e in grid["embed"]}
-        self.points = {k: (pool.fill(m), streams[e], CHAIN) for k, e, m in branches(arch, kwargs, grid, tokens)}
-        for e in grid["embed"]:
-            outside = build_vit(arch, ViTDims(e, ()), **kwargs).to(self.device, self.dtype).eval()
-            self.points["overhead", f"EMB_{e}"] = (outside, self.images, 1)
-        with torch.device("meta"):
-            block = build_vit(arch, ViTDims(dims.embed, (dims.blocks[0],)), **kwargs).blocks.eval()
-        self._reference = self._call(pool.fill(block), streams[dims.embed], compiled=False)
-        self._clock, self._last = [], -math.inf
 
-    def _random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device).to(self.dtype)
+def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
+    """The measured table, saved, and the number of points measured. Continues an interrupted run."""
+    arch, kwargs, dims = parent_of(args)
+    grid = grid_of(points_of(args), dims)
+    settings = settings_of(args, arch, kwargs, grid)
+    progress = Progress(args.output, settings)
+    bench = Bench(arch, kwargs, grid, args.batch_size, args.device, args.dtype, args.compile)
+    sample_all(bench, progress, args.rounds)
+    spreads = {key: progress.spread(key) for key in progress.samples}
+    if noisy := sorted((k for k in spreads if spreads[k] > NOISY), key=lambda k: -spreads[k]):
+        worst = ", ".join(f"{key} {spreads[key]:.0%}" for key in noisy[:3])
+        print(f"warning: {len(noisy)} points vary by more than {NOISY:.0%} between rounds, worst {worst}; "
+              "is the machine in use by others?", file=sys.stderr)  # fmt: skip
+    seconds = progress.seconds()
+    factors = fit(table_of(seconds, {}), arch, kwargs, dims, bench.images, args)
+    meta = settings | dict(
+        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"), complete=True,
+        noise=float(np.median(list(spreads.values()))), fit=factors,
+    )  # fmt: skip
+    table = table_of({key: s * factors[key.split("/")[0]] for key, s in seconds.items()}, meta)
+    table.save(args.output)
+    progress.path.unlink()
+    return table, len(seconds)
 
-    def _call(self, module: nn.Module, x: Tensor, compiled: bool) -> Callable[[], object]:
-        call = torch.compile(module) if compiled else module
-        return lambda: call(x)
 
-    def reference(self) -> float:
-        """Seconds of the full-width block, lately: the quickest of three, the middle of the last three times."""
-        if time.perf_counter() - self._last > CLOCK_EVERY:
-            self._clock.append(min(stopwatch(self._reference, 1, self.device) for _ in range(3)))
-            self._last = time.perf_counter()
-        return float(np.median(self._clock[-3:]))
+def main(args: argparse.Namespace) -> int:
+    if found := problems(args):
+        print(*found, sep="\n", file=sys.stderr)
+        return 2
+    begin = time.perf_counter()
+    try:
+        table, points = build(args)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command continues from {args.output}.part", file=sys.stderr)
+        return 130
+    dense = table.model_seconds(parent_of(args)[2]) * 1e3
+    taken = time.perf_counter() - begin
+    print(f"{args.output}: {points} points in {taken:.0f} s; dense model {dense:.2f} ms per batch of {args.batch_size}")
+    return 0
 
-    def samples(self, key: Key, count: int) -> list[float]:
-        """Time of one branch over that of the reference, `count` times."""
-        module, x, length = self.points[key]
-        if self.args.compile:
-            torch.compiler.reset()
-        call = self._call(module, x, self.args.compile)
-        repeats = math.ceil(self.least / warm_up(call, self.device, calls=2))
-        return [stopwatch(call, repeats, self.device) / length / self.reference() for _ in range(count)]
 
-    def seconds(self) -> float:
-        """Typical seconds of the reference."""
-        return float(np.median(self._clock))
-
-    def models(self, seed: int = 0) -> tuple[list[ViTDims], list[float]]:
-        """The dense model and a few random compact ones, and their seconds per batch."""
-        rng = random.Random(seed)
-
-        def width(full: int, axis: str) -> int:
-            group = min(GROUPS[axis], max(1, full // 8))
-            return rng.randint(max(1, full // group // 4), full // group) * group
-
-        chosen = [self.dims]
-        for _ in range(FIT_MODELS):
-            blocks = [
-                BlockDims(width(b.heads, "heads"), width(b.qk, "qk"), width(b.v, "v"), width(b.mlp, "mlp"), b.tokens)
-                for b in self.dims.blocks
-            ]
-            chosen.append(ViTDims(width(self.dims.embed, "embed"), tuple(blocks)))
-        built = {}
-        for i, dims in enumerate(chosen):
-            model = build_vit(self.arch, dims, **self.kwargs).to(self.device, self.dtype).eval()
-            built[str(i)] = torch.compile(model) if self.args.compile else model
-        if self.args.compile:
-            torch.compiler.reset()
-        timings = interleaved(built, self.images, rounds=9)
-        return chosen, [t.median for t in timings.values()]
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.exit(main(get_args_parser().parse_args()))

@@ -8,7 +8,7 @@ import copy
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -24,9 +24,9 @@ from models.vit import build_vit, skeleton
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 SETTLING_BYTES = 31 << 20  # just under the 32 MiB up to which glibc's allocator adapts
-CHAIN = 2  # branches of own weights, one after another on the residual stream, that a branch is measured as
-PASS_SECONDS = dict(cpu=0.001, cuda=0.006)  # what one of the passes of which a branch's quickest counts lasts at least
-PASSES = 3
+PASS_SECONDS = dict(cpu=0.0, cuda=0.006)  # what a pass of a branch lasts at least: one call on a CPU
+PASSES = 3  # of which the quickest counts
+KINDS = ("attention", "mlp")  # of branches
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,8 @@ class Bench:
     """The branches of one architecture at a grid of widths, measured through the modules that the compact model uses.
 
     A key is ("attention", "EMB_96", "QK_3_32", "V_32"), ("mlp", "EMB_96", "MLP_384") or ("overhead", "EMB_96"): what is
-    outside the blocks. The full-width block is the reference, measured again and again in between: it tells the machine's
-    drift, and the times when others use it.
+    outside the blocks. The full-width block is the reference, measured again and again in between: it tells the
+    machine's drift, and the times when others use it.
 
     grid: points of embed, heads, qk, v and mlp; kwargs: timm's, of the model `arch`.
     """
@@ -201,15 +201,19 @@ class Bench:
         tokens = dims.blocks[0].tokens
         self.images = self._random(batch, parent.patch_embed.proj.in_channels, *parent.patch_embed.img_size)
         pool = _Pool(2 * sum(p.numel() + 64 for p in parent.blocks.parameters()), self.device, self.dtype)
-        self._points: dict[tuple[str, ...], tuple[nn.Module, Tensor, int]] = {}  # module, input, branches in it
+        self._points: dict[tuple[str, ...], tuple[nn.Module, Tensor, nn.Module, Tensor]] = {}
         for embed in grid["embed"]:
             stream = self._random(batch, tokens, embed)  # B N E
-            for key, branch in _branches(arch, kwargs, grid, embed, tokens):
-                self._points[key] = pool.fill(branch), stream, len(branch)
+            branches = {key: pool.fill(branch) for key, branch in _branches(arch, kwargs, grid, embed, tokens).items()}
+            middle = {kind: _middle([b for key, b in branches.items() if key[0] == kind]) for kind in KINDS}
             outside = build_vit(arch, ViTDims(embed, ()), **kwargs).to(self.device, self.dtype).eval()
-            self._points["overhead", f"EMB_{embed}"] = outside, self.images, 1
+            for key, branch in branches.items():
+                self._points[key] = branch, stream, middle["mlp" if key[0] == "attention" else "attention"], stream
+            self._points["overhead", f"EMB_{embed}"] = outside, self.images, middle["mlp"], stream
         block = _without_storage(arch, kwargs, dims.embed, dims.blocks[:1])
         self._reference = _caller(pool.fill(block), self._random(batch, tokens, dims.embed), compiled=False)
+        with torch.inference_mode():
+            warm_up(self._reference, self.device, calls=50)
 
     @property
     def keys(self) -> list[tuple[str, ...]]:
@@ -218,38 +222,42 @@ class Bench:
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device).to(self.dtype)
 
-    def _quickest(self, call: Callable[[], object], repeats: int = 1) -> float:
-        return min(stopwatch(call, repeats, self.device) for _ in range(PASSES))
-
     def _reference_seconds(self) -> float:
         """Of the reference at present: the middle of the last three measurements, which take an eighth of all time."""
         if (begin := time.perf_counter()) >= self._due:
-            self.clock.append(self._quickest(self._reference))
+            self.clock.append(min(stopwatch(self._reference, 1, self.device) for _ in range(PASSES)))
             self._due = time.perf_counter() + max(0.2, 8 * (time.perf_counter() - begin))
         return float(np.median(self.clock[-3:]))
 
     @torch.inference_mode()
     def samples(self, key: tuple[str, ...], count: int = 1) -> list[tuple[float, float]]:
         """(seconds of one branch, seconds of the reference around that time), `count` times."""
-        module, x, branches = self._points[key]
+        module, x, other, stream = self._points[key]
         if self.compiled:
             torch.compiler.reset()  # else dynamo soon gives up on the many widths of one forward
         call = _caller(module, x, self.compiled)
-        repeats = math.ceil(PASS_SECONDS[self.device.type] / warm_up(call, self.device, calls=1 + self.compiled))
-        return [(self._quickest(call, repeats) / branches, self._reference_seconds()) for _ in range(count)]
+        repeats = max(1, math.ceil(PASS_SECONDS[self.device.type] / warm_up(call, self.device, calls=1 + self.compiled)))
+
+        def timed() -> float:
+            other(stream)
+            return stopwatch(call, repeats, self.device)
+
+        return [(min(timed() for _ in range(PASSES)), self._reference_seconds()) for _ in range(count)]
 
 
-def _without_storage(arch: str, kwargs: dict[str, Any], embed: int, blocks: Sequence[BlockDims]) -> nn.Sequential:
+def _middle(branches: list[nn.Module]) -> nn.Module:
+    return branches[len(branches) // 2]
+
+
+def _without_storage(arch: str, kwargs: dict[str, Any], embed: int, blocks: Iterable[BlockDims]) -> nn.Sequential:
     with torch.device("meta"):
         return build_vit(arch, ViTDims(embed, tuple(blocks)), **kwargs).blocks.eval()
 
 
 def _branches(arch: str, kwargs: dict[str, Any], grid: dict[str, list[int]], embed: int,
-              tokens: int) -> Iterator[tuple[tuple[str, ...], nn.Sequential]]:  # fmt: skip
-    """Key and chain of CHAIN equal branches, without storage, of every grid point at one embedding width."""
+              tokens: int) -> dict[tuple[str, ...], nn.Module]:  # fmt: skip
+    """The branches of every grid point at one embedding width, by key, without storage."""
     dims = {("mlp", f"EMB_{embed}", f"MLP_{m}"): BlockDims(0, 0, 0, m, tokens) for m in grid["mlp"]}
     for heads, qk, v in product(grid["heads"], grid["qk"], grid["v"]):
         dims["attention", f"EMB_{embed}", f"QK_{heads}_{qk}", f"V_{v}"] = BlockDims(heads, qk, v, 0, tokens)
-    blocks = _without_storage(arch, kwargs, embed, [d for d in dims.values() for _ in range(CHAIN)])
-    for i, key in enumerate(dims):
-        yield key, blocks[i * CHAIN : (i + 1) * CHAIN]
+    return dict(zip(dims, _without_storage(arch, kwargs, embed, dims.values()), strict=True))

@@ -169,6 +169,16 @@ class LatencyTable:
             self._grids = [Grid.parse(parts[name], name, f"_parts -> {name}") for name in ("attention", "mlp")]
 
     @classmethod
+    def of_parts(cls, attention: dict, mlp: dict, overhead: dict, meta: dict[str, Any]) -> LatencyTable:
+        """From component measurements in the grammar of `_parts`; the published keys hold their sums."""
+        blocks = {}
+        for emb, by_qk in attention.items():
+            blocks[emb] = {
+                qk: {v: {m: a + b for m, b in mlp[emb].items()} for v, a in by_v.items()} for qk, by_v in by_qk.items()
+            }
+        return cls({"_meta": meta, **blocks, "_overhead": overhead, "_parts": dict(attention=attention, mlp=mlp)})
+
+    @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:
         """Raises LatencyTableError, whatever is wrong with the file."""
         try:

@@ -99,6 +99,11 @@ class GlobalPruner:
         """Predicted latency of what is left, relative to the dense model."""
         return self.table.ratio(self.masks.dims, self.dense)
 
+    @property
+    def reached(self) -> bool:
+        """Whether the target is met."""
+        return self.target is not None and self.ratio <= self.target
+
     def floor(self) -> ViTDims:
         """The smallest architecture that pruning may reach: one group of every axis."""
         blocks = [

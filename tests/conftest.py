@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models import Masks
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models are too small to share out: on a busy machine two threads take eight times as long
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
 FAMILIES = {

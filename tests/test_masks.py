@@ -61,6 +61,7 @@ def test_zeroing_hits_exactly_the_removed_units(family, case, randomise, prune):
 
 
 def test_gradients_of_removed_units_are_exactly_zero(family, case, images, randomise, prune):
+    """A removed unit sends and receives nothing. The last bias of a whole removed branch is no unit: it is held at zero."""
     model = randomise(build_vit(**family))
     masks = prune(Masks(model.dims), case)
     masks.install_(model)
@@ -124,7 +125,7 @@ def test_state_dict_round_trip(prune):
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ({"embed": torch.ones(7, dtype=torch.bool)}, "axis embed has 7 units, not 6|axis embed has 7"),
+    ({"embed": torch.ones(7, dtype=torch.bool)}, "axis embed has 7 units, not 6"),
     ({"embed": torch.ones(6)}, "axis embed"),
     ({"blocks.1.mlp": torch.ones(2, 2, dtype=torch.bool)}, "axis blocks.1.mlp"),
     ({"blocks.2.mlp": torch.ones(4, dtype=torch.bool)}, "axis blocks.2.mlp has 4 units, not None"),

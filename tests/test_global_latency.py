@@ -1,0 +1,141 @@
+"""Selection: ranking, groups, floors, and the stop at the target."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from latency.table import LatencyTable
+from models import BlockDims, Masks, ViTDims
+from pruning.config import PruningConfig
+from pruning.global_latency import GlobalPruner, latency_per_unit, narrowed
+
+DENSE = ViTDims(32, (BlockDims(4, 8, 8, 128, 18),) * 2)
+
+
+def seconds(embed, heads, qk, v, mlp):
+    """A latency linear in each width, so that the table is exact everywhere."""
+    return 1e-6 * embed * (heads * (2 * qk + 2 * v) + 2 * mlp + 10)
+
+
+@pytest.fixture
+def table(tmp_path):
+    widths = dict(e=(8, 32), h=(1, 4), q=(1, 8), m=(1, 128))
+    data = {
+        f"EMB_{e}": {
+            f"QK_{h}_{q}": {f"V_{v}": {f"MLP_{m}": seconds(e, h, q, v, m) for m in widths["m"]} for v in widths["q"]}
+            for h in widths["h"] for q in widths["q"]
+        } for e in widths["e"]
+    }  # fmt: skip
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(data))
+    return LatencyTable.load(path)
+
+
+def pruner(table, **options):
+    settings = dict(regularization=0.0, target=None, per_event=4) | options
+    return GlobalPruner(Masks(DENSE), table, PruningConfig().group_sizes(DENSE), **settings)
+
+
+def random_scores(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {axis: torch.rand(n, generator=generator, dtype=torch.float64) for axis, n in DENSE.sizes().items()}
+
+
+def test_group_sizes_are_at_most_an_eighth_of_the_axis():
+    sizes = PruningConfig().group_sizes(DENSE)
+    assert (sizes["embed"], sizes["blocks.0.heads"], sizes["blocks.1.qk"], sizes["blocks.1.mlp"]) == (4, 1, 1, 16)
+    big = ViTDims(768, (BlockDims(12, 64, 64, 3072, 198),))
+    assert list(PruningConfig().group_sizes(big).values()) == [16, 1, 8, 8, 16]
+
+
+def test_latency_per_unit_is_the_slope_of_the_table(table):
+    costs = latency_per_unit(table, DENSE, PruningConfig().group_sizes(DENSE))
+    for axis in ("blocks.0.heads", "blocks.1.qk", "blocks.0.v", "blocks.1.mlp", "embed"):
+        less = narrowed(DENSE, axis, 1)
+        assert costs[axis] == pytest.approx(table.model_seconds(DENSE) - table.model_seconds(less), rel=1e-6)
+
+
+def test_an_event_removes_the_lowest_groups_by_score_sum(table):
+    scores = random_scores()
+    event = pruner(table, per_event=5).event(scores)
+    sizes = PruningConfig().group_sizes(DENSE)
+    everything = sorted(
+        float(group.sum())
+        for axis, s in scores.items()
+        for group in s.sort().values[: len(s) - sizes[axis]].split(sizes[axis])
+    )
+    assert [g.score for g in event.groups] == pytest.approx(everything[:5])
+
+
+def test_dear_axes_go_first_when_latency_counts(table):
+    scores = {axis: torch.ones(n, dtype=torch.float64) for axis, n in DENSE.sizes().items()}
+    costs = latency_per_unit(table, DENSE, PruningConfig().group_sizes(DENSE))
+    event = pruner(table, per_event=1, regularization=1e6).event(scores)
+    groups = PruningConfig().group_sizes(DENSE)
+    assert event.groups[0].axis == max(costs, key=lambda axis: costs[axis] * groups[axis])
+
+
+def test_floors_hold_and_removed_units_never_return(table):
+    run, seen = pruner(table, per_event=7), []
+    for seed in range(200):
+        event = run.event(random_scores(seed))
+        seen += [(g.axis, int(u)) for g in event.groups for u in g.units]
+        if not event.groups:
+            break
+    assert len(seen) == len(set(seen))
+    assert run.masks.dims == run.floor()
+
+
+def test_remainder_goes_first_so_that_widths_become_multiples(table):
+    run = pruner(table)
+    run.masks.remove("blocks.0.mlp", torch.arange(3))  # 125 left, groups of 16
+    group = next(g for g in run.ranking(random_scores()) if g.axis == "blocks.0.mlp")
+    assert len(group.units) == 125 % 16
+
+
+@pytest.mark.parametrize(("target", "steps"), [(0.9, 2), (0.7, 2), (0.5, 2), (0.3, 6)])  # few small steps are left at 0.3
+def test_the_target_is_met_closely_and_the_run_stops_there(table, target, steps):
+    run = pruner(table, target=target, per_event=3)
+    for seed in range(1000):
+        before = run.ratio
+        event = run.event(random_scores(seed))
+        if event.reached:
+            break
+        assert event.ratio > target
+    assert event.reached and event.ratio <= target < before
+    smallest = min(
+        table.ratio(DENSE, DENSE) - table.ratio(narrowed(DENSE, axis, size), DENSE)
+        for axis, size in run.group_sizes.items()
+    )
+    assert target - event.ratio <= steps * smallest
+
+
+def test_the_last_group_is_the_closest_of_the_lowest_ranked(table):
+    run = pruner(table, target=0.999, per_event=10)
+    event = run.event(random_scores())
+    possible = [
+        table.ratio(narrowed(DENSE, axis, size), DENSE) for axis, size in run.group_sizes.items()
+    ]
+    assert event.reached and event.ratio == pytest.approx(max(r for r in possible if r <= 0.999))
+
+
+def test_the_cap_limits_what_is_removed(table):
+    run = pruner(table, cap=20, per_event=100)
+    assert run.event(random_scores()).groups and run.removed <= 20
+    while run.event(random_scores()).groups:
+        pass
+    assert run.removed <= 20
+
+
+def test_noise_in_a_table_never_rewards_keeping(table):
+    widths = np.array([[32, 4, 8, 8, 128]], dtype=float)
+    noisy = table.blocks_seconds(widths, monotone=True)
+    assert noisy >= table.blocks_seconds(widths - [0, 0, 0, 0, 64], monotone=True)
+    assert min(latency_per_unit(table, DENSE, PruningConfig().group_sizes(DENSE)).values()) >= 0
+
+
+def test_scores_that_are_not_finite_stop_the_event(table):
+    scores = random_scores() | {"blocks.1.v": torch.full((8,), float("nan"), dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"blocks\.1\.v"):
+        pruner(table).event(scores)
