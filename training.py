@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ class FullModel:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return textwrap.shorten(line, 160, placeholder=" …")
 
 
 def full_model(args: argparse.Namespace) -> FullModel:

@@ -16,7 +16,6 @@ import random
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,13 @@ from latency.table import LatencyTable, write_json
 from models import BlockDims, ViTDims, build_vit, skeleton
 
 GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units pruned together; at most an eighth
-POINTS = dict(embed=5, heads=4, qk=6, v=6, mlp=9)
+POINTS = dict(
+    cpu=dict(embed=5, heads=4, qk=5, v=5, mlp=9),
+    cuda=dict(embed=5, heads=4, qk=8, v=8, mlp=9),  # kernels step with the head width
+)
 POINTS_COMPILED = dict(embed=3, heads=3, qk=3, v=3, mlp=4)  # every point is compiled: seconds each
 MAX_POINTS = 200_000
 NOISY = 0.2  # relative spread between rounds above which a point is measured again
-RETRIES = 2
 QUIET = 1.25  # times the quick reference: slower moments are those when others use the machine
 FIT_MODELS, FIT_ROUNDS = 6, 9
 PULL = 0.3  # towards one common factor of all parts: what the weight of one more model would be, squared
@@ -56,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="measure under torch.compile, on fewer points")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each point (default: 3)")
     parser.add_argument("--points", nargs="*", default=[], metavar="AXIS=N",
-                        help="points per axis, e.g. embed=5 heads=4 qk=6 v=6 mlp=9 (the default)")  # fmt: skip
+                        help="points per axis (default on a CPU: embed=5 heads=4 qk=5 v=5 mlp=9)")  # fmt: skip
     parser.add_argument("--output", required=True, metavar="FILE", help="the table to write (JSON)")
     return parser
 
@@ -94,9 +95,9 @@ def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], ViTDims]:
 
 def points_of(args: argparse.Namespace) -> dict[str, int]:
     """How many points every axis gets at most. Raises ValueError."""
-    counts = (POINTS_COMPILED if args.compile else POINTS) | (given := _pairs(args.points, "--points"))
-    if odd := [f"{axis}={n}" for axis, n in given.items() if axis not in POINTS or type(n) is not int or n < 1]:
-        raise ValueError(f"--points: {' '.join(odd)}: expected whole numbers above 0 for {', '.join(POINTS)}")
+    counts = (POINTS_COMPILED if args.compile else POINTS.get(args.device, POINTS["cpu"])) | (given := _pairs(args.points, "--points"))
+    if odd := [f"{axis}={n}" for axis, n in given.items() if axis not in GROUPS or type(n) is not int or n < 1]:
+        raise ValueError(f"--points: {' '.join(odd)}: expected whole numbers above 0 for {', '.join(GROUPS)}")
     if (total := math.prod(counts.values())) > MAX_POINTS:
         raise ValueError(f"--points: {total:,} combinations; at most {MAX_POINTS:,}")
     return counts
@@ -175,41 +176,51 @@ class Progress:
         meta = self.settings | {"complete": False}
         write_json({"_meta": meta, "_samples": self.samples, "_clock": self.clock}, self.path)
 
-    def quiet(self) -> float:
-        """The reference's time up to which the machine counts as undisturbed, in seconds."""
-        return QUIET * float(np.quantile(self.clock, 0.1))
+    def quiet(self, key: str) -> list[float]:
+        """Times of a key over the reference's around them, of undisturbed moments; ascending."""
+        limit = QUIET * np.quantile(self.clock, 0.1)
+        around = [(s, self.clock[max(0, i - 1) : i + 2]) for s, i in self.samples[key]]
+        return sorted(s / float(np.median(near)) for s, near in around if max(near) <= limit)
 
-    def relative(self, key: str) -> list[float]:
-        """Times of a key over the reference's, of the undisturbed moments, or of the two least disturbed."""
-        limit, pairs = self.quiet(), sorted(self.samples[key], key=lambda pair: pair[1])
-        return [s / r for i, (s, r) in enumerate(pairs) if i < 2 or r <= limit]
+    def relative(self, key: str) -> float:
+        """Time of a key over the reference's: the lower median of undisturbed moments, or the quickest of all."""
+        if quiet := self.quiet(key):
+            return quiet[(len(quiet) - 1) // 2]
+        return min(s / self.clock[i] for s, i in self.samples[key])
 
     def spread(self, key: str) -> float:
-        q1, median, q3 = np.quantile(self.relative(key), (0.25, 0.5, 0.75))
-        return float((q3 - q1) / median)
+        """Relative interquartile range of a key's time; infinite before it was measured twice undisturbed."""
+        quiet = self.quiet(key)
+        return float(np.subtract(*np.quantile(quiet, (0.75, 0.25))) / np.median(quiet)) if len(quiet) > 1 else math.inf
 
     def seconds(self) -> dict[str, float]:
         """Of every key, at the undisturbed machine's speed."""
-        reference = np.median([c for c in self.clock if c <= self.quiet()])
-        return {key: float(np.median(self.relative(key)) * reference) for key in self.samples}
+        limit = QUIET * np.quantile(self.clock, 0.1)
+        reference = float(np.median([c for c in self.clock if c <= limit]))
+        return {key: self.relative(key) * reference for key in self.samples}
 
 
 def sample_all(bench: Bench, progress: Progress, rounds: int) -> None:
-    """Measure every key once a round, in a new random order each, and the unsettled ones again."""
-    bench.clock, per_visit = progress.clock, rounds if bench.compiled else 1
+    """Measure every key once a round, in a new random order each; then the unsettled ones again, for as long at most."""
+    bench.clock = progress.clock
+    visits, per_visit = (1, max(2, rounds)) if bench.compiled else (max(2, rounds), 1)
     keys = {"/".join(key): key for key in bench.keys}
 
-    def visit(names: list[str], title: str) -> None:
+    def visit(names: list[str], title: str, until: float = math.inf) -> None:
         random.shuffle(names)
         for name in tqdm(names, desc=title, unit="point", leave=False, mininterval=0.5):
-            progress.samples.setdefault(name, []).extend(bench.samples(keys[name], per_visit))
+            if time.perf_counter() < until:
+                progress.samples.setdefault(name, []).extend(bench.samples(keys[name], per_visit))
+        bench.tick()
 
+    begin = time.perf_counter()
     try:
-        for i in range(1 if bench.compiled else rounds):
-            visit([k for k in keys if len(progress.samples.get(k, ())) <= i], f"round {i + 1}/{rounds}")
+        for i in range(visits):
+            visit([k for k in keys if len(progress.samples.get(k, ())) <= i], f"round {i + 1}/{visits}")
             progress.save()
-        for i in range(1 if bench.compiled else RETRIES):
-            visit([k for k in keys if progress.spread(k) > NOISY], f"settling {i + 1}/{RETRIES}")
+        until = 2 * time.perf_counter() - begin
+        while time.perf_counter() < until and (unsettled := [k for k in keys if progress.spread(k) > NOISY]):
+            visit(unsettled, "again, undisturbed", until)
     finally:
         progress.save()
 
@@ -240,7 +251,7 @@ def random_dims(dims: ViTDims, rng: random.Random) -> ViTDims:
 
 def fit(table: LatencyTable, arch: str, kwargs: dict[str, Any], dims: ViTDims, images: Tensor,
         args: argparse.Namespace) -> dict[str, float]:  # fmt: skip
-    """Factors of the attention, the MLP and what is outside, so that whole models come out as measured.
+    """Factors of the blocks and of what is outside them, so that whole models come out as measured.
 
     Least squares of the relative errors of the dense and a few random models, with a pull towards one common factor.
     """
@@ -249,18 +260,13 @@ def fit(table: LatencyTable, arch: str, kwargs: dict[str, Any], dims: ViTDims, i
     models = {str(i): build_vit(arch, d, **kwargs).to(images.device) for i, d in enumerate(chosen)}
     timings = list(interleaved(models, images, FIT_ROUNDS, dtype=args.dtype, compiled=args.compile).values())
     measured = np.array([ratio(t, timings[0]).median * timings[0].median for t in timings])
-    parts = np.array([_parts_seconds(table, d) for d in chosen])
+    overhead = np.array([table.overhead_seconds(d.embed) for d in chosen])
+    parts = np.stack([np.array([table.model_seconds(d) for d in chosen]) - overhead, overhead], axis=1)
     common = float(np.median(measured / parts.sum(1)))
-    rows = np.concatenate([parts / measured[:, None], PULL * np.eye(3)])
-    target = np.concatenate([np.ones(len(chosen)), PULL * common * np.ones(3)])
+    rows = np.concatenate([parts / measured[:, None], PULL * np.eye(2)])
+    target = np.concatenate([np.ones(len(chosen)), PULL * common * np.ones(2)])
     factors = np.clip(np.linalg.lstsq(rows, target, rcond=None)[0], common / 2, common * 2)
-    return dict(zip(("attention", "mlp", "overhead"), map(float, factors), strict=True))
-
-
-def _parts_seconds(table: LatencyTable, dims: ViTDims) -> tuple[float, float, float]:
-    attention = sum(table.block_seconds(dims.embed, replace(b, mlp=0)) for b in dims.blocks)
-    mlp = sum(table.block_seconds(dims.embed, replace(b, heads=0)) for b in dims.blocks)
-    return attention, mlp, table.overhead_seconds(dims.embed)
+    return dict(zip(("blocks", "overhead"), map(float, factors), strict=True))
 
 
 def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
@@ -282,7 +288,7 @@ def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"), complete=True,
         noise=float(np.median(list(spreads.values()))), fit=factors,
     )  # fmt: skip
-    table = table_of({key: s * factors[key.split("/")[0]] for key, s in seconds.items()}, meta)
+    table = table_of({key: s * factors["overhead" if key.startswith("overhead") else "blocks"] for key, s in seconds.items()}, meta)
     table.save(args.output)
     progress.path.unlink()
     return table, len(seconds)

@@ -222,27 +222,36 @@ class Bench:
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device).to(self.dtype)
 
-    def _reference_seconds(self) -> float:
-        """Of the reference at present: the middle of the last three measurements, which take an eighth of all time."""
-        if (begin := time.perf_counter()) >= self._due:
-            self.clock.append(min(stopwatch(self._reference, 1, self.device) for _ in range(PASSES)))
-            self._due = time.perf_counter() + max(0.2, 8 * (time.perf_counter() - begin))
-        return float(np.median(self.clock[-3:]))
+    @torch.inference_mode()
+    def tick(self) -> None:
+        """Measure the reference: the quickest of three passes."""
+        begin = time.perf_counter()
+        self.clock.append(min(stopwatch(self._reference, 1, self.device) for _ in range(PASSES)))
+        self._due = time.perf_counter() + max(0.2, 8 * (time.perf_counter() - begin))  # an eighth of all time
 
     @torch.inference_mode()
-    def samples(self, key: tuple[str, ...], count: int = 1) -> list[tuple[float, float]]:
-        """(seconds of one branch, seconds of the reference around that time), `count` times."""
+    def samples(self, key: tuple[str, ...], count: int = 1) -> list[tuple[float, int]]:
+        """(seconds of one branch, index in `clock` of the reference measured last before it), `count` times.
+
+        On a CPU the other branch runs before every pass, so that caches and allocator are as inside a model.
+        """
         module, x, other, stream = self._points[key]
         if self.compiled:
             torch.compiler.reset()  # else dynamo soon gives up on the many widths of one forward
         call = _caller(module, x, self.compiled)
-        repeats = max(1, math.ceil(PASS_SECONDS[self.device.type] / warm_up(call, self.device, calls=1 + self.compiled)))
+        quickest = warm_up(call, self.device, calls=1 + self.compiled)
+        repeats = max(1, math.ceil(PASS_SECONDS[self.device.type] / quickest))
 
         def timed() -> float:
             other(stream)
             return stopwatch(call, repeats, self.device)
 
-        return [(min(timed() for _ in range(PASSES)), self._reference_seconds()) for _ in range(count)]
+        found = []
+        for _ in range(count):
+            if time.perf_counter() >= self._due:
+                self.tick()
+            found.append((min(timed() for _ in range(PASSES)), len(self.clock) - 1))
+        return found
 
 
 def _middle(branches: list[nn.Module]) -> nn.Module:

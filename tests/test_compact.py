@@ -4,6 +4,7 @@ import torch
 
 from models import Masks, build_vit, compact
 
+
 def relative_error(found, expected):
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
 

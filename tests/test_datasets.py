@@ -8,19 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
+from torchvision.datasets import CIFAR10, CIFAR100
 
-from datasets import (
-    DATA_SETS,
-    CorruptImage,
-    DataError,
-    Digits,
-    build_dataset,
-    build_loader,
-    build_transform,
-    read_image,
-    start_epoch,
-)
+import datasets
+from datasets import CorruptImage, DataError, Digits, build_dataset, build_loader, build_transform, start_epoch
 
 
 def data_args(**changes):
@@ -71,16 +63,15 @@ class TestDigits:
 
     def test_validation_shows_the_digits_themselves(self):
         dataset = build_dataset(False, data_args(input_size=8))[0]
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        pixels = dataset[0][0] * std.view(3, 1, 1) + mean.view(3, 1, 1)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        pixels = dataset[0][0] * std + mean
         expected = torch.from_numpy(np.array(dataset.images[0])).permute(2, 0, 1) / 255
         torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
         assert pixels.max() > 0.9 and pixels.min() < 0.1
 
     def test_training_images_vary_and_are_not_mirrored(self):
         dataset = build_dataset(True, data_args())[0]
-        assert not torch.equal(dataset[0][0], dataset[0][0])
-        assert "Flip" not in repr(dataset.transform)
+        assert not torch.equal(dataset[0][0], dataset[0][0]) and "Flip" not in repr(dataset.transform)
 
 
 class TestTransforms:
@@ -88,7 +79,7 @@ class TestTransforms:
     def test_evaluation_resizes_and_crops_the_centre(self, size, source, resized):
         transform = build_transform(False, data_args(data_set="IMNET", input_size=size))
         resize, crop = transform.transforms[:2]
-        assert (resize.size, crop.size) == (resized, (size, size)) and "bicubic" in str(resize.interpolation)
+        assert (resize.size, tuple(crop.size), resize.interpolation.value) == (resized, (size, size), "bicubic")
         assert transform(Image.new("RGB", (source, source))).shape == (3, size, size)
 
     @pytest.mark.parametrize("size, first, second", [(224, "RandomResizedCrop", "Flip"), (32, "Resize(", "RandomCrop")])
@@ -158,7 +149,7 @@ class TestImageFolder:
             assert "\n" not in str(caught.value)
 
     def test_a_class_without_images(self, folder_args):
-        for image in sorted(p for p in Path(folder_args.data_path, "val", "bee").iterdir()):
+        for image in list(Path(folder_args.data_path, "val", "bee").iterdir()):
             image.rename(image.with_suffix(".txt"))
         assert len(build_dataset(True, folder_args)[0]) == 6
         with pytest.raises(DataError, match="without images: bee;"):
@@ -173,33 +164,32 @@ class TestImageFolder:
         whole = open(path, "rb").read()
         with open(path, "wb") as file:
             file.write(whole[: len(whole) // 2] if content is None else content)
-        with pytest.raises(CorruptImage) as caught:
+        message = ""
+        try:
             list(build_loader(dataset, folder_args, False))
-        assert str(caught.value).startswith(f"cannot read image {path} (")
-        assert "\n" not in str(caught.value)
+        except CorruptImage as error:
+            message, error.__traceback__ = str(error), None  # a traceback would keep the loader's processes
+        assert message.startswith(f"cannot read image {path} (") and "\n" not in message
 
     def test_every_mode_is_read_as_rgb(self, tmp_path):
-        for mode in ("L", "P", "RGBA", "CMYK", "I;16", "1"):
-            path = tmp_path / "image.tif"
-            (Image.new("L", (5, 4), 7).convert("P") if mode == "P" else Image.new(mode, (5, 4))).save(path)
-            image = read_image(str(path))
+        for mode in ("L", "P", "RGBA", "I;16", "1", "CMYK"):
+            path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
+            Image.new(mode, (5, 4)).save(path)
+            image = datasets.read_image(str(path))
             assert (image.mode, image.size) == ("RGB", (5, 4))
         with pytest.raises(CorruptImage, match="no.png"):
-            read_image(str(tmp_path / "no.png"))
+            datasets.read_image(str(tmp_path / "no.png"))
 
 
 class TestCifar:
     @pytest.fixture
     def fake_cifar(self, tmp_path, monkeypatch):
         """CIFAR folders of 6 and 4 random images, with torchvision's check sums switched off."""
-        from torchvision.datasets import CIFAR10, CIFAR100
-
         for kind, classes, key in ((CIFAR10, 10, "labels"), (CIFAR100, 100, "fine_labels")):
             folder = tmp_path / kind.base_folder
             folder.mkdir()
-            names = dict(train_list=["train"], test_list=["test"])
-            for attribute, files in names.items():
-                monkeypatch.setattr(kind, attribute, [[name, None] for name in files])
+            monkeypatch.setattr(kind, "train_list", [["train", None]])
+            monkeypatch.setattr(kind, "test_list", [["test", None]])
             monkeypatch.setattr(kind, "meta", dict(filename="meta", key="names", md5=None))
             for name, count in (("train", 6), ("test", 4)):
                 data = np.random.randint(0, 256, (count, 3072), dtype=np.uint8)
@@ -230,25 +220,20 @@ class TestLoaders:
     def test_training_order_is_a_function_of_seed_and_epoch(self):
         def epochs(seed):
             loader = build_loader(numbers(12), data_args(seed=seed), True)
-            found = []
-            for epoch in (0, 1, 2):
-                start_epoch(loader, epoch)
-                found.append(order(loader))
-            return found
+            return [order(start_epoch(loader, epoch) or loader) for epoch in (0, 1, 2)]
 
         first = epochs(0)
         assert all(sorted(found) == list(range(12)) for found in first)
         assert first == epochs(0) != epochs(7)
         assert first[0] != first[1] != first[2] != list(range(12))
         resumed = build_loader(numbers(12), data_args(), True)
-        start_epoch(resumed, 2)
-        assert order(resumed) == first[2]
+        assert order(start_epoch(resumed, 2) or resumed) == first[2]
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_augmentation_can_be_repeated(self, workers):
         """With workers from seed and epoch alone; without, from the global generators."""
         args = data_args(num_workers=workers, batch_size=64)
-        dataset = torch.utils.data.Subset(build_dataset(True, args)[0], range(192))
+        dataset = Subset(build_dataset(True, args)[0], range(192))
 
         def epoch(number, disturb):
             loader = build_loader(dataset, args, True)
@@ -287,12 +272,9 @@ class TestLoaders:
 
     def test_repeated_augmentation_gives_three_views_across_processes(self):
         def shares(epoch, seed=0):
-            found = []
-            for rank in range(3):
-                loader = build_loader(numbers(60), data_args(batch_size=20, seed=seed), True, rank, 3)
-                start_epoch(loader, epoch)
-                found.append(order(loader))
-            return found
+            args = data_args(batch_size=20, seed=seed)
+            loaders = [build_loader(numbers(60), args, True, rank, 3) for rank in range(3)]
+            return [order(start_epoch(loader, epoch) or loader) for loader in loaders]
 
         first = shares(0)
         assert set(np.bincount(sum(first, []))) <= {0, 3}
@@ -302,15 +284,12 @@ class TestLoaders:
     @pytest.mark.parametrize("n, world", [(11, 4), (12, 4), (3, 4), (7, 1)])
     def test_validation_counts_every_sample_once(self, n, world):
         args = data_args(dist_eval=True)
-        shares = [order(build_loader(numbers(n), args, False, r, world)) if r < n else [] for r in range(world)]
+        shares = [[i for batch in build_loader(numbers(n), args, False, rank, world) for i in batch[0].tolist()]
+                  for rank in range(world)]  # fmt: skip
         assert sorted(sum(shares, [])) == list(range(n))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         for rank in range(world):
             assert order(build_loader(numbers(n), data_args(), False, rank, world)) == list(range(n))
-
-    def test_a_process_without_validation_samples_has_an_empty_loader(self):
-        loader = build_loader(numbers(3), data_args(dist_eval=True), False, 3, 4)
-        assert len(loader) == 0 and list(loader) == []
 
     def test_validation_takes_one_and_a_half_batches(self):
         assert [len(b[0]) for b in build_loader(numbers(14), data_args(batch_size=5), False)] == [7, 7]
@@ -318,6 +297,6 @@ class TestLoaders:
 
 
 def test_unknown_data_sets_are_named():
-    assert DATA_SETS == ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET")
+    assert datasets.DATA_SETS == ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET")
     with pytest.raises(DataError, match="no data set 'MNIST'; --data-set is one of DIGITS, CIFAR10"):
         build_dataset(False, data_args(data_set="MNIST"))

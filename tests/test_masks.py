@@ -61,7 +61,7 @@ def test_zeroing_hits_exactly_the_removed_units(family, case, randomise, prune):
 
 
 def test_gradients_of_removed_units_are_exactly_zero(family, case, images, randomise, prune):
-    """A removed unit sends and receives nothing. The last bias of a whole removed branch is no unit: it is held at zero."""
+    """A removed unit sends and receives nothing; the last bias of a removed branch is no unit, but held at zero."""
     model = randomise(build_vit(**family))
     masks = prune(Masks(model.dims), case)
     masks.install_(model)

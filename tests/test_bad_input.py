@@ -1,0 +1,168 @@
+"""A user's mistakes: one clear line each, all at once, exit code 2, before anything is written or trained."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import finetune_dense
+import main_full_global_latency as prune
+from latency.table import LatencyTable
+from models import build_vit
+from utils import BadArguments
+
+ROOT = Path(__file__).parent.parent
+KWARGS = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
+ARCH = "deit_tiny_distilled_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A good dense model and a good table, in a folder that must stay as it is."""
+    root = tmp_path_factory.mktemp("place")
+    torch.save(dict(arch=ARCH, kwargs=KWARGS, model=build_vit(ARCH, **KWARGS).state_dict()), root / "dense.pth")
+    write_table(root / "table.json")
+    return root
+
+
+def write_table(path, embed=(4, 32), value=None, hole=False):
+    def leaf(e, h, q, v, m):
+        return value if value is not None and (e, h, q, v, m) == (32, 4, 8, 8, 128) else 1e-6 * e * (h * (q + v) + m)
+
+    data = {
+        f"EMB_{e}": {
+            f"QK_{h}_{q}": {f"V_{v}": {f"MLP_{m}": leaf(e, h, q, v, m) for m in (1, 128)} for v in (1, 8)}
+            for h in (1, 4) for q in (1, 8)
+        } for e in embed
+    }  # fmt: skip
+    if hole:
+        del data["EMB_32"]["QK_4_8"]["V_8"]["MLP_128"]
+    path.write_text(json.dumps(data))
+    return path
+
+
+def prune_problems(place, *flags):
+    """The complaints about a good command line with `flags` added; nothing may be written."""
+    good = ["--data-set", "DIGITS", "--initial-checkpoint", place / "dense.pth", "--device", "cpu", "--pruning",
+            "--latency_look_up_table", place / "table.json", "--latency_target", "0.9", "--output_dir", place / "out"]  # fmt: skip
+    args = prune.get_args_parser().parse_args([str(f) for f in [*good, *flags]])
+    with pytest.raises(BadArguments) as error:
+        prune.main(args)
+    assert not (place / "out").exists()
+    assert all("\n" not in problem for problem in error.value.problems)
+    return error.value.problems
+
+
+def one(problems):
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def test_the_good_command_line_is_good(place):
+    setup = prune.check_args(prune.get_args_parser().parse_args([
+        "--data-set", "DIGITS", "--initial-checkpoint", str(place / "dense.pth"), "--device", "cpu", "--latency_target",
+        "0.9", "--latency_look_up_table", str(place / "table.json"), "--output_dir", str(place / "fine")]))  # fmt: skip
+    assert isinstance(setup.table, LatencyTable) and setup.data.classes == 10
+
+
+def test_data_folders(place, tmp_path):
+    folder = ["--data-set", "IMNET", "--data-path"]
+    assert "nowhere" in one(prune_problems(place, *folder, tmp_path / "nowhere"))
+    assert "train" in one(prune_problems(place, *folder, tmp_path))
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert "class" in one(prune_problems(place, *folder, tmp_path))
+    assert "nothing is downloaded" in one(prune_problems(place, "--data-set", "CIFAR10", "--data-path", tmp_path))
+
+
+def test_models(place):
+    fresh = ["--initial-checkpoint", ""]
+    message = prune_problems(place, *fresh, "--model", "deit_tiny_distiled_patch16_224")[0]
+    assert "knows no model" in message and ARCH in message
+    assert "not a plain" in prune_problems(place, *fresh, "--model", "resnet18")[0]
+    assert "pools by attention" in prune_problems(place, *fresh, "--model", "vit_base_patch16_siglip_224")[0]
+    assert "holds deit_tiny" in one(prune_problems(place, "--model", "vit_tiny_patch16_224"))
+    assert "--initial-checkpoint FILE or --pretrained" in prune_problems(place, *fresh, "--model", ARCH)[-1]
+
+
+def test_tables(place, tmp_path):
+    flag, path = "--latency_look_up_table", tmp_path / "bad.json"
+    assert "bad.json" in one(prune_problems(place, flag, path))
+    for text in ("", "{}", "{nonsense", "[1]"):
+        path.write_text(text)
+        assert "bad.json" in one(prune_problems(place, flag, path))
+    path = write_table(path, hole=True)
+    assert "MLP_128" in one(prune_problems(place, flag, path))
+    for value in (-1.0, "fast", True, float("nan")):
+        assert "MLP_128" in one(prune_problems(place, flag, write_table(path, value=value))), value
+    problem = one(prune_problems(place, flag, write_table(path, embed=(4, 16))))
+    assert "16" in problem and "32" in problem
+
+
+@pytest.mark.parametrize("target", ["0", "-1", "1.5", "nan"])
+def test_targets_outside_the_unit_interval(place, target):
+    assert "(0, 1]" in one(prune_problems(place, "--latency_target", target))
+
+
+def test_a_target_below_the_floors_names_the_lowest(place):
+    assert "least that the group sizes allow" in one(prune_problems(place, "--latency_target", "0.0001"))
+
+
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code ran')",)
+
+
+def test_checkpoints(place, tmp_path):
+    path = tmp_path / "bad.pth"
+    assert "does not exist" in one(prune_problems(place, "--initial-checkpoint", path))
+    torch.save(dict(model=Evil()), path)
+    assert "unpickling of code" in one(prune_problems(place, "--initial-checkpoint", path))
+    path.write_bytes((place / "dense.pth").read_bytes()[:3000])
+    assert "truncated" in one(prune_problems(place, "--initial-checkpoint", path))
+    torch.save(dict(arch=ARCH, kwargs=KWARGS, model=dict(w=torch.zeros(1))), path)
+    assert "do not fit" in one(prune_problems(place, "--initial-checkpoint", path))
+    tune = finetune_dense.get_args_parser().parse_args(
+        ["--finetune", str(place / "dense.pth"), "--data-set", "DIGITS", "--device", "cpu"]
+    )
+    with pytest.raises(BadArguments, match="not written by this project"):
+        finetune_dense.main(tune)
+
+
+def test_an_output_folder_that_cannot_be_written(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    problems = prune_problems(place, "--output_dir", tmp_path / "file" / "out")
+    assert "cannot be written" in one(problems)
+
+
+def test_every_problem_is_reported_at_once(place):
+    problems = prune_problems(
+        place, "--latency_target", "2", "--batch-size", "63", "--prune_dict", "[]", "--interval_prune", "1", "2",
+        "--pruning_config", "none.json", "--latency_look_up_table", "none.json", "--drop-path", "2",
+    )  # fmt: skip
+    assert len(problems) == 7
+
+
+def test_finetuning_flags_that_contradict_each_other(tmp_path):
+    def problems(*flags):
+        args = finetune_dense.get_args_parser().parse_args(["--data-set", "DIGITS", "--device", "cpu", *flags])
+        with pytest.raises(BadArguments) as error:
+            finetune_dense.main(args)
+        return error.value.problems
+
+    assert len(problems("--eval", "--kl_loss_coeff", "0")) == 3
+    assert "no full model to distil from" in problems("--scratch", "--model", ARCH, "--output_dir", str(tmp_path))[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_pretrained_without_network_names_the_local_flag(tmp_path):
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+    command = [sys.executable, "finetune_dense.py", "--pretrained", "--model", ARCH, "--data-set", "DIGITS", "--device",
+               "cpu", "--output_dir", str(tmp_path / "out"), "--kl_loss_coeff", "0", "--original_loss_coeff", "1"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cannot be downloaded" in done.stderr and "--initial-checkpoint FILE" in done.stderr
+    assert not (tmp_path / "out").exists()
