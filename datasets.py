@@ -22,6 +22,8 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
 
+from utils import RunFailed
+
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET")
 SMALL = 32  # pixels: up to this side, images are padded and cropped, not resized at random
 
@@ -32,7 +34,7 @@ class DataError(ValueError):
     """Data that is not there or does not fit the arguments; one line: what is wrong, and what would be right."""
 
 
-class CorruptImage(RuntimeError):
+class CorruptImage(RunFailed):
     """An image file that cannot be read; its message is one line with the file's path.
 
     A DataLoader re-raises what a worker process raised with the whole traceback as the only argument. The traceback's

@@ -31,8 +31,8 @@ class Precision:
 class FiniteGuard:
     """Stops a run whose loss is not finite, naming the step.
 
-    On a CPU the loss is looked at before it is used; on a GPU a flag stays on the device, and `check` reads it at the log
-    interval and before anything is saved, so that no step waits for the host.
+    On a CPU the loss is looked at before it is used; on a GPU a flag stays on the device, and `check` reads it at the
+    log interval and before anything is saved, so that no step waits for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,6 +55,28 @@ def progress(iterable: Iterable, total: int, label: str) -> tqdm:
     return tqdm(iterable, total=total, desc=label, leave=False, disable=None if is_main() else True, dynamic_ncols=True)
 
 
+def nothing(*_: Any) -> None:
+    """The hook of a method that does nothing there."""
+
+
+class Meters:
+    """Running means of a step's values, fetched from the device only when asked for."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, AverageMeter] = {}
+        self._pending: list[tuple[dict[str, Tensor], int]] = []
+
+    def add(self, values: dict[str, Tensor], count: int) -> None:
+        self._pending.append((values, count))
+
+    def fetch(self) -> dict[str, float]:
+        for values, count in self._pending:
+            for name, value in values.items():
+                self.means.setdefault(name, AverageMeter()).update(float(value), count)
+        self._pending.clear()
+        return {name: meter.avg for name, meter in self.means.items()}
+
+
 def train_one_epoch(
     model: nn.Module,
     criterion: Callable[..., tuple[Tensor, dict[str, Tensor]]],
@@ -64,62 +86,45 @@ def train_one_epoch(
     epoch: int,
     *,
     mixup: Callable | None = None,
-    scheduler: Any = None,
     clip_grad: float | None = None,
-    after_update: Callable[[], None] | None = None,
-    after_backward: Callable[[], None] | None = None,
-    after_step: Callable[[Tensor], bool] | None = None,
+    before_step: Callable[[int], Any] = nothing,
+    after_backward: Callable[[], Any] = nothing,
+    after_step: Callable[[Tensor], bool | None] = nothing,
     log_interval: int = 50,
 ) -> dict[str, float]:
     """One pass over `loader`; returns mean losses and the last learning rate.
 
     model gives both tokens' logits (`models.TokenLogits`), criterion(logits, images, targets) a loss and its parts.
-    after_backward runs with gradients unscaled and weights not yet moved, after_update with the weights moved (a moving
-    average follows there), after_step(loss) last: it ends the epoch early by returning True. scheduler is timm's, stepped
-    per update. The caller chooses train or eval mode.
-    Raises RunFailed when the loss is not finite.
+    before_step gets the number of updates since training began (timm's `scheduler.step_update`); after_backward runs with
+    gradients unscaled and weights not yet moved; after_step(loss) runs with the weights moved, and ends the epoch early by
+    returning True. The caller chooses train or eval mode. Raises RunFailed when the loss is not finite.
     """
-    meters: dict[str, AverageMeter] = {}
-    guard, device = FiniteGuard(precision.device), precision.device
-    pending: list[tuple[dict[str, Tensor], int]] = []
+    meters, guard, device = Meters(), FiniteGuard(precision.device), precision.device
     bar = progress(loader, len(loader), f"epoch {epoch}")
-
-    def flush() -> None:
-        guard.check()
-        for parts, count in pending:
-            for name, value in parts.items():
-                meters.setdefault(name, AverageMeter()).update(float(value), count)
-        pending.clear()
-        bar.set_postfix({name: f"{meter.avg:.4f}" for name, meter in meters.items()}, refresh=False)
-
     for step, (images, targets) in enumerate(bar):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        count = len(images)
         if mixup is not None:
             images, targets = mixup(images, targets)
-        if scheduler is not None:
-            scheduler.step_update(epoch * len(loader) + step)
+        before_step(epoch * len(loader) + step)
         with precision.autocast():
             loss, parts = criterion(model(images), images, targets)
         guard.see(loss, step)
         optimizer.zero_grad(set_to_none=True)
         precision.scaler.scale(loss).backward()
         precision.scaler.unscale_(optimizer)
-        if after_backward is not None:
-            after_backward()
+        after_backward()
         if clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+            nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
         precision.scaler.step(optimizer)
         precision.scaler.update()
-        if after_update is not None:
-            after_update()
-        pending.append((dict(loss=loss.detach()) | parts, count))
+        meters.add(dict(loss=loss.detach()) | parts, len(images))
         if step % log_interval == 0:
-            flush()
-        if after_step is not None and after_step(loss.detach()):
+            guard.check()
+            bar.set_postfix({name: f"{mean:.4f}" for name, mean in meters.fetch().items()}, refresh=False)
+        if after_step(loss.detach()):
             break
-    flush()
-    return {name: meter.avg for name, meter in meters.items()} | dict(lr=optimizer.param_groups[0]["lr"])
+    guard.check()
+    return meters.fetch() | dict(lr=optimizer.param_groups[0]["lr"])
 
 
 @torch.inference_mode()

@@ -16,8 +16,8 @@ import checkpoint
 import options
 import training
 from checkpoint import CheckpointError
-from datasets import build_loader, start_epoch
-from engine import Precision, evaluate, train_one_epoch
+from datasets import start_epoch
+from engine import Precision, evaluate, nothing, train_one_epoch
 from models import ViTDims, build_vit, load_dense
 from models.pretrained import from_checkpoint
 from models.vit import TokenLogits
@@ -224,8 +224,7 @@ def evaluate_only(args: argparse.Namespace, setup: Setup) -> None:
         model = load_dense(path, setup.device)
     except CheckpointError as error:
         raise RunFailed(str(error)) from None
-    loader = build_loader(setup.data.val, args, is_train=False)
-    result = evaluate(model, loader, training.precision(args, setup.device), args.dist_eval)
+    result = evaluate(model, setup.data.val, training.precision(args, setup.device), args.dist_eval)
     say(f"{path}: top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f}, loss {result['loss']:.4f} "
         f"on {int(result['samples'])} images")
 
@@ -237,10 +236,10 @@ def main(args: argparse.Namespace) -> None:
         return
 
     # ---------------------------------------------------------------- parts
-    loaders = [build_loader(split, args, is_train=t) for split, t in ((setup.data.train, True), (setup.data.val, False))]
-    train_loader, val_loader = loaders
+    train_loader, val_loader = setup.data.train, setup.data.val
     model = training.for_training(setup.model, setup.device)
     ema = ModelEmaV3(setup.model, decay=args.model_ema_decay) if args.model_ema else None
+    follow = (lambda loss: ema.update(setup.model)) if ema else nothing
     optimizer = training.make_optimizer(args, setup.model)
     scheduler = training.make_scheduler(args, optimizer, len(train_loader))
     precision = training.precision(args, setup.device)
@@ -262,8 +261,8 @@ def main(args: argparse.Namespace) -> None:
         start_epoch(train_loader, epoch)
         model.train()
         stats = train_one_epoch(
-            model, criterion, train_loader, optimizer, precision, epoch, mixup=mixup, scheduler=scheduler,
-            clip_grad=args.clip_grad, after_update=(lambda: ema.update(setup.model)) if ema else None, log_interval=args.log_interval,
+            model, criterion, train_loader, optimizer, precision, epoch, mixup=mixup, clip_grad=args.clip_grad,
+            before_step=scheduler.step_update, after_step=follow, log_interval=args.log_interval,
         )  # fmt: skip
         test = evaluate(tested, val_loader, precision, args.dist_eval)
         line = {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in test.items()}

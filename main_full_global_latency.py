@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 import checkpoint
 import options
 import training
-from datasets import build_loader, start_epoch
+from datasets import start_epoch
 from engine import Precision, evaluate, train_one_epoch
 from latency.table import LatencyTable
 from models import Masks, compact
@@ -273,16 +273,14 @@ def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: flo
 def main(args: argparse.Namespace) -> None:
     setup = check_args(args)
     precision = training.precision(args, setup.device)
-    val_loader = build_loader(setup.data.val, args, is_train=False)
     teacher = training.frozen(copy.deepcopy(setup.model), setup.device)
-    top1_dense = evaluate(teacher, val_loader, precision, args.dist_eval)["acc1"]
-    say(f"dense model: top-1 {top1_dense:.2f} on {len(setup.data.val)} images")
+    top1_dense = evaluate(teacher, setup.data.val, precision, args.dist_eval)["acc1"]
+    say(f"dense model: top-1 {top1_dense:.2f} on {len(setup.data.val.dataset)} images")
     if not args.pruning:
         say("no --pruning: nothing removed")
         return
 
     # ---------------------------------------------------------------- parts
-    train_loader = build_loader(setup.data.train, args, is_train=True)
     student = training.for_training(setup.model, setup.device)
     optimizer = training.make_optimizer(args, setup.model)
     criterion = training.make_loss(args, setup.cnn, teacher, tau=KL_TEMPERATURE, per_token=False)
@@ -295,13 +293,13 @@ def main(args: argparse.Namespace) -> None:
     for epoch in range(first, args.epochs):
         if steps.done:
             break
-        start_epoch(train_loader, epoch)
+        start_epoch(setup.data.train, epoch)
         steps.set_phase()
         stats = train_one_epoch(
-            student, criterion, train_loader, optimizer, precision, epoch, mixup=mixup, clip_grad=args.clip_grad,
+            student, criterion, setup.data.train, optimizer, precision, epoch, mixup=mixup, clip_grad=args.clip_grad,
             after_backward=steps.after_backward, after_step=steps.after_step, log_interval=args.log_interval,
         )  # fmt: skip
-        test = evaluate(TokenLogits(setup.model), val_loader, precision, args.dist_eval)
+        test = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
         ratio = setup.pruner.ratio
         append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **_prefixed(stats, test))
         save("checkpoint.pth", setup, steps, optimizer, precision, args, epoch, test | dict(latency=ratio))

@@ -1,7 +1,9 @@
-"""From checked arguments to the parts of a run, shared by every script: full-size model, data, losses, optimizer, results."""
+"""From checked arguments to the parts of a run, shared by every script.
+
+`args` is a Namespace with the flags of `options`: full-size model, data, losses, optimizer and results follow from it.
+"""
 from __future__ import annotations
 
-import argparse
 import copy
 import textwrap
 from dataclasses import dataclass, field
@@ -16,14 +18,14 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 import checkpoint
-from datasets import build_dataset
+from datasets import build_dataset, build_loader
 from engine import Precision
 from latency.measure import device_name, interleaved, ratio
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models import ViTDims, build_vit, macs, params, skeleton
 from models.pretrained import load_initial_, read_initial
 from models.vit import TokenLogits
-from utils import Problems, init_distributed, say, seed_everything, world_size
+from utils import Problems, init_distributed, rank, say, seed_everything, world_size
 
 DEFAULT_MODEL = "deit_base_distilled_patch16_224"
 
@@ -71,7 +73,7 @@ def _first_line(error: BaseException) -> str:
     return textwrap.shorten(line, 160, placeholder=" …")
 
 
-def full_model(args: argparse.Namespace) -> FullModel:
+def full_model(args: Any) -> FullModel:
     """What --model, --model-kwargs, --input-size, --initial-checkpoint and --pretrained say. Raises ValueError."""
     arch, kwargs, state = None, {}, None
     if args.initial_checkpoint:
@@ -101,23 +103,25 @@ def dims_of(full: FullModel) -> ViTDims:
 
 @dataclass
 class Data:
-    """Data sets and what the model needs to know of them."""
+    """Loaders, and what the model needs to know of the data."""
 
     train: Any
     val: Any
     classes: int
 
 
-def load_data(args: argparse.Namespace, full: FullModel, train: bool = True) -> Data:
-    """Both splits (val alone where train is False); the model's classes follow from them. Raises ValueError."""
+def load_data(args: Any, full: FullModel, train: bool = True) -> Data:
+    """Loaders of both splits (val alone where train is False); the model's classes follow. Raises ValueError."""
     sized = copy.copy(args)
     sized.input_size = skeleton(full.arch, **full.kwargs).patch_embed.img_size[0]
     val, classes = build_dataset(False, sized)
     full.kwargs["num_classes"] = classes
-    return Data(build_dataset(True, sized)[0] if train else None, val, classes)
+    place = dict(rank=rank(), world_size=world_size())
+    train_loader = build_loader(build_dataset(True, sized)[0], args, is_train=True, **place) if train else None
+    return Data(train_loader, build_loader(val, args, is_train=False, **place), classes)
 
 
-def check_numbers(args: argparse.Namespace, problems: Problems) -> None:
+def check_numbers(args: Any, problems: Problems) -> None:
     """Complaints about flags that every training script has."""
     for name in ("batch_size", "epochs", "log_interval"):
         if getattr(args, name, 1) <= 0:
@@ -133,7 +137,7 @@ def check_numbers(args: argparse.Namespace, problems: Problems) -> None:
         problems.add(f"mixup and cutmix need an even --batch-size, not {args.batch_size} (or --mixup 0 --cutmix 0)")
 
 
-def start(args: argparse.Namespace) -> torch.device:
+def start(args: Any) -> torch.device:
     """Join the processes, seed them, and choose the device. Raises ValueError for one that is not there."""
     wanted = args.device
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -147,7 +151,7 @@ def start(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def precision(args: argparse.Namespace, device: torch.device) -> Precision:
+def precision(args: Any, device: torch.device) -> Precision:
     """`--amp`: bfloat16 where the device has it, else float16; `--amp-dtype` overrides."""
     if not args.amp:
         return Precision(device, None)
@@ -170,7 +174,7 @@ def frozen(model: nn.Module, device: torch.device) -> nn.Module:
     return TokenLogits(model).to(device).eval().requires_grad_(False)
 
 
-def make_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:
+def make_mixup(args: Any, classes: int) -> Mixup | None:
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         return None
     return Mixup(
@@ -179,12 +183,12 @@ def make_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:
     )  # fmt: skip
 
 
-def scaled_lr(args: argparse.Namespace) -> float:
+def scaled_lr(args: Any) -> float:
     """The published linear rule: --lr is for a global batch of 512."""
     return args.lr * args.batch_size * world_size() / 512
 
 
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(args: Any, model: nn.Module) -> torch.optim.Optimizer:
     """timm's, with weight decay on matrices only. Raises ValueError for a name timm does not know."""
     options = dict(eps=args.opt_eps) | (dict(betas=args.opt_betas) if args.opt_betas else {})
     if args.opt in ("sgd", "momentum", "nesterov"):
@@ -194,7 +198,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
     )
 
 
-def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
+def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
     """timm's, stepped every update; the cosine reaches --min-lr at the last epoch."""
     scheduler, _ = create_scheduler_v2(
         optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
@@ -204,7 +208,7 @@ def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, u
     return scheduler
 
 
-def cnn_teacher(args: argparse.Namespace, classes: int, device: torch.device) -> nn.Module | None:
+def cnn_teacher(args: Any, classes: int, device: torch.device) -> nn.Module | None:
     """The CNN of --distillation-type soft or hard. Raises ValueError where it cannot be had or knows other classes."""
     if args.distillation_type == "none" or not args.original_loss_coeff:
         return None
@@ -229,7 +233,7 @@ def _classifier(model: str) -> str:
     return f"{classifier if isinstance(classifier, str) else classifier[0]}.bias"
 
 
-def make_loss(args: argparse.Namespace, cnn: nn.Module | None, full: nn.Module | None, *, tau: float,
+def make_loss(args: Any, cnn: nn.Module | None, full: nn.Module | None, *, tau: float,
               per_token: bool) -> NViTLoss:  # fmt: skip
     """The published loss; tau is the temperature of the full model's KL."""
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None

@@ -30,10 +30,8 @@ from latency.table import LatencyTable, write_json
 from models import BlockDims, ViTDims, build_vit, skeleton
 
 GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units pruned together; at most an eighth
-POINTS = dict(
-    cpu=dict(embed=5, heads=4, qk=5, v=5, mlp=9),
-    cuda=dict(embed=5, heads=4, qk=8, v=8, mlp=9),  # kernels step with the head width
-)
+POINTS = dict(embed=5, heads=4, qk=5, v=5, mlp=9)
+POINTS_CUDA = POINTS | dict(qk=8, v=8)  # kernels step with the head width
 POINTS_COMPILED = dict(embed=3, heads=3, qk=3, v=3, mlp=4)  # every point is compiled: seconds each
 MAX_POINTS = 200_000
 NOISY = 0.2  # relative spread between rounds above which a point is measured again
@@ -52,8 +50,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-classes", type=int, metavar="N", help="classes (default: the model's)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="deployment batch (default: 64)")
     parser.add_argument("--dtype", default="fp32", help=f"{', '.join(DTYPES)}; weights and images (default: fp32)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu or cuda (default: cuda where there is one)")  # fmt: skip
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=available, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--compile", action="store_true", help="measure under torch.compile, on fewer points")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each point (default: 3)")
     parser.add_argument("--points", nargs="*", default=[], metavar="AXIS=N",
@@ -95,11 +93,12 @@ def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], ViTDims]:
 
 def points_of(args: argparse.Namespace) -> dict[str, int]:
     """How many points every axis gets at most. Raises ValueError."""
-    counts = (POINTS_COMPILED if args.compile else POINTS.get(args.device, POINTS["cpu"])) | (given := _pairs(args.points, "--points"))
+    given = _pairs(args.points, "--points")
+    counts = (POINTS_COMPILED if args.compile else POINTS_CUDA if args.device == "cuda" else POINTS) | given
     if odd := [f"{axis}={n}" for axis, n in given.items() if axis not in GROUPS or type(n) is not int or n < 1]:
         raise ValueError(f"--points: {' '.join(odd)}: expected whole numbers above 0 for {', '.join(GROUPS)}")
     if (total := math.prod(counts.values())) > MAX_POINTS:
-        raise ValueError(f"--points: {total:,} combinations; at most {MAX_POINTS:,}")
+        raise ValueError(f"--points: {total:,} combinations, of at most {MAX_POINTS:,}")
     return counts
 
 
@@ -155,26 +154,22 @@ class Progress:
     """Samples of every key, kept in `<output>.part` so that an interrupted run can be continued."""
 
     def __init__(self, output: str, settings: dict[str, Any]) -> None:
-        self.path, self.settings = Path(f"{output}.part"), json.loads(json.dumps(settings))
+        self.path, self.meta = Path(f"{output}.part"), json.loads(json.dumps(settings | {"complete": False}))
         self.samples: dict[str, list[list[float]]] = {}
         self.clock: list[float] = []
-        if self.path.exists():
-            self._resume()
-
-    def _resume(self) -> None:
+        if not self.path.exists():
+            return
         try:
             stored = json.loads(self.path.read_text())
-            if {k: v for k, v in stored["_meta"].items() if k != "complete"} == self.settings:
+            if stored["_meta"] == self.meta:
                 self.samples, self.clock = stored["_samples"], stored["_clock"]
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError):
             pass  # not a file of ours
-        count = sum(map(len, self.samples.values()))
-        what = f"continuing with {count} samples of" if count else "starting afresh, of other settings is"
-        print(f"{what} {self.path}", file=sys.stderr)
+        found = f"continuing with {sum(map(len, self.samples.values()))} samples of"
+        print(found if self.samples else "starting afresh, of other settings is", self.path, file=sys.stderr)
 
     def save(self) -> None:
-        meta = self.settings | {"complete": False}
-        write_json({"_meta": meta, "_samples": self.samples, "_clock": self.clock}, self.path)
+        write_json({"_meta": self.meta, "_samples": self.samples, "_clock": self.clock}, self.path)
 
     def quiet(self, key: str) -> list[float]:
         """Times of a key over the reference's around them, of undisturbed moments; ascending."""
@@ -195,13 +190,12 @@ class Progress:
 
     def seconds(self) -> dict[str, float]:
         """Of every key, at the undisturbed machine's speed."""
-        limit = QUIET * np.quantile(self.clock, 0.1)
-        reference = float(np.median([c for c in self.clock if c <= limit]))
+        reference = float(np.quantile(self.clock, 0.1))
         return {key: self.relative(key) * reference for key in self.samples}
 
 
 def sample_all(bench: Bench, progress: Progress, rounds: int) -> None:
-    """Measure every key once a round, in a new random order each; then the unsettled ones again, for as long at most."""
+    """Measure every key once a round, in a new random order each; then the unsettled again, for as long at most."""
     bench.clock = progress.clock
     visits, per_visit = (1, max(2, rounds)) if bench.compiled else (max(2, rounds), 1)
     keys = {"/".join(key): key for key in bench.keys}
@@ -286,9 +280,10 @@ def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
     factors = fit(table_of(seconds, {}), arch, kwargs, dims, bench.images, args)
     meta = settings | dict(
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"), complete=True,
-        noise=float(np.median(list(spreads.values()))), fit=factors,
+        noise=float(np.median([s for s in spreads.values() if s < math.inf] or [1])), fit=factors,
     )  # fmt: skip
-    table = table_of({key: s * factors["overhead" if key.startswith("overhead") else "blocks"] for key, s in seconds.items()}, meta)
+    factor = {key: factors["overhead" if key.startswith("overhead") else "blocks"] for key in seconds}
+    table = table_of({key: s * factor[key] for key, s in seconds.items()}, meta)
     table.save(args.output)
     progress.path.unlink()
     return table, len(seconds)

@@ -47,6 +47,9 @@ class BlockDims:
         _whole("tokens", self.tokens, 1)
 
 
+_FIELDS = tuple(f.name for f in fields(BlockDims))
+
+
 @dataclass(frozen=True)
 class ViTDims:
     """Widths of a whole model. embed: the residual width, shared by every block."""
@@ -57,6 +60,8 @@ class ViTDims:
     def __post_init__(self) -> None:
         _whole("embed", self.embed, 1)
         object.__setattr__(self, "blocks", tuple(self.blocks))
+        if odd := [b for b in self.blocks if not isinstance(b, BlockDims)]:
+            raise DimsError(f"blocks must be BlockDims, not {odd[0]!r}")
 
     @classmethod
     def of(cls, model: Any) -> ViTDims:
@@ -111,8 +116,8 @@ class ViTDims:
         tokens = [tokens] * counts["head"] if isinstance(tokens, int) else list(tokens)
         if len(tokens) != counts["head"]:
             raise DimsError(f"dim has {counts['head']} blocks but {len(tokens)} token counts")
-        blocks = zip(*(dim[k] for k in lists), tokens, strict=True)
-        return cls(dim["EMB"], tuple(BlockDims(*widths) for widths in blocks))
+        widths = [dict(zip(_FIELDS, w, strict=True)) for w in zip(*(dim[k] for k in lists), tokens, strict=True)]
+        return cls.from_dict(dict(embed=dim["EMB"], blocks=widths))
 
     def sizes(self) -> dict[str, int]:
         """Units of every axis, by the axis names of `models.axes`."""

@@ -97,9 +97,9 @@ class Masks:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError when the axes or their sizes are not those of this model."""
         sizes = {axis: len(keep) for axis, keep in self.keep.items()}
-        found = {axis: t.numel() for axis, t in state.items() if t.dtype == torch.bool and t.dim() == 1}
+        found = {axis: t.numel() if t.dtype == torch.bool and t.dim() == 1 else t.dtype for axis, t in state.items()}
         if found != sizes:
-            odd = sorted(set(sizes.items()) ^ set(found.items()))[0][0]
+            odd = next(axis for axis in [*sizes, *found] if sizes.get(axis) != found.get(axis))
             raise ValueError(f"masks do not fit the model: axis {odd} has {found.get(odd)} units, not {sizes.get(odd)}")
         for axis, keep in state.items():
             self.keep[axis].copy_(keep)

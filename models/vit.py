@@ -47,7 +47,7 @@ class LayerNorm(nn.LayerNorm):
 
     def set_mask(self, keep: Tensor) -> None:
         """keep: (E,) bool, True is keep."""
-        self.fraction = float(keep.float().mean())
+        self.fraction = int(keep.sum()) / keep.numel()
         masked = self.fraction < 1
         self.keep = keep.clone() if masked else None
         self.averager = keep.to(self.weight.dtype).unsqueeze(1) / keep.sum() if masked else None
@@ -148,6 +148,8 @@ class TokenLogits(nn.Module):
 
 def _why_not_plain(model: nn.Module) -> str | None:
     """What keeps a timm model from being pruned by width here, or None."""
+    if not len(model.blocks):
+        return "it has no blocks"
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         return f"it is a {type(model).__name__}"
     if not isinstance(model.patch_embed, PatchEmbed):
@@ -192,7 +194,10 @@ def skeleton(arch: str, **kwargs: Any) -> VisionTransformer:
 
     Raises ModelError for a name timm does not know and for a model that is not a plain ViT.
     """
-    return _skeleton(arch, json.dumps(kwargs, sort_keys=True))
+    try:
+        return _skeleton(arch, json.dumps(kwargs, sort_keys=True))
+    except TypeError as error:
+        raise ModelError(f"{arch}: model arguments must be plain values ({error})") from None
 
 
 def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTransformer:

@@ -77,7 +77,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(parts):
     loader = DataLoader(TensorDataset(images, torch.randint(0, 3, (20,))), batch_size=5)
     with pytest.raises(RunFailed, match="step 2"):
         train_one_epoch(model, criterion, loader, optimizer, Precision(CPU, None), 0,
-                        after_update=lambda: weights.append(model.linear.weight.clone()))  # fmt: skip
+                        after_step=lambda loss: weights.append(model.linear.weight.clone()))  # fmt: skip
     assert len(weights) == 2 and torch.equal(model.linear.weight, weights[-1])
 
 

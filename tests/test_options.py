@@ -1,0 +1,82 @@
+"""Flags: declared once, explained with unit and default, read by code, and spelled as published."""
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import finetune_dense
+import main_full_global_latency
+from options import boolean
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = dict(main_full_global_latency=main_full_global_latency, finetune_dense=finetune_dense)
+NO_EFFECT = {"pruning_exit"}
+PRUNE = (
+    "--model deit_base_distilled_patch16_224 --epochs 50 --num_workers 10 --batch-size 128 --data-path D --data-set IMNET "
+    "--lr 1e-4 --output_dir save/path --amp --input-size 224 --seed 1 --pruning_config=pruning_configs/group8_m23_m09.json "
+    "--prune_per_iter=32 --kl_loss_coeff=100000 --original_loss_coeff=1.0 --student_eval=True --dist-eval --pruning "
+    """--prune_dict '{"Global":39000}' --interval_prune 100 --pretrained --distillation-type hard """
+    "--latency_regularization 5e-4 --latency_target 0.54 --latency_look_up_table latency_head.json --pruning_exit"
+)
+FINETUNE = (
+    "--model deit_base_distilled_patch16_224 --epochs 300 --num_workers 10 --batch-size 144 --data-path D --data-set IMNET "
+    "--amp --input-size 224 --seed 1 --kl_loss_coeff=100000 --original_loss_coeff=1.0 --dist-eval --pretrained --finetune P "
+    "--distillation-type hard --distillation-alpha 0.5 --distillation-tau 20.0 --lr 0.0002"
+)
+
+
+def parse(script, line):
+    return SCRIPTS[script].get_args_parser().parse_args(shlex.split(line))
+
+
+def test_published_commands_parse_to_what_they_say():
+    args = parse("main_full_global_latency", PRUNE)
+    assert (args.latency_target, args.latency_regularization, args.prune_per_iter) == (0.54, 5e-4, 32)
+    assert (args.student_eval, args.interval_prune, args.prune_dict) == (True, [100], '{"Global":39000}')
+    assert (args.kl_loss_coeff, args.original_loss_coeff, args.dist_eval, args.pretrained) == (1e5, 1.0, True, True)
+    for extra, expected in (("", ("", None)), (" --scratch", ("", None)), (" --resume --start_epoch 7", ("auto", 7))):
+        args = parse("finetune_dense", FINETUNE + extra)
+        assert (args.resume, args.start_epoch) == expected and args.scratch == ("scratch" in extra)
+    args = parse("finetune_dense", "--eval --finetune C --data-path D --batch-size 256")
+    assert args.eval and args.finetune == "C"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_has_help_and_is_read(name):
+    parser = SCRIPTS[name].get_args_parser()
+    code = "".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if "tests" not in path.parts)
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        assert action.help and len(action.help) > 5, action.dest
+        quiet = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction) or action.default in (None, "")
+        assert quiet or "default" in action.help or action.help == argparse.SUPPRESS, action.dest
+        assert len(action.option_strings) == 0 or all("_" in o or "-" in o for o in action.option_strings)
+        read = re.search(rf"(args|namespace|sized)\.{action.dest}\b|[\"']{action.dest}[\"']", code)
+        assert read or action.dest in NO_EFFECT, f"nobody reads --{action.dest}"
+    assert parser.format_help()
+
+
+def test_every_flag_is_declared_once():
+    for script in (*ROOT.glob("*.py"),):
+        flags = re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text())
+        assert len(flags) == len(set(flags)), script.name
+
+
+def test_what_has_no_effect_is_said_to_have_none():
+    text = main_full_global_latency.get_args_parser().format_help()
+    assert "accepted, no effect" in text and "--pruning_exit" in text.split("accepted, no effect")[1]
+
+
+def test_booleans_are_real():
+    assert [boolean(t) for t in ("True", "false", "1", "no")] == [True, False, True, False]
+    with pytest.raises(argparse.ArgumentTypeError, match="maybe"):
+        boolean("maybe")
+
+
+def test_resume_takes_nothing_a_path_or_the_empty_string():
+    for script in SCRIPTS:
+        found = [parse(script, line).resume for line in ("", "--resume", "--resume=", "--resume x.pth")]
+        assert found == ["", "auto", "", "x.pth"]
