@@ -1,4 +1,5 @@
-"""Checkpoints: one schema for every stage, tensors and plain values only, written atomically, loaded without unpickling code."""
+"""Checkpoints: one schema for every stage, tensors and plain values only, written atomically, loaded without code."""
+
 from __future__ import annotations
 
 import os
@@ -19,6 +20,9 @@ KEYS = (
 )  # fmt: skip
 
 
+os.umask(_UMASK := os.umask(0))  # temporary files are private; finished ones get the mode that open() would give
+
+
 class CheckpointError(ValueError):
     """A file that is not a whole, safe checkpoint of this project; the message says why and what would be right."""
 
@@ -31,6 +35,7 @@ def write_atomically(path: str | Path, write: Any) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_UMASK)
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
@@ -49,7 +54,7 @@ def save(path: str | Path, **state: Any) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Any file of tensors and plain values, as a dict on the CPU. Raises CheckpointError; never runs code from the file."""
+    """Tensors and plain values of a file, as a dict on the CPU. Raises CheckpointError; never runs code."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
@@ -74,7 +79,7 @@ def load(path: str | Path) -> dict[str, Any]:
     content = read(path)
     if not isinstance(content.get("format"), dict) or content["format"].get("name") != FORMAT["name"]:
         raise CheckpointError(
-            f"checkpoint {path} was not written by this project (it has the keys {', '.join(map(str, list(content)[:6]))}); "
+            f"checkpoint {path} was not written by this project (keys {', '.join(map(str, list(content)[:6]))}); "
             "a plain timm state dict starts a run through --initial-checkpoint"
         )
     if content["format"]["version"] > FORMAT["version"]:

@@ -250,7 +250,7 @@ def build_loader(
         batch_size=batch,
         sampler=sampler,
         num_workers=args.num_workers,
-        pin_memory=args.pin_mem and torch.device(args.device).type == "cuda",
+        pin_memory=args.pin_mem and torch.cuda.is_available(),
         drop_last=is_train,
         generator=torch.Generator(),  # its own, so that loading never draws from the global one in this process
     )

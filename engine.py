@@ -95,9 +95,9 @@ def train_one_epoch(
     """One pass over `loader`; returns mean losses and the last learning rate.
 
     model gives both tokens' logits (`models.TokenLogits`), criterion(logits, images, targets) a loss and its parts.
-    before_step gets the number of updates since training began (timm's `scheduler.step_update`); after_backward runs with
-    gradients unscaled and weights not yet moved; after_step(loss) runs with the weights moved, and ends the epoch early by
-    returning True. The caller chooses train or eval mode. Raises RunFailed when the loss is not finite.
+    before_step gets the number of updates since training began (timm's `scheduler.step_update`); after_backward runs
+    with gradients unscaled and weights not yet moved; after_step(loss) runs with the weights moved, and ends the epoch
+    early by returning True. The caller chooses train or eval mode. Raises RunFailed when the loss is not finite.
     """
     meters, guard, device = Meters(), FiniteGuard(precision.device), precision.device
     bar = progress(loader, len(loader), f"epoch {epoch}")

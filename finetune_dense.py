@@ -27,7 +27,7 @@ from utils import Problems, RunFailed, append_log, is_main, make_folder, run_scr
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
         __doc__,
-        "examples: python finetune_dense.py --finetune runs/pruned_run --initial-checkpoint dense.pth --data-set DIGITS\n"
+        "examples: python finetune_dense.py --finetune runs/pruned_run --data-set DIGITS --epochs 10\n"
         "          python finetune_dense.py --eval --finetune runs/pruned_run/ft_dense_…/ft_checkpoint.pth",
     )
     options.add_model_args(parser)
@@ -91,7 +91,9 @@ def _full_model(args: argparse.Namespace, parent: dict[str, Any] | None) -> trai
     if args.kl_loss_coeff and not args.initial_checkpoint and not args.pretrained:
         inherited.initial_checkpoint = parent["args"].get("initial_checkpoint", "")
         inherited.pretrained = bool(parent["args"].get("pretrained")) and not inherited.initial_checkpoint
-    structure = {k: v for k, v in parent["arch"]["kwargs"].items() if k != "num_classes" and not k.endswith("drop_rate")}
+    structure = {
+        k: v for k, v in parent["arch"]["kwargs"].items() if k != "num_classes" and not k.endswith("drop_rate")
+    }
     inherited.model_kwargs = structure | args.model_kwargs
     return training.full_model(inherited)
 

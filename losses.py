@@ -50,8 +50,8 @@ class DistillationLoss(nn.Module):
 def full_model_kl(student: Logits, teacher: Logits, tau: float, per_token: bool) -> Tensor:
     """KL(teacher || student) at temperature tau, batch mean, without the tau^2 factor (NViT Eq. 9).
 
-    per_token: the mean of one KL per token, as published finetuning; else one KL on the tokens' mean logits, as published
-    pruning.
+    per_token: the mean of one KL per token, as published finetuning; else one KL on the tokens' mean logits, as
+    published pruning.
     """
     if not per_token:
         student, teacher = (((a + b) / 2,) for a, b in (student, teacher))
@@ -65,8 +65,8 @@ def full_model_kl(student: Logits, teacher: Logits, tau: float, per_token: bool)
 class NViTLoss(nn.Module):
     """original x DistillationLoss + kl / 1000 x full-model KL.
 
-    The published KL is a mean over batch x 1000 classes; dividing its coefficient by 1000 and taking the batch mean keeps
-    the coefficient's weight for any number of classes. Returns the loss and its two parts, for the log.
+    The published KL is a mean over batch x 1000 classes; dividing its coefficient by 1000 and taking the batch mean
+    keeps the coefficient's weight for any number of classes. Returns the loss and its two parts, for the log.
     """
 
     def __init__(self, original: DistillationLoss, original_coeff: float, teacher: nn.Module | None, kl_coeff: float,

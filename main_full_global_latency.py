@@ -33,7 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
         __doc__,
         "example: python main_full_global_latency.py --data-set DIGITS --initial-checkpoint dense.pth --pruning "
-        "--pruning_config pruning_configs/group8_m23_m09.json\n  --latency_look_up_table table.json --latency_target 0.5 "
+        "--latency_look_up_table table.json\n  --latency_target 0.5 --latency_regularization 5e-4 "
         "--output_dir runs/digits",
     )
     options.add_model_args(parser)
@@ -59,8 +59,13 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="units that prune_per_iter counts as one group (default: 16)")
     group.add_argument("--student_eval", metavar="BOOL", type=options.boolean, default=False,
                        help="after the first event the student runs in eval mode (default: False)")
-    group.add_argument("--latency_regularization", metavar="F", type=float, default=0.0,
-                       help="lambda of saliency - lambda x latency, in squared loss per second of the table (default: 0)")
+    group.add_argument(
+        "--latency_regularization",
+        metavar="F",
+        type=float,
+        default=0.0,
+        help="lambda of saliency - lambda x latency, in squared loss per second of the table (default: 0)",
+    )
     group.add_argument("--latency_target", metavar="RATIO", type=float, default=None,
                        help="stop at this share of the dense model's predicted latency, in (0, 1] (default: none)")
     group.add_argument("--latency_look_up_table", metavar="FILE", default="latency_head.json",
@@ -109,9 +114,7 @@ def _load_table(path: str, full: training.FullModel) -> LatencyTable:
     return table
 
 
-def check_args(args: argparse.Namespace) -> Setup:
-    """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
-    problems = Problems()
+def _check_numbers(args: argparse.Namespace, problems: Problems) -> None:
     training.check_numbers(args, problems)
     for name in ("prune_per_iter", "group_size"):
         if getattr(args, name) <= 0:
@@ -126,6 +129,12 @@ def check_args(args: argparse.Namespace) -> Setup:
         problems.add(f"--latency_regularization must not be negative, not {args.latency_regularization}")
     if not args.output_dir:
         problems.add("--output_dir is required")
+
+
+def check_args(args: argparse.Namespace) -> Setup:
+    """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
+    problems = Problems()
+    _check_numbers(args, problems)
     named = problems.attempt(_prune_dict, args.prune_dict)
     config = problems.attempt(load_config, args.pruning_config)
     device = problems.attempt(training.start, args)
@@ -135,7 +144,9 @@ def check_args(args: argparse.Namespace) -> Setup:
     if full and not full.has_weights and not args.resume:
         problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
     problems.raise_if_any()
-    model = problems.attempt(full.build, pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path)
+    model = problems.attempt(
+        full.build, pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path
+    )
     cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
     problems.raise_if_any()
     config, dead = config
@@ -149,7 +160,9 @@ def check_args(args: argparse.Namespace) -> Setup:
     )  # fmt: skip
     lowest = table.ratio(pruner.floor(), model.dims)
     if args.latency_target is not None and args.latency_target < lowest:
-        problems.add(f"--latency_target {args.latency_target} is below {lowest:.4f}, the least that the group sizes allow")
+        problems.add(
+            f"--latency_target {args.latency_target} is below {lowest:.4f}, the least that the group sizes allow"
+        )
     problems.raise_if_any()
     folder = problems.attempt(make_folder, run_folder(args, full, label, cap))
     problems.raise_if_any()
@@ -157,7 +170,7 @@ def check_args(args: argparse.Namespace) -> Setup:
 
 
 class PruningSteps:
-    """What pruning does inside the training loop: score after backward, keep removed weights at zero, remove at events."""
+    """Pruning inside the training loop: score after backward, keep removed weights at zero, remove at events."""
 
     def __init__(self, args: argparse.Namespace, setup: Setup, student: nn.Module, optimizer: torch.optim.Optimizer,
                  criterion: nn.Module) -> None:  # fmt: skip
@@ -303,12 +316,14 @@ def main(args: argparse.Namespace) -> None:
         ratio = setup.pruner.ratio
         append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **_prefixed(stats, test))
         save("checkpoint.pth", setup, steps, optimizer, precision, args, epoch, test | dict(latency=ratio))
-        say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f} of dense")
+        say(
+            f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f} of dense"
+        )
 
     # ---------------------------------------------------------------- result
     if args.latency_target is not None and setup.pruner.ratio > args.latency_target:
         raise RunFailed(
-            f"target {args.latency_target} not reached in {args.epochs} epochs: predicted latency {setup.pruner.ratio:.4f}; "
+            f"target {args.latency_target} not reached in {args.epochs} epochs: {setup.pruner.ratio:.4f} predicted; "
             f"the state is in {setup.folder / 'checkpoint.pth'}: go on with --resume and more --epochs"
         )
     small = compact(setup.model, steps.masks)

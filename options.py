@@ -40,8 +40,12 @@ def new_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="NAME", default=None,
-                       help="timm name of a plain ViT (default: the checkpoint's, else deit_base_distilled_patch16_224)")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        default=None,
+        help="timm name of a plain ViT (default: the checkpoint's, else deit_base_distilled_patch16_224)",
+    )
     group.add_argument("--model-kwargs", metavar="K=V", nargs="+", action=KeyValues, default={},
                        help="timm arguments of the full-size model, e.g. img_size=32 patch_size=4 (default: none)")
     group.add_argument("--input-size", metavar="PIXELS", type=int, default=None,
@@ -84,7 +88,9 @@ def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
                        help="probability of random erasing (default: 0.25)")
     group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"),
                        help="what random erasing fills with (default: pixel)")
-    group.add_argument("--recount", metavar="N", type=int, default=1, help="areas that random erasing takes (default: 1)")
+    group.add_argument(
+        "--recount", metavar="N", type=int, default=1, help="areas that random erasing takes (default: 1)"
+    )
     group.add_argument("--mixup", metavar="A", type=float, default=0.8, help="mixup alpha, 0 for off (default: 0.8)")
     group.add_argument("--cutmix", metavar="A", type=float, default=1.0, help="cutmix alpha, 0 for off (default: 1)")
     group.add_argument("--cutmix-minmax", metavar="F", type=float, nargs=2, default=None,

@@ -32,7 +32,7 @@ DEFAULT_MODEL = "deit_base_distilled_patch16_224"
 
 @dataclass
 class FullModel:
-    """The full-size model a run is about: timm's name and kwargs (classes included once the data is known), and its weights."""
+    """The full-size model a run is about: timm's name, kwargs (classes once the data is known) and weights."""
 
     arch: str
     kwargs: dict[str, Any]
@@ -84,7 +84,9 @@ def full_model(args: Any) -> FullModel:
     for key, value in args.model_kwargs.items():
         if kwargs.get(key, value) != value:
             raise ValueError(f"--model-kwargs {key}={value} but {args.initial_checkpoint} has {key}={kwargs[key]}")
-    kwargs = {k: v for k, v in (kwargs | args.model_kwargs).items() if k != "num_classes" and not k.endswith("drop_rate")}
+    kwargs = {
+        k: v for k, v in (kwargs | args.model_kwargs).items() if k != "num_classes" and not k.endswith("drop_rate")
+    }
     size = args.input_size
     if size and kwargs.get("img_size", size) != size:
         raise ValueError(f"--input-size is {size} but the model has img_size={kwargs['img_size']}")
@@ -223,7 +225,9 @@ def cnn_teacher(args: Any, classes: int, device: torch.device) -> nn.Module | No
         hint = "" if args.teacher_path else "; give a local file with --teacher-path FILE"
         raise ValueError(f"CNN teacher {args.teacher_model}: {_first_line(error)}{hint}") from None
     if teacher.num_classes != classes:
-        raise ValueError(f"CNN teacher {args.teacher_model} knows {teacher.num_classes} classes, the data has {classes}")
+        raise ValueError(
+            f"CNN teacher {args.teacher_model} knows {teacher.num_classes} classes, the data has {classes}"
+        )
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -253,7 +257,9 @@ def measured_ratio(full: FullModel, dims: ViTDims, batch: int, device: torch.dev
     pair = dict(dense=build_vit(full.arch, **full.kwargs), compact=build_vit(full.arch, dims, **full.kwargs))
     channels = skeleton(full.arch, **full.kwargs).patch_embed.proj.in_channels
     state = checkpoint.rng_state()
-    timings = interleaved({k: m.to(device) for k, m in pair.items()}, torch.randn(batch, channels, *size, device=device))
+    timings = interleaved(
+        {k: m.to(device) for k, m in pair.items()}, torch.randn(batch, channels, *size, device=device)
+    )
     checkpoint.set_rng_state(state)
     return round(ratio(timings["compact"], timings["dense"]).median, 5)
 

@@ -1,6 +1,6 @@
 """What pruning adds to a training step: the same distillation step with and without saliency, masking and selection.
 
-    python -m benchmarks.pruning_overhead [--initial-checkpoint FILE] [--batch-size 128] [--device cuda --dtype bfloat16]
+    python -m benchmarks.pruning_overhead [--initial-checkpoint FILE] [--batch-size 128] [--device cuda]
 
 Both kinds of step run interleaved in one process; prints the median of the paired ratios with its quartiles, before any
 embedding channel is masked and after a quarter of every axis is, and the peak memory on a GPU.

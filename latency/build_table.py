@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from latency.measure import DTYPES, Bench, device_name, interleaved, ratio
@@ -82,7 +81,7 @@ def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], ViTDims]:
             stored = torch.load(args.initial_checkpoint, map_location="cpu", weights_only=True)
             arch, kwargs = arch or stored["arch"], dict(stored["kwargs"])
         except Exception as error:  # torch.load has no common type for its failures
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(f"--initial-checkpoint {args.initial_checkpoint}: {reason}") from None
     if not arch:
         raise ValueError("--model or --initial-checkpoint is needed")
@@ -95,11 +94,16 @@ def points_of(args: argparse.Namespace) -> dict[str, int]:
     """How many points every axis gets at most. Raises ValueError."""
     given = _pairs(args.points, "--points")
     counts = (POINTS_COMPILED if args.compile else POINTS_CUDA if args.device == "cuda" else POINTS) | given
-    if odd := [f"{axis}={n}" for axis, n in given.items() if axis not in GROUPS or type(n) is not int or n < 1]:
-        raise ValueError(f"--points: {' '.join(odd)}: expected whole numbers above 0 for {', '.join(GROUPS)}")
+    if odd := [f"{axis}={n}" for axis, n in given.items() if axis not in GROUPS or type(n) is not int or n < 2]:
+        raise ValueError(f"--points: {' '.join(odd)}: expected whole numbers above 1 for {', '.join(GROUPS)}")
     if (total := math.prod(counts.values())) > MAX_POINTS:
         raise ValueError(f"--points: {total:,} combinations, of at most {MAX_POINTS:,}")
     return counts
+
+
+def group_of(axis: str, full: int) -> int:
+    """Units that are pruned together on an axis of `full` units."""
+    return min(GROUPS[axis], max(1, full // 8))
 
 
 def grid_of(counts: dict[str, int], dims: ViTDims) -> dict[str, list[int]]:
@@ -107,8 +111,8 @@ def grid_of(counts: dict[str, int], dims: ViTDims) -> dict[str, list[int]]:
     grid = {}
     for axis, count in counts.items():
         full = dims.embed if axis == "embed" else max(getattr(b, axis) for b in dims.blocks)
-        group = min(GROUPS[axis], max(1, full // 8))
-        spread = np.linspace(group, full, count) if count > 1 else [full]
+        group = group_of(axis, full)
+        spread = np.linspace(group, full, count)
         grid[axis] = sorted({min(full, round(p / group) * group) for p in spread} | {full})
     return grid
 
@@ -219,23 +223,11 @@ def sample_all(bench: Bench, progress: Progress, rounds: int) -> None:
         progress.save()
 
 
-def table_of(seconds: dict[str, float], meta: dict[str, Any]) -> LatencyTable:
-    """The table of seconds by key ("attention/EMB_96/QK_3_32/V_32", ...)."""
-    tree: dict[str, Any] = {}
-    for name, value in seconds.items():
-        *path, last = name.split("/")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = float(f"{value:.6g}")
-    return LatencyTable.of_parts(**tree, meta=meta)
-
-
 def random_dims(dims: ViTDims, rng: random.Random) -> ViTDims:
     """A compact architecture with every width between a quarter and the whole of its axis, in pruning groups."""
 
     def width(axis: str, full: int) -> int:
-        group = min(GROUPS[axis], max(1, full // 8))
+        group = group_of(axis, full)
         return rng.randint(-(-full // (4 * group)), full // group) * group
 
     axes = ("heads", "qk", "v", "mlp")
@@ -243,16 +235,15 @@ def random_dims(dims: ViTDims, rng: random.Random) -> ViTDims:
     return ViTDims(width("embed", dims.embed), tuple(blocks))
 
 
-def fit(table: LatencyTable, arch: str, kwargs: dict[str, Any], dims: ViTDims, images: Tensor,
-        args: argparse.Namespace) -> dict[str, float]:  # fmt: skip
+def fit(table: LatencyTable, bench: Bench, args: argparse.Namespace) -> dict[str, float]:
     """Factors of the blocks and of what is outside them, so that whole models come out as measured.
 
     Least squares of the relative errors of the dense and a few random models, with a pull towards one common factor.
     """
     rng = random.Random(0)
-    chosen = [dims, *(random_dims(dims, rng) for _ in range(FIT_MODELS))]
-    models = {str(i): build_vit(arch, d, **kwargs).to(images.device) for i, d in enumerate(chosen)}
-    timings = list(interleaved(models, images, FIT_ROUNDS, dtype=args.dtype, compiled=args.compile).values())
+    chosen = [bench.dims, *(random_dims(bench.dims, rng) for _ in range(FIT_MODELS))]
+    models = {str(i): build_vit(bench.arch, d, **bench.kwargs).to(bench.device) for i, d in enumerate(chosen)}
+    timings = list(interleaved(models, bench.images, FIT_ROUNDS, dtype=args.dtype, compiled=args.compile).values())
     measured = np.array([ratio(t, timings[0]).median * timings[0].median for t in timings])
     overhead = np.array([table.overhead_seconds(d.embed) for d in chosen])
     parts = np.stack([np.array([table.model_seconds(d) for d in chosen]) - overhead, overhead], axis=1)
@@ -261,6 +252,14 @@ def fit(table: LatencyTable, arch: str, kwargs: dict[str, Any], dims: ViTDims, i
     target = np.concatenate([np.ones(len(chosen)), PULL * common * np.ones(2)])
     factors = np.clip(np.linalg.lstsq(rows, target, rcond=None)[0], common / 2, common * 2)
     return dict(zip(("blocks", "overhead"), map(float, factors), strict=True))
+
+
+def warn(spreads: dict[str, float]) -> None:
+    """Tell which points did not settle."""
+    if noisy := sorted((k for k in spreads if spreads[k] > NOISY), key=lambda k: -spreads[k]):
+        worst = ", ".join(f"{key} ({spreads[key]:.0%})" if spreads[key] < math.inf else key for key in noisy[:3])
+        print(f"warning: {len(noisy)} of {len(spreads)} points vary by more than {NOISY:.0%} between rounds, worst "
+              f"{worst}; is the machine in use by others?", file=sys.stderr)  # fmt: skip
 
 
 def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
@@ -272,18 +271,15 @@ def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
     bench = Bench(arch, kwargs, grid, args.batch_size, args.device, args.dtype, args.compile)
     sample_all(bench, progress, args.rounds)
     spreads = {key: progress.spread(key) for key in progress.samples}
-    if noisy := sorted((k for k in spreads if spreads[k] > NOISY), key=lambda k: -spreads[k]):
-        worst = ", ".join(f"{key} {spreads[key]:.0%}" for key in noisy[:3])
-        print(f"warning: {len(noisy)} points vary by more than {NOISY:.0%} between rounds, worst {worst}; "
-              "is the machine in use by others?", file=sys.stderr)  # fmt: skip
+    warn(spreads)
     seconds = progress.seconds()
-    factors = fit(table_of(seconds, {}), arch, kwargs, dims, bench.images, args)
+    factors = fit(LatencyTable.of_parts(seconds, {}), bench, args)
     meta = settings | dict(
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"), complete=True,
         noise=float(np.median([s for s in spreads.values() if s < math.inf] or [1])), fit=factors,
     )  # fmt: skip
     factor = {key: factors["overhead" if key.startswith("overhead") else "blocks"] for key in seconds}
-    table = table_of({key: s * factor[key] for key, s in seconds.items()}, meta)
+    table = LatencyTable.of_parts({key: s * factor[key] for key, s in seconds.items()}, meta)
     table.save(args.output)
     progress.path.unlink()
     return table, len(seconds)
@@ -299,6 +295,9 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; the same command continues from {args.output}.part", file=sys.stderr)
         return 130
+    except (torch.OutOfMemoryError, OSError) as error:
+        print(f"{error}".partition("\n")[0], file=sys.stderr)
+        return 1
     dense = table.model_seconds(parent_of(args)[2]) * 1e3
     taken = time.perf_counter() - begin
     print(f"{args.output}: {points} points in {taken:.0f} s; dense model {dense:.2f} ms per batch of {args.batch_size}")

@@ -25,6 +25,7 @@ from models.vit import build_vit, skeleton
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 SETTLING_BYTES = 31 << 20  # just under the 32 MiB up to which glibc's allocator adapts
 PASS_SECONDS = dict(cpu=0.0, cuda=0.006)  # what a pass of a branch lasts at least: one call on a CPU
+WARM_UP = dict(cpu=3, cuda=50)  # passes of a model
 PASSES = 3  # of which the quickest counts
 KINDS = ("attention", "mlp")  # of branches
 
@@ -134,10 +135,10 @@ def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int = 15, 
             raise ValueError(f"model {name} is not on the images' device, {device}")
     settle_allocator()
     samples: dict[str, list[float]] = {name: [] for name in models}
-    calls = 50 if device.type == "cuda" else 3
     with torch.inference_mode(), ExitStack() as stack:
         ready = {name: stack.enter_context(_ready(model, dtype)) for name, model in models.items()}
         passes = {name: _caller(model, images, compiled) for name, model in ready.items()}
+        calls = WARM_UP[device.type]
         repeats = {name: math.ceil(min_seconds / warm_up(call, device, calls)) for name, call in passes.items()}
         for _ in range(rounds):
             for name, call in passes.items():
@@ -197,7 +198,7 @@ class Bench:
         self._due = -math.inf
         settle_allocator()
         parent = skeleton(arch, **kwargs)
-        dims = ViTDims.of(parent)
+        self.arch, self.kwargs, self.dims = arch, kwargs, (dims := ViTDims.of(parent))
         tokens = dims.blocks[0].tokens
         self.images = self._random(batch, parent.patch_embed.proj.in_channels, *parent.patch_embed.img_size)
         pool = _Pool(2 * sum(p.numel() + 64 for p in parent.blocks.parameters()), self.device, self.dtype)
@@ -213,7 +214,7 @@ class Bench:
         block = _without_storage(arch, kwargs, dims.embed, dims.blocks[:1])
         self._reference = _caller(pool.fill(block), self._random(batch, tokens, dims.embed), compiled=False)
         with torch.inference_mode():
-            warm_up(self._reference, self.device, calls=50)
+            warm_up(self._reference, self.device, WARM_UP[device])
 
     @property
     def keys(self) -> list[tuple[str, ...]]:

@@ -169,14 +169,23 @@ class LatencyTable:
             self._grids = [Grid.parse(parts[name], name, f"_parts -> {name}") for name in ("attention", "mlp")]
 
     @classmethod
-    def of_parts(cls, attention: dict, mlp: dict, overhead: dict, meta: dict[str, Any]) -> LatencyTable:
-        """From component measurements in the grammar of `_parts`; the published keys hold their sums."""
-        blocks = {}
-        for emb, by_qk in attention.items():
-            blocks[emb] = {
-                qk: {v: {m: a + b for m, b in mlp[emb].items()} for v, a in by_v.items()} for qk, by_v in by_qk.items()
-            }
-        return cls({"_meta": meta, **blocks, "_overhead": overhead, "_parts": dict(attention=attention, mlp=mlp)})
+    def of_parts(cls, seconds: dict[str, float], meta: dict[str, Any]) -> LatencyTable:
+        """From component seconds by key ("attention/EMB_96/QK_3_32/V_32", "mlp/EMB_96/MLP_384", "overhead/EMB_96").
+
+        The published keys hold the sums of attention and MLP.
+        """
+        tree: dict[str, Any] = {}
+        for name, value in seconds.items():
+            *path, last = name.split("/")
+            node = tree
+            for key in path:
+                node = node.setdefault(key, {})
+            node[last] = float(f"{value:.6g}")
+        overhead, blocks = tree.pop("overhead"), {}
+        for emb, by_qk in tree["attention"].items():
+            mlp = tree["mlp"][emb].items()
+            blocks[emb] = {qk: {v: {m: a + b for m, b in mlp} for v, a in by_v.items()} for qk, by_v in by_qk.items()}
+        return cls({"_meta": meta, **blocks, "_overhead": overhead, "_parts": tree})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:

@@ -1,4 +1,4 @@
-"""Which axes every parameter of a plain timm ViT carries: the one table that masks, saliency, compaction and counts read.
+"""Which axes every parameter of a plain timm ViT carries: the one table that masks, saliency, compaction, counts read.
 
 An *axis* is a set of units that are removed together wherever they appear: `embed` (one for the whole model) and
 `heads`, `qk`, `v`, `mlp` of each block, written `blocks.3.qk`. A *segment* is a product of axes, the outer one first:

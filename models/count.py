@@ -1,4 +1,5 @@
-"""MACs and parameters in closed form. They count the architecture: padding inside a kernel is the latency table's business."""
+"""MACs and parameters in closed form, of the architecture: padding inside a kernel is the latency table's business."""
+
 from __future__ import annotations
 
 from math import prod

@@ -14,8 +14,8 @@ from models.vit import LayerNorm
 class Masks:
     """One bool vector per axis (`embed`, `blocks.3.heads`, …) over the units of the full-size model `dims`.
 
-    A masked model is a full-size one whose removed units are exact zeros and whose LayerNorms run over the survivors: it
-    computes the same function as the compact model (DESIGN: masked equals compact).
+    A masked model is a full-size one whose removed units are exact zeros and whose LayerNorms run over the survivors:
+    it computes the same function as the compact model (DESIGN: masked equals compact).
     """
 
     def __init__(self, dims: ViTDims, device: torch.device | str = "cpu") -> None:
@@ -81,7 +81,7 @@ class Masks:
             self.zero_(name, parameter)
 
     def install_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Make `model` the masked model: zero weights, LayerNorms over survivors, and removed moments of the optimizer."""
+        """Make `model` the masked model: zero weights, zero moments of the optimizer, LayerNorms over survivors."""
         self.zero_weights_(model)
         for module in model.modules():
             if isinstance(module, LayerNorm):

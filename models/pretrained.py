@@ -20,11 +20,15 @@ def _fill(model: VisionTransformer, state: dict[str, torch.Tensor], path: str | 
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise CheckpointError(f"the weights of {path} do not fit its architecture: {' '.join(lines[1:3])[:300]}") from None
+        raise CheckpointError(
+            f"the weights of {path} do not fit its architecture: {' '.join(lines[1:3])[:300]}"
+        ) from None
 
 
-def from_checkpoint(content: dict[str, Any], path: str | Path, state: str = "model", **overrides: Any) -> VisionTransformer:
-    """The compact model of a loaded checkpoint; `state` names its weights, `overrides` change timm kwargs (drop rates)."""
+def from_checkpoint(
+    content: dict[str, Any], path: str | Path, state: str = "model", **overrides: Any
+) -> VisionTransformer:
+    """The compact model of a loaded checkpoint; `state` names its weights, `overrides` are timm kwargs (drop rates)."""
     try:
         arch = content["arch"]["name"]
         kwargs = content["arch"]["kwargs"] | overrides
@@ -72,7 +76,7 @@ def read_initial(path: str | Path) -> tuple[str | None, dict[str, Any], dict[str
 
 
 def load_initial_(model: VisionTransformer, state: dict[str, torch.Tensor], path: str | Path) -> list[str]:
-    """Load a dense state dict into a full-width model; returns the classifier weights left fresh for another class count.
+    """Load a dense state dict into a full-width model; returns the classifier weights left fresh: other classes.
 
     Raises CheckpointError when anything but the classifier does not fit.
     """

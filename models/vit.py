@@ -31,10 +31,11 @@ class ModelError(ValueError):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm whose statistics run over the surviving channels only.
 
-    With no mask it is torch's. With a mask (True is keep) removed channels are filled with the survivors' mean mu: then
-    the mean over all E channels is mu and the variance is K/E of the survivors', so torch's fused kernel with eps K/E and
-    weights scaled by sqrt(K/E) gives exactly what a LayerNorm of width K computes, and no gradient reaches a removed
-    channel. Published NViT keeps statistics over all channels while masked, which makes masked and compact differ.
+    With no mask it is torch's. With a mask (True is keep) removed channels are filled with the survivors' mean mu:
+    then the mean over all E channels is mu and the variance is K/E of the survivors', so torch's fused kernel with eps
+    K/E and weights scaled by sqrt(K/E) gives exactly what a LayerNorm of width K computes, and no gradient reaches a
+    removed channel. Published NViT keeps statistics over all channels while masked, which makes masked and compact
+    differ.
     """
 
     keep: Tensor | None
@@ -65,9 +66,9 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head self-attention with independent query/key and value widths.
 
-    The softmax scale is the parent's (`parent_head_dim ** -0.5`), whatever qk remains. The narrower of qk and v is padded
-    with zeros for the attention kernel alone, because unequal widths leave the fused kernel; `pad_to_equal = False` shows
-    the bare architecture to a counter.
+    The softmax scale is the parent's (`parent_head_dim ** -0.5`), whatever qk remains. The narrower of qk and v is
+    padded with zeros for the attention kernel alone, because unequal widths leave the fused kernel; `pad_to_equal =
+    False` shows the bare architecture to a counter.
     """
 
     pad_to_equal = True
@@ -105,7 +106,8 @@ class Block(nn.Module):
 
     def __init__(self, *, dims: BlockDims, scale: float, dim: int, norm_layer: Any, qkv_bias: bool = False,
                  proj_bias: bool = True, init_values: float | None = None, proj_drop: float = 0.0,
-                 attn_drop: float = 0.0, drop_path: float = 0.0, act_layer: Any = nn.GELU, **_: Any) -> None:  # fmt: skip
+                 attn_drop: float = 0.0, drop_path: float = 0.0, act_layer: Any = nn.GELU,
+                 **_: Any) -> None:  # fmt: skip
         super().__init__()
         self.dims = dims
         if dims.heads:
@@ -158,7 +160,9 @@ def _why_not_plain(model: nn.Module) -> str | None:
         return "it pools by attention"
     for block in model.blocks:
         if type(block) is not TimmBlock or type(block.attn) is not TimmAttention or type(block.mlp) is not Mlp:
-            parts = ", ".join(type(m).__name__ for m in (block, getattr(block, "attn", None), getattr(block, "mlp", None)))
+            parts = ", ".join(
+                type(m).__name__ for m in (block, getattr(block, "attn", None), getattr(block, "mlp", None))
+            )
             return f"its blocks are not plain ({parts})"
         if not isinstance(block.norm1, nn.LayerNorm):
             return f"it normalises with {type(block.norm1).__name__}"

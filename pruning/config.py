@@ -14,10 +14,11 @@ PUBLISHED_METHODS = {2: "magnitude", 22: "taylor_elementwise", 23: "taylor_sq"}
 PUBLISHED_GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)
 # Keys of the published files that its code overwrites or never reads.
 PUBLISHED_DEAD = frozenset(
-    "use_momentum frequency prune_per_iteration maximum_pruning_iterations prune_neurons_max pruning_silent group_size "
-    "pruning_threshold do_after_step latency_regularization latency_target latency_look_up_table l2_normalization_per_layer "
-    "rank_neurons_equally push_group_down push_down leave_at_least_one_group set_moment_zero fixed_layer starting_neuron "
-    "start_pruning_after_n_iterations fixed_criteria flops_regularization".split()
+    "do_after_step fixed_criteria fixed_layer flops_regularization frequency group_size "
+    "l2_normalization_per_layer latency_look_up_table latency_regularization latency_target "
+    "leave_at_least_one_group maximum_pruning_iterations prune_neurons_max prune_per_iteration pruning_silent "
+    "pruning_threshold push_down push_group_down rank_neurons_equally set_moment_zero "
+    "start_pruning_after_n_iterations starting_neuron use_momentum".split()
 )
 
 
@@ -27,7 +28,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """criterion: see `Saliency`; momentum: of the average over events, in [0, 1); group_size: units per group, by axis."""
+    """criterion: see `Saliency`; momentum: of the mean over events, in [0, 1); group_size: units per group, by axis."""
 
     criterion: str = "taylor_sq"
     momentum: float = 0.9
@@ -46,7 +47,7 @@ class PruningConfig:
                 raise ConfigError(f"group_size of {axis} must be a whole number above 0, not {size!r}")
 
     def group_sizes(self, dims: ViTDims) -> dict[str, int]:
-        """Units per group of every axis of a model: at most an eighth of the axis, so that narrow models keep a choice."""
+        """Units per group of every axis: at most an eighth of the axis, so that narrow models keep a choice."""
         return {a: min(self.group_size[a.rsplit(".", 1)[-1]], max(1, n // 8)) for a, n in dims.sizes().items()}
 
 

@@ -1,4 +1,5 @@
-"""The debug folder of a pruning run: remaining widths and the state of every axis at each event, in the published files."""
+"""The debug folder of a pruning run: remaining widths and the state of every axis at each event, as published."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,9 +1,9 @@
 """NViT's global pruning: every axis in one ranking by saliency - lambda x latency, until a latency target is met.
 
-arXiv 2110.04869, section 3.3 and Eq. 7. Deviations from the published code: only live units are ranked, each event removes
-the number of groups it was asked for, differences of latency are monotone (noise in a table never rewards keeping), widths
-are fresh in the stop test, and the last group is chosen so that the result lands as close below the target as the
-lowest-ranked groups allow.
+arXiv 2110.04869, section 3.3 and Eq. 7. Deviations from the published code: only live units are ranked, each event
+removes the number of groups it was asked for, differences of latency are monotone (noise in a table never rewards
+keeping), widths are fresh in the stop test, and the last group is chosen so that the result lands as close below the
+target as the lowest-ranked groups allow.
 """
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ class GlobalPruner:
     def ranking(self, scores: dict[str, Tensor]) -> list[Group]:
         """Groups that may go, lowest adjusted score first; within an axis always its lowest units first.
 
-        scores: float64 per axis, over all its units. Surviving widths stay multiples of the group size: where an axis is
-        none, its first group is the remainder.
+        scores: float64 per axis, over all its units. Surviving widths stay multiples of the group size: where an axis
+        is none, its first group is the remainder.
         """
         cost = latency_per_unit(self.table, self.masks.dims, self.group_sizes)
         ranked: list[tuple[float, Group]] = []

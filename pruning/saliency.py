@@ -62,14 +62,18 @@ class Saliency:
         self.steps = torch.zeros((), device=device)
         self.average = torch.zeros(total, device=device)
         self.events = 0
-        self._plan = [(p, self._destinations(name, p)) for name, p in model.named_parameters() if _local(name) in SCORED]
+        self._plan = [
+            (p, self._destinations(name, p)) for name, p in model.named_parameters() if _local(name) in SCORED
+        ]
 
     def _constant_of(self, axis: str, units: int, dims: ViTDims) -> Tensor:
         squared = self.criterion == "taylor_sq"
         constant = 1 / len(dims.blocks) if axis == "embed" else CONSTANTS[_kind(axis)]
         return torch.full((units,), constant if squared else 1.0)
 
-    def _destinations(self, name: str, parameter: nn.Parameter) -> list[tuple[int, slice, list[int], list[int], Tensor]]:
+    def _destinations(
+        self, name: str, parameter: nn.Parameter
+    ) -> list[tuple[int, slice, list[int], list[int], Tensor]]:
         """Where a parameter's sums go: (dimension, rows of it, their shape as axes, axes to sum, the axis's sums)."""
         scored, places = SCORED[_local(name)], []
         for position, dim in enumerate(axes_of(name)):

@@ -47,7 +47,8 @@ def write_table(path, embed=(4, 32), value=None, hole=False):
 def prune_problems(place, *flags):
     """The complaints about a good command line with `flags` added; nothing may be written."""
     good = ["--data-set", "DIGITS", "--initial-checkpoint", place / "dense.pth", "--device", "cpu", "--pruning",
-            "--latency_look_up_table", place / "table.json", "--latency_target", "0.9", "--output_dir", place / "out"]  # fmt: skip
+            "--latency_look_up_table", place / "table.json", "--latency_target", "0.9",
+            "--output_dir", place / "out"]  # fmt: skip
     args = prune.get_args_parser().parse_args([str(f) for f in [*good, *flags]])
     with pytest.raises(BadArguments) as error:
         prune.main(args)
@@ -161,7 +162,8 @@ def test_finetuning_flags_that_contradict_each_other(tmp_path):
 def test_pretrained_without_network_names_the_local_flag(tmp_path):
     environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
     command = [sys.executable, "finetune_dense.py", "--pretrained", "--model", ARCH, "--data-set", "DIGITS", "--device",
-               "cpu", "--output_dir", str(tmp_path / "out"), "--kl_loss_coeff", "0", "--original_loss_coeff", "1"]  # fmt: skip
+               "cpu", "--output_dir", str(tmp_path / "out"), "--kl_loss_coeff", "0",
+               "--original_loss_coeff", "1"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cannot be downloaded" in done.stderr and "--initial-checkpoint FILE" in done.stderr

@@ -64,7 +64,14 @@ def test_hooks_see_gradients_before_and_weights_after_the_step(parts):
         return len(seen) == 2
 
     train_one_epoch(
-        model, criterion, loader, optimizer, Precision(CPU, None), 0, after_backward=after_backward, after_step=after_step
+        model,
+        criterion,
+        loader,
+        optimizer,
+        Precision(CPU, None),
+        0,
+        after_backward=after_backward,
+        after_step=after_step,
     )
     assert len(seen) == 2  # ended early
 

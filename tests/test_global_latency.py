@@ -94,7 +94,9 @@ def test_remainder_goes_first_so_that_widths_become_multiples(table):
     assert len(group.units) == 125 % 16
 
 
-@pytest.mark.parametrize(("target", "steps"), [(0.9, 2), (0.7, 2), (0.5, 2), (0.3, 6)])  # few small steps are left at 0.3
+@pytest.mark.parametrize(
+    ("target", "steps"), [(0.9, 2), (0.7, 2), (0.5, 2), (0.3, 6)]
+)  # few small steps are left at 0.3
 def test_the_target_is_met_closely_and_the_run_stops_there(table, target, steps):
     run = pruner(table, target=target, per_event=3)
     for seed in range(1000):

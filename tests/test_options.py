@@ -14,15 +14,19 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = dict(main_full_global_latency=main_full_global_latency, finetune_dense=finetune_dense)
 NO_EFFECT = {"pruning_exit"}
 PRUNE = (
-    "--model deit_base_distilled_patch16_224 --epochs 50 --num_workers 10 --batch-size 128 --data-path D --data-set IMNET "
-    "--lr 1e-4 --output_dir save/path --amp --input-size 224 --seed 1 --pruning_config=pruning_configs/group8_m23_m09.json "
+    "--model deit_base_distilled_patch16_224 --epochs 50 --num_workers 10 --batch-size 128 --data-path D "
+    "--data-set IMNET "
+    "--lr 1e-4 --output_dir save/path --amp --input-size 224 --seed 1 "
+    "--pruning_config=pruning_configs/group8_m23_m09.json "
     "--prune_per_iter=32 --kl_loss_coeff=100000 --original_loss_coeff=1.0 --student_eval=True --dist-eval --pruning "
     """--prune_dict '{"Global":39000}' --interval_prune 100 --pretrained --distillation-type hard """
     "--latency_regularization 5e-4 --latency_target 0.54 --latency_look_up_table latency_head.json --pruning_exit"
 )
 FINETUNE = (
-    "--model deit_base_distilled_patch16_224 --epochs 300 --num_workers 10 --batch-size 144 --data-path D --data-set IMNET "
-    "--amp --input-size 224 --seed 1 --kl_loss_coeff=100000 --original_loss_coeff=1.0 --dist-eval --pretrained --finetune P "
+    "--model deit_base_distilled_patch16_224 --epochs 300 --num_workers 10 --batch-size 144 --data-path D "
+    "--data-set IMNET "
+    "--amp --input-size 224 --seed 1 --kl_loss_coeff=100000 --original_loss_coeff=1.0 --dist-eval --pretrained "
+    "--finetune P "
     "--distillation-type hard --distillation-alpha 0.5 --distillation-tau 20.0 --lr 0.0002"
 )
 

@@ -44,7 +44,11 @@ def problem(tiny, randomise):
     model = randomise(build_vit(**tiny)).double().eval()
     generator = torch.Generator().manual_seed(1)
     size = model.patch_embed.img_size
-    return model, torch.randn(8, 3, *size, generator=generator).double(), torch.randint(0, 10, (8,), generator=generator)
+    return (
+        model,
+        torch.randn(8, 3, *size, generator=generator).double(),
+        torch.randint(0, 10, (8,), generator=generator),
+    )
 
 
 @pytest.mark.parametrize("axis", ["embed", "blocks.0.heads", "blocks.1.qk", "blocks.0.v", "blocks.1.mlp"])

@@ -1,4 +1,5 @@
-"""Prune, compact and finetune end to end on the digits with a two-block model, in this process: files, figures, resume."""
+"""Prune, compact and finetune end to end on the digits with a two-block model: files, figures, resume."""
+
 import json
 import re
 
@@ -16,7 +17,19 @@ MODEL = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs",
          "img_size=16", "patch_size=4", "embed_dim=32", "depth=2", "num_heads=4"]  # fmt: skip
 PLAIN = ["--data-set", "DIGITS", "--num_workers", "0", "--device", "cpu", "--mixup", "0", "--cutmix", "0", "--aa", "",
          "--color-jitter", "0", "--reprob", "0", "--drop-path", "0.1", "--batch-size", "64"]  # fmt: skip
-TRAIN = ["--scratch", *MODEL, *PLAIN, "--epochs", "3", "--lr", "1e-2", "--kl_loss_coeff", "0", "--original_loss_coeff", "1"]
+TRAIN = [
+    "--scratch",
+    *MODEL,
+    *PLAIN,
+    "--epochs",
+    "3",
+    "--lr",
+    "1e-2",
+    "--kl_loss_coeff",
+    "0",
+    "--original_loss_coeff",
+    "1",
+]
 PRUNE = [*PLAIN, "--pruning", "--latency_target", "0.6", "--latency_regularization", "1e-4", "--prune_per_iter", "64",
          "--interval_prune", "2", "--student_eval=True", "--epochs", "5", "--lr", "4e-3", "--kl_loss_coeff", "10000",
          "--original_loss_coeff", "1"]  # fmt: skip
@@ -124,7 +137,9 @@ def test_the_finetuned_checkpoint_is_smaller_and_has_the_same_keys(runs):
     tuned, pruned = (torch.load(runs[k] / f, weights_only=True) for k, f in
                      (("tuned", "ft_checkpoint.pth"), ("pruned", "pruned_checkpoint.pth")))  # fmt: skip
     assert sorted(tuned) == sorted(pruned) and tuned["masks"] is None
-    sizes = [(runs[k] / f).stat().st_size for k, f in (("tuned", "ft_checkpoint.pth"), ("pruned", "pruned_checkpoint.pth"))]
+    sizes = [
+        (runs[k] / f).stat().st_size for k, f in (("tuned", "ft_checkpoint.pth"), ("pruned", "pruned_checkpoint.pth"))
+    ]
     assert sizes[0] < sizes[1]
 
 

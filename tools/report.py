@@ -67,8 +67,9 @@ def plot_widths(dims: ViTDims, dense: ViTDims | None, path: Path) -> None:
         bars = panel.bar(blocks, widths, color="#2f6db3", width=0.6, label="left")
         panel.bar_label(bars, fontsize=7)
         panel.set(title=title, xlabel="block", xticks=list(blocks))
+        panel.yaxis.get_major_locator().set_params(integer=True)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     full = f" of {dense.embed}" if dense is not None else ""
     figure.suptitle(f"embedding {dims.embed}{full}")
     figure.savefig(path, dpi=130)
