@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from scipy.optimize import lsq_linear
 from tqdm import tqdm
 
 from latency.measure import DTYPES, Bench, device_name, interleaved, ratio
@@ -35,27 +36,27 @@ POINTS_COMPILED = dict(embed=3, heads=3, qk=3, v=3, mlp=4)  # every point is com
 MAX_POINTS = 200_000
 NOISY = 0.2  # relative spread between rounds above which a point is measured again
 QUIET = 1.25  # times the quick reference: slower moments are those when others use the machine
-FIT_MODELS, FIT_ROUNDS = 6, 9
-PULL = 0.3  # towards one common factor of all parts: what the weight of one more model would be, squared
+FIT_MODELS, FIT_ROUNDS = 7, 9
+MOST_CONSTANT = 0.1  # of the dense model's time
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("latency table", description=__doc__.splitlines()[0], add_help=True)
-    parser.add_argument("--model", help="timm model, the upper end of the table (default: that of the checkpoint)")
-    parser.add_argument("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE",
-                        help="timm arguments of the model, e.g. img_size=16 embed_dim=96")  # fmt: skip
-    parser.add_argument("--initial-checkpoint", metavar="FILE", help="take model and arguments from a checkpoint")
-    parser.add_argument("--input-size", type=int, metavar="PIXELS", help="image size (default: the model's)")
-    parser.add_argument("--num-classes", type=int, metavar="N", help="classes (default: the model's)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="deployment batch (default: 64)")
-    parser.add_argument("--dtype", default="fp32", help=f"{', '.join(DTYPES)}; weights and images (default: fp32)")
+    parser = argparse.ArgumentParser("latency table", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", help="timm model, the upper end of the table (default: that of the checkpoint)")
+    add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="timm's, e.g. img_size=16 embed_dim=96")
+    add("--initial-checkpoint", metavar="FILE", help="take model and arguments from a checkpoint (arch, kwargs, model)")
+    add("--input-size", type=int, metavar="PIXELS", help="image size (default: the model's)")
+    add("--num-classes", type=int, metavar="N", help="classes (default: the model's)")
+    add("--batch-size", type=int, default=64, metavar="N", help="deployment batch (default: 64)")
+    add("--dtype", default="fp32", help=f"{', '.join(DTYPES)}; weights and images (default: fp32)")
     available = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=available, help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--compile", action="store_true", help="measure under torch.compile, on fewer points")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="measurements of each point (default: 3)")
-    parser.add_argument("--points", nargs="*", default=[], metavar="AXIS=N",
-                        help="points per axis (default on a CPU: embed=5 heads=4 qk=5 v=5 mlp=9)")  # fmt: skip
-    parser.add_argument("--output", required=True, metavar="FILE", help="the table to write (JSON)")
+    add("--device", default=available, help="cpu or cuda (default: cuda where there is one)")
+    add("--compile", action="store_true", help="measure under torch.compile, on fewer points")
+    add("--rounds", type=int, default=3, metavar="N", help="measurements of each point, at least 2 (default: 3)")
+    add("--points", nargs="*", default=[], metavar="AXIS=N",
+        help="points per axis (default on a CPU: embed=5 heads=4 qk=5 v=5 mlp=9)")  # fmt: skip
+    add("--output", required=True, metavar="FILE", help="the table to write (JSON)")
     return parser
 
 
@@ -120,7 +121,7 @@ def grid_of(counts: dict[str, int], dims: ViTDims) -> dict[str, list[int]]:
 def problems(args: argparse.Namespace) -> list[str]:
     """Everything that is wrong with the arguments, one line each."""
     found = []
-    for axis, minimum in dict(batch_size=1, rounds=1, input_size=1, num_classes=0).items():
+    for axis, minimum in dict(batch_size=1, rounds=2, input_size=1, num_classes=0).items():
         if (value := getattr(args, axis)) is not None and value < minimum:
             found.append(f"--{axis.replace('_', '-')} must be at least {minimum}, not {value}")
     if args.dtype not in DTYPES:
@@ -201,7 +202,7 @@ class Progress:
 def sample_all(bench: Bench, progress: Progress, rounds: int) -> None:
     """Measure every key once a round, in a new random order each; then the unsettled again, for as long at most."""
     bench.clock = progress.clock
-    visits, per_visit = (1, max(2, rounds)) if bench.compiled else (max(2, rounds), 1)
+    visits, per_visit = (1, rounds) if bench.compiled else (rounds, 1)
     keys = {"/".join(key): key for key in bench.keys}
 
     def visit(names: list[str], title: str, until: float = math.inf) -> None:
@@ -223,35 +224,34 @@ def sample_all(bench: Bench, progress: Progress, rounds: int) -> None:
         progress.save()
 
 
-def random_dims(dims: ViTDims, rng: random.Random) -> ViTDims:
-    """A compact architecture with every width between a quarter and the whole of its axis, in pruning groups."""
+def random_dims(dims: ViTDims, size: float, rng: random.Random) -> ViTDims:
+    """A compact architecture with every width at random between a half and the whole of `size` times its axis."""
 
     def width(axis: str, full: int) -> int:
-        group = group_of(axis, full)
-        return rng.randint(-(-full // (4 * group)), full // group) * group
+        largest = max(1, round(size * full / group_of(axis, full)))
+        return min(full, rng.randint(-(-largest // 2), largest) * group_of(axis, full))
 
     axes = ("heads", "qk", "v", "mlp")
     blocks = (BlockDims(*(width(axis, getattr(b, axis)) for axis in axes), b.tokens) for b in dims.blocks)
     return ViTDims(width("embed", dims.embed), tuple(blocks))
 
 
-def fit(table: LatencyTable, bench: Bench, args: argparse.Namespace) -> dict[str, float]:
-    """Factors of the blocks and of what is outside them, so that whole models come out as measured.
+def fit(table: LatencyTable, bench: Bench, args: argparse.Namespace) -> tuple[float, float]:
+    """A factor of the parts, and seconds outside the blocks, so that whole models come out as measured.
 
-    Least squares of the relative errors of the dense and a few random models, with a pull towards one common factor.
+    Least squares of the relative errors of the dense and a few random models. The seconds are what a chain of unequal
+    layers costs beyond the layers: small models come out too fast without them.
     """
     rng = random.Random(0)
-    chosen = [bench.dims, *(random_dims(bench.dims, rng) for _ in range(FIT_MODELS))]
+    chosen = [bench.dims, *(random_dims(bench.dims, size, rng) for size in np.linspace(0.3, 1, FIT_MODELS))]
     models = {str(i): build_vit(bench.arch, d, **bench.kwargs).to(bench.device) for i, d in enumerate(chosen)}
     timings = list(interleaved(models, bench.images, FIT_ROUNDS, dtype=args.dtype, compiled=args.compile).values())
     measured = np.array([ratio(t, timings[0]).median * timings[0].median for t in timings])
-    overhead = np.array([table.overhead_seconds(d.embed) for d in chosen])
-    parts = np.stack([np.array([table.model_seconds(d) for d in chosen]) - overhead, overhead], axis=1)
-    common = float(np.median(measured / parts.sum(1)))
-    rows = np.concatenate([parts / measured[:, None], PULL * np.eye(2)])
-    target = np.concatenate([np.ones(len(chosen)), PULL * common * np.ones(2)])
-    factors = np.clip(np.linalg.lstsq(rows, target, rcond=None)[0], common / 2, common * 2)
-    return dict(zip(("blocks", "overhead"), map(float, factors), strict=True))
+    parts = np.array([table.model_seconds(d) for d in chosen])
+    common, most = np.median(measured / parts), MOST_CONSTANT * measured[0]
+    rows = np.stack([parts / measured, most / measured], axis=1)
+    factor, share = lsq_linear(rows, np.ones(len(chosen)), ([common / 2, 0], [common * 2, 1])).x
+    return float(factor), float(share * most)
 
 
 def warn(spreads: dict[str, float]) -> None:
@@ -273,13 +273,13 @@ def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
     spreads = {key: progress.spread(key) for key in progress.samples}
     warn(spreads)
     seconds = progress.seconds()
-    factors = fit(LatencyTable.of_parts(seconds, {}), bench, args)
-    meta = settings | dict(
+    factor, constant = fit(LatencyTable.of_parts(seconds, {}), bench, args)
+    fitted = {key: factor * s + constant * key.startswith("overhead") for key, s in seconds.items()}
+    table = LatencyTable.of_parts(fitted, settings | dict(
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"), complete=True,
-        noise=float(np.median([s for s in spreads.values() if s < math.inf] or [1])), fit=factors,
-    )  # fmt: skip
-    factor = {key: factors["overhead" if key.startswith("overhead") else "blocks"] for key in seconds}
-    table = LatencyTable.of_parts({key: s * factor[key] for key, s in seconds.items()}, meta)
+        noise=float(np.median([s for s in spreads.values() if s < math.inf] or [1])),
+        fit=dict(factor=factor, constant=constant),
+    ))  # fmt: skip
     table.save(args.output)
     progress.path.unlink()
     return table, len(seconds)

@@ -37,7 +37,7 @@ def test_writes_one_table_that_covers_the_model(tmp_path, capsys):
     assert (meta["model"], meta["model_kwargs"], meta["batch"], meta["dtype"]) == (ARCH, KWARGS, 2, "fp32")
     assert meta["tokens"] == 18 and meta["img_size"] == [16, 16] and meta["torch"] == torch.__version__
     assert meta["complete"] is True and meta["unit"] == "seconds per block" and meta["compile"] is None
-    assert meta["noise"] >= 0 and set(meta["fit"]) == {"blocks", "overhead"} and meta["threads"] >= 1
+    assert meta["noise"] >= 0 and set(meta["fit"]) == {"factor", "constant"} and meta["threads"] >= 1
     parts = table.data["_parts"]
     total = parts["attention"]["EMB_48"]["QK_3_16"]["V_16"] + parts["mlp"]["EMB_48"]["MLP_192"]
     assert table.data["EMB_48"]["QK_3_16"]["V_16"]["MLP_192"] == pytest.approx(total)
@@ -127,4 +127,5 @@ def test_grids_reach_the_full_width_in_pruning_groups():
     assert grid["v"] == [8, 16, 24, 32, 40, 48, 56, 64] and grid["heads"][0] == 1 and len(grid["embed"]) == 5
     assert all(p % 16 == 0 for p in grid["embed"] + grid["mlp"])
     narrow = grid_of(dict(embed=5, heads=4, qk=8, v=2, mlp=2), ViTDims(96, (BlockDims(3, 32, 32, 384, 66),)))
-    assert narrow == dict(embed=[12, 36, 48, 72, 96], heads=[1, 2, 3], qk=list(range(4, 33, 4)), v=[4, 32], mlp=[16, 384])
+    qk = [4, 8, 12, 16, 20, 24, 28, 32]
+    assert narrow == dict(embed=[12, 36, 48, 72, 96], heads=[1, 2, 3], qk=qk, v=[4, 32], mlp=[16, 384])
