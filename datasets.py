@@ -5,7 +5,6 @@ ImageNet's mean and standard deviation; targets are class indices.
 """
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +21,10 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
 
-from utils import RunFailed
+from utils import RunFailed, say
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET")
 SMALL = 32  # pixels: up to this side, images are padded and cropped, not resized at random
-
-logger = logging.getLogger(__name__)
 
 
 class DataError(ValueError):
@@ -123,7 +120,7 @@ def _data_folder(args: Any) -> Path:
 
 def _cifar(is_train: bool, args: Any, transform: Callable) -> Dataset:
     if args.data_set == "CIFAR" and is_train:
-        logger.warning("--data-set CIFAR is CIFAR-100, as in DeiT; CIFAR10 is the one with 10 classes")
+        say("--data-set CIFAR is CIFAR-100, as in DeiT; CIFAR10 is the one with 10 classes")
     kind = CIFAR10 if args.data_set == "CIFAR10" else CIFAR100
     root = _data_folder(args)
     remedy = f"put the extracted {kind.base_folder} folder under DATA_PATH; nothing is downloaded"
@@ -191,7 +188,7 @@ def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor
             _resize(size if size <= SMALL else size * 256 // 224), transforms.CenterCrop(size), *_normalised(),
         ])  # fmt: skip
     if args.data_set == "DIGITS":
-        logger.info("DIGITS have their own augmentation: --aa, --color-jitter and --reprob have no effect on them")
+        say("DIGITS have their own augmentation: --aa, --color-jitter and --reprob have no effect on them")
         return transforms.Compose([
             _resize(size),
             transforms.RandomAffine(degrees=10, scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR),

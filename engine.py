@@ -35,7 +35,8 @@ class FiniteGuard:
     log interval and before anything is saved, so that no step waits for the host.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, epoch: int = 0) -> None:
+        self.epoch = epoch
         self.immediate = device.type == "cpu"
         self.first_bad = torch.full((), math.inf, device=device)
 
@@ -47,7 +48,7 @@ class FiniteGuard:
 
     def check(self) -> None:
         if math.isfinite(step := self.first_bad.item()):
-            raise RunFailed(f"the loss is not finite at step {int(step)} of this epoch")
+            raise RunFailed(f"the loss is not finite in epoch {self.epoch}, step {int(step)}")
 
 
 def progress(iterable: Iterable, total: int, label: str) -> tqdm:
@@ -99,7 +100,7 @@ def train_one_epoch(
     with gradients unscaled and weights not yet moved; after_step(loss) runs with the weights moved, and ends the epoch
     early by returning True. The caller chooses train or eval mode. Raises RunFailed when the loss is not finite.
     """
-    meters, guard, device = Meters(), FiniteGuard(precision.device), precision.device
+    meters, guard, device = Meters(), FiniteGuard(precision.device, epoch), precision.device
     bar = progress(loader, len(loader), f"epoch {epoch}")
     for step, (images, targets) in enumerate(bar):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)

@@ -24,7 +24,18 @@ from pruning import debug
 from pruning.config import PruningConfig, load_config
 from pruning.global_latency import GlobalPruner
 from pruning.saliency import Saliency
-from utils import Problems, RunFailed, append_log, is_main, make_folder, run_script, say, warn, write_json
+from utils import (
+    Problems,
+    RunFailed,
+    append_log,
+    is_main,
+    make_folder,
+    naming_the_last_good,
+    run_script,
+    say,
+    warn,
+    write_json,
+)
 
 KL_TEMPERATURE = 3.0  # published, fixed while pruning
 
@@ -308,10 +319,12 @@ def main(args: argparse.Namespace) -> None:
             break
         start_epoch(setup.data.train, epoch)
         steps.set_phase()
-        stats = train_one_epoch(
-            student, criterion, setup.data.train, optimizer, precision, epoch, mixup=mixup, clip_grad=args.clip_grad,
-            after_backward=steps.after_backward, after_step=steps.after_step, log_interval=args.log_interval,
-        )  # fmt: skip
+        with naming_the_last_good(setup.folder / "checkpoint.pth"):
+            stats = train_one_epoch(
+                student, criterion, setup.data.train, optimizer, precision, epoch, mixup=mixup,
+                clip_grad=args.clip_grad, after_backward=steps.after_backward, after_step=steps.after_step,
+                log_interval=args.log_interval,
+            )  # fmt: skip
         test = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
         ratio = setup.pruner.ratio
         append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **_prefixed(stats, test))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
@@ -123,6 +124,11 @@ def load_data(args: Any, full: FullModel, train: bool = True) -> Data:
     return Data(train_loader, build_loader(val, args, is_train=False, **place), classes)
 
 
+def is_optimizer(name: str) -> bool:
+    """Whether timm knows the optimizer, with or without its lookahead_ prefix."""
+    return name.lower().removeprefix("lookahead_") in list_optimizers()
+
+
 def check_numbers(args: Any, problems: Problems) -> None:
     """Complaints about flags that every training script has."""
     for name in ("batch_size", "epochs", "log_interval"):
@@ -134,6 +140,9 @@ def check_numbers(args: Any, problems: Problems) -> None:
     for name in ("lr", "num_workers", "kl_loss_coeff", "original_loss_coeff"):
         if getattr(args, name, 0) < 0:
             problems.add(f"--{name} must not be negative, not {getattr(args, name)}")
+    if not is_optimizer(args.opt):
+        closest = difflib.get_close_matches(args.opt, list_optimizers(), n=3)
+        problems.add(f"--opt: timm knows no optimizer {args.opt!r}; closest: {', '.join(closest) or 'adamw'}")
     mixing = getattr(args, "mixup", 0) > 0 or getattr(args, "cutmix", 0) > 0 or getattr(args, "cutmix_minmax", None)
     if mixing and args.batch_size % 2 and not getattr(args, "eval", False):
         problems.add(f"mixup and cutmix need an even --batch-size, not {args.batch_size} (or --mixup 0 --cutmix 0)")

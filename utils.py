@@ -1,12 +1,13 @@
 """What every script needs around its work: processes, seeds, folders, logs, and errors a person can read."""
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,16 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def naming_the_last_good(path: Path) -> Iterator[None]:
+    """A run that fails in here says which checkpoint is still good."""
+    try:
+        yield
+    except RunFailed as error:
+        good = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
+        raise RunFailed(f"{error}; {good}") from error
 
 
 def init_distributed(device: str) -> torch.device:

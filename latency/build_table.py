@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import datetime
 import json
 import math
 import os
@@ -30,13 +29,13 @@ from latency.table import LatencyTable, write_json
 from models import BlockDims, ViTDims, build_vit, skeleton
 
 GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units pruned together; at most an eighth
-POINTS = dict(embed=5, heads=4, qk=5, v=5, mlp=9)
+POINTS = dict(heads=4, qk=5, v=5, mlp=9)  # and of embed every group on narrow models, else 5
 POINTS_CUDA = POINTS | dict(qk=8, v=8)  # kernels step with the head width
 POINTS_COMPILED = dict(embed=3, heads=3, qk=3, v=3, mlp=4)  # every point is compiled: seconds each
 MAX_POINTS = 200_000
 NOISY = 0.2  # relative spread between rounds above which a point is measured again
 QUIET = 1.25  # times the quick reference: slower moments are those when others use the machine
-FIT_MODELS, FIT_ROUNDS = 7, 9
+FIT_MODELS, FIT_ROUNDS = 9, 9
 MOST_CONSTANT = 0.1  # of the dense model's time
 
 
@@ -54,8 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default=available, help="cpu or cuda (default: cuda where there is one)")
     add("--compile", action="store_true", help="measure under torch.compile, on fewer points")
     add("--rounds", type=int, default=3, metavar="N", help="measurements of each point, at least 2 (default: 3)")
-    add("--points", nargs="*", default=[], metavar="AXIS=N",
-        help="points per axis (default on a CPU: embed=5 heads=4 qk=5 v=5 mlp=9)")  # fmt: skip
+    add("--points", nargs="*", default=[], metavar="AXIS=N", help="points per axis, e.g. embed=5 heads=4 qk=5 v=5")
     add("--output", required=True, metavar="FILE", help="the table to write (JSON)")
     return parser
 
@@ -97,7 +95,7 @@ def points_of(args: argparse.Namespace) -> dict[str, int]:
     counts = (POINTS_COMPILED if args.compile else POINTS_CUDA if args.device == "cuda" else POINTS) | given
     if odd := [f"{axis}={n}" for axis, n in given.items() if axis not in GROUPS or type(n) is not int or n < 2]:
         raise ValueError(f"--points: {' '.join(odd)}: expected whole numbers above 1 for {', '.join(GROUPS)}")
-    if (total := math.prod(counts.values())) > MAX_POINTS:
+    if (total := math.prod((dict(embed=8) | counts).values())) > MAX_POINTS:
         raise ValueError(f"--points: {total:,} combinations, of at most {MAX_POINTS:,}")
     return counts
 
@@ -109,8 +107,8 @@ def group_of(axis: str, full: int) -> int:
 
 def grid_of(counts: dict[str, int], dims: ViTDims) -> dict[str, list[int]]:
     """Points of every axis: multiples of the pruning group, from one group to the full width."""
-    grid = {}
-    for axis, count in counts.items():
+    grid, narrow = {}, dims.embed <= 8 * group_of("embed", dims.embed)
+    for axis, count in (dict(embed=8 if narrow else 5) | counts).items():
         full = dims.embed if axis == "embed" else max(getattr(b, axis) for b in dims.blocks)
         group = group_of(axis, full)
         spread = np.linspace(group, full, count)
@@ -131,10 +129,9 @@ def problems(args: argparse.Namespace) -> list[str]:
     elif args.device == "cuda" and not torch.cuda.is_available():
         found.append("--device cuda: torch finds no CUDA device here; use --device cpu")
     folder = Path(args.output).resolve().parent
-    if not folder.is_dir():
-        found.append(f"--output: there is no folder {folder}")
-    elif not os.access(folder, os.W_OK) or Path(args.output).is_dir():
-        found.append(f"--output: cannot write {args.output}")
+    if not os.access(folder, os.W_OK) or Path(args.output).is_dir():
+        missing = "" if folder.is_dir() else f": there is no folder {folder}"
+        found.append(f"--output: cannot write {args.output}{missing}")
     for check in (parent_of, points_of):
         try:
             check(args)
@@ -148,10 +145,9 @@ def settings_of(args: argparse.Namespace, arch: str, kwargs: dict[str, Any], gri
     parent = skeleton(arch, **kwargs)
     return dict(
         model=arch, model_kwargs=kwargs, batch=args.batch_size, img_size=list(parent.patch_embed.img_size),
-        tokens=ViTDims.of(parent).blocks[0].tokens, dtype=args.dtype,
-        device=device_name(args.device), threads=torch.get_num_threads(),
-        compile="default" if args.compile else None, torch=torch.__version__, timm=timm.__version__,
-        rounds=args.rounds, grid=grid, unit="seconds per block",
+        tokens=ViTDims.of(parent).blocks[0].tokens, dtype=args.dtype, device=device_name(args.device),
+        threads=torch.get_num_threads(), compile="default" if args.compile else None, torch=torch.__version__,
+        timm=timm.__version__, rounds=args.rounds, grid=grid, unit="seconds per block",
     )  # fmt: skip
 
 
@@ -193,14 +189,9 @@ class Progress:
         quiet = self.quiet(key)
         return float(np.subtract(*np.quantile(quiet, (0.75, 0.25))) / np.median(quiet)) if len(quiet) > 1 else math.inf
 
-    def seconds(self) -> dict[str, float]:
-        """Of every key, at the undisturbed machine's speed."""
-        reference = float(np.quantile(self.clock, 0.1))
-        return {key: self.relative(key) * reference for key in self.samples}
-
 
 def sample_all(bench: Bench, progress: Progress, rounds: int) -> None:
-    """Measure every key once a round, in a new random order each; then the unsettled again, for as long at most."""
+    """Measure every key once a round, in random order; then the unsettled ones, for half as long at most."""
     bench.clock = progress.clock
     visits, per_visit = (1, rounds) if bench.compiled else (rounds, 1)
     keys = {"/".join(key): key for key in bench.keys}
@@ -217,33 +208,32 @@ def sample_all(bench: Bench, progress: Progress, rounds: int) -> None:
         for i in range(visits):
             visit([k for k in keys if len(progress.samples.get(k, ())) <= i], f"round {i + 1}/{visits}")
             progress.save()
-        until = 2 * time.perf_counter() - begin
+        until = time.perf_counter() + (time.perf_counter() - begin) / 2
         while time.perf_counter() < until and (unsettled := [k for k in keys if progress.spread(k) > NOISY]):
             visit(unsettled, "again, undisturbed", until)
     finally:
         progress.save()
 
 
-def random_dims(dims: ViTDims, size: float, rng: random.Random) -> ViTDims:
-    """A compact architecture with every width at random between a half and the whole of `size` times its axis."""
+def random_dims(dims: ViTDims, embed: float, rng: random.Random) -> ViTDims:
+    """An architecture with about this share of the embedding, and random widths in every block."""
 
-    def width(axis: str, full: int) -> int:
-        largest = max(1, round(size * full / group_of(axis, full)))
-        return min(full, rng.randint(-(-largest // 2), largest) * group_of(axis, full))
+    def width(axis: str, full: int, share: float) -> int:
+        group = group_of(axis, full)
+        return min(full, max(1, round(share * full / group)) * group)
 
-    axes = ("heads", "qk", "v", "mlp")
-    blocks = (BlockDims(*(width(axis, getattr(b, axis)) for axis in axes), b.tokens) for b in dims.blocks)
-    return ViTDims(width("embed", dims.embed), tuple(blocks))
+    blocks = [BlockDims(*(width(a, getattr(b, a), rng.random()) for a in POINTS), b.tokens) for b in dims.blocks]
+    return ViTDims(width("embed", dims.embed, embed), tuple(blocks))
 
 
 def fit(table: LatencyTable, bench: Bench, args: argparse.Namespace) -> tuple[float, float]:
     """A factor of the parts, and seconds outside the blocks, so that whole models come out as measured.
 
-    Least squares of the relative errors of the dense and a few random models. The seconds are what a chain of unequal
-    layers costs beyond the layers: small models come out too fast without them.
+    Least squares of the relative errors of the dense and a few random models. The seconds are what layers of unequal
+    widths cost beyond their sum: without them, small models come out too fast.
     """
     rng = random.Random(0)
-    chosen = [bench.dims, *(random_dims(bench.dims, size, rng) for size in np.linspace(0.3, 1, FIT_MODELS))]
+    chosen = [bench.dims, *(random_dims(bench.dims, share, rng) for share in np.linspace(0.25, 1, FIT_MODELS))]
     models = {str(i): build_vit(bench.arch, d, **bench.kwargs).to(bench.device) for i, d in enumerate(chosen)}
     timings = list(interleaved(models, bench.images, FIT_ROUNDS, dtype=args.dtype, compiled=args.compile).values())
     measured = np.array([ratio(t, timings[0]).median * timings[0].median for t in timings])
@@ -254,35 +244,35 @@ def fit(table: LatencyTable, bench: Bench, args: argparse.Namespace) -> tuple[fl
     return float(factor), float(share * most)
 
 
-def warn(spreads: dict[str, float]) -> None:
-    """Tell which points did not settle."""
-    if noisy := sorted((k for k in spreads if spreads[k] > NOISY), key=lambda k: -spreads[k]):
-        worst = ", ".join(f"{key} ({spreads[key]:.0%})" if spreads[key] < math.inf else key for key in noisy[:3])
-        print(f"warning: {len(noisy)} of {len(spreads)} points vary by more than {NOISY:.0%} between rounds, worst "
-              f"{worst}; is the machine in use by others?", file=sys.stderr)  # fmt: skip
-
-
 def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
     """The measured table, saved, and the number of points measured. Continues an interrupted run."""
     arch, kwargs, dims = parent_of(args)
     grid = grid_of(points_of(args), dims)
-    settings = settings_of(args, arch, kwargs, grid)
-    progress = Progress(args.output, settings)
+    progress = Progress(args.output, settings := settings_of(args, arch, kwargs, grid))
     bench = Bench(arch, kwargs, grid, args.batch_size, args.device, args.dtype, args.compile)
     sample_all(bench, progress, args.rounds)
     spreads = {key: progress.spread(key) for key in progress.samples}
-    warn(spreads)
-    seconds = progress.seconds()
+    if noisy := sorted((k for k in spreads if spreads[k] > NOISY), key=lambda k: -spreads[k]):
+        worst = ", ".join(f"{key} ({spreads[key]:.0%})" for key in noisy[:3])
+        print(f"warning: {len(noisy)} of {len(spreads)} points vary by more than {NOISY:.0%} between rounds, "
+              f"worst {worst}; is the machine in use by others?", file=sys.stderr)  # fmt: skip
+    reference = float(np.quantile(progress.clock, 0.1))
+    seconds = {key: progress.relative(key) * reference for key in progress.samples}
     factor, constant = fit(LatencyTable.of_parts(seconds, {}), bench, args)
     fitted = {key: factor * s + constant * key.startswith("overhead") for key, s in seconds.items()}
     table = LatencyTable.of_parts(fitted, settings | dict(
-        date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"), complete=True,
+        date=time.strftime("%Y-%m-%dT%H:%M:%S%z"), complete=True,
         noise=float(np.median([s for s in spreads.values() if s < math.inf] or [1])),
         fit=dict(factor=factor, constant=constant),
     ))  # fmt: skip
     table.save(args.output)
     progress.path.unlink()
     return table, len(seconds)
+
+
+def _stop(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -298,12 +288,11 @@ def main(args: argparse.Namespace) -> int:
     except (torch.OutOfMemoryError, OSError) as error:
         print(f"{error}".partition("\n")[0], file=sys.stderr)
         return 1
-    dense = table.model_seconds(parent_of(args)[2]) * 1e3
-    taken = time.perf_counter() - begin
+    dense, taken = table.model_seconds(parent_of(args)[2]) * 1e3, time.perf_counter() - begin
     print(f"{args.output}: {points} points in {taken:.0f} s; dense model {dense:.2f} ms per batch of {args.batch_size}")
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main(get_args_parser().parse_args()))

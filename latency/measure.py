@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import math
 import platform
+import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,8 @@ DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 SETTLING_BYTES = 31 << 20  # just under the 32 MiB up to which glibc's allocator adapts
 PASS_SECONDS = dict(cpu=0.0, cuda=0.006)  # what a pass of a branch lasts at least: one call on a CPU
 WARM_UP = dict(cpu=3, cuda=50)  # passes of a model
-PASSES = 3  # of which the quickest counts
+PASSES = 2  # of which the quickest counts
+LONG_SECONDS = 0.02  # a pass as long as this is the only one
 KINDS = ("attention", "mlp")  # of branches
 
 
@@ -136,6 +138,8 @@ def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int = 15, 
     settle_allocator()
     samples: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode(), ExitStack() as stack:
+        if compiled:  # every model is one more compilation of the same forward
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=8 + 2 * len(models)))
         ready = {name: stack.enter_context(_ready(model, dtype)) for name, model in models.items()}
         passes = {name: _caller(model, images, compiled) for name, model in ready.items()}
         calls = WARM_UP[device.type]
@@ -202,15 +206,15 @@ class Bench:
         tokens = dims.blocks[0].tokens
         self.images = self._random(batch, parent.patch_embed.proj.in_channels, *parent.patch_embed.img_size)
         pool = _Pool(2 * sum(p.numel() + 64 for p in parent.blocks.parameters()), self.device, self.dtype)
-        self._points: dict[tuple[str, ...], tuple[nn.Module, Tensor, nn.Module, Tensor]] = {}
+        self._points: dict[tuple[str, ...], tuple[nn.Module, Tensor, list[nn.Module], Tensor]] = {}
         for embed in grid["embed"]:
             stream = self._random(batch, tokens, embed)  # B N E
             branches = {key: pool.fill(branch) for key, branch in _branches(arch, kwargs, grid, embed, tokens).items()}
-            middle = {kind: _middle([b for key, b in branches.items() if key[0] == kind]) for kind in KINDS}
+            kinds = {kind: [b for key, b in branches.items() if key[0] == kind] for kind in KINDS}
             outside = build_vit(arch, ViTDims(embed, ()), **kwargs).to(self.device, self.dtype).eval()
             for key, branch in branches.items():
-                self._points[key] = branch, stream, middle["mlp" if key[0] == "attention" else "attention"], stream
-            self._points["overhead", f"EMB_{embed}"] = outside, self.images, middle["mlp"], stream
+                self._points[key] = branch, stream, kinds["mlp" if key[0] == "attention" else "attention"], stream
+            self._points["overhead", f"EMB_{embed}"] = outside, self.images, kinds["mlp"], stream
         block = _without_storage(arch, kwargs, dims.embed, dims.blocks[:1])
         self._reference = _caller(pool.fill(block), self._random(batch, tokens, dims.embed), compiled=False)
         with torch.inference_mode():
@@ -225,7 +229,7 @@ class Bench:
 
     @torch.inference_mode()
     def tick(self) -> None:
-        """Measure the reference: the quickest of three passes."""
+        """Measure the reference: the quickest of a few passes."""
         begin = time.perf_counter()
         self.clock.append(min(stopwatch(self._reference, 1, self.device) for _ in range(PASSES)))
         self._due = time.perf_counter() + max(0.2, 8 * (time.perf_counter() - begin))  # an eighth of all time
@@ -234,29 +238,28 @@ class Bench:
     def samples(self, key: tuple[str, ...], count: int = 1) -> list[tuple[float, int]]:
         """(seconds of one branch, index in `clock` of the reference measured last before it), `count` times.
 
-        On a CPU the other branch runs before every pass, so that caches and allocator are as inside a model.
+        Before every pass another branch runs, of the other kind and of random width, so that caches and allocator are
+        as inside a model: right after itself, a branch can be a tenth quicker.
         """
-        module, x, other, stream = self._points[key]
+        module, x, others, stream = self._points[key]
         if self.compiled:
             torch.compiler.reset()  # else dynamo soon gives up on the many widths of one forward
         call = _caller(module, x, self.compiled)
         quickest = warm_up(call, self.device, calls=1 + self.compiled)
         repeats = max(1, math.ceil(PASS_SECONDS[self.device.type] / quickest))
 
+        passes = PASSES if quickest < LONG_SECONDS else 1
+
         def timed() -> float:
-            other(stream)
+            random.choice(others)(stream)
             return stopwatch(call, repeats, self.device)
 
         found = []
         for _ in range(count):
             if time.perf_counter() >= self._due:
                 self.tick()
-            found.append((min(timed() for _ in range(PASSES)), len(self.clock) - 1))
+            found.append((min(timed() for _ in range(passes)), len(self.clock) - 1))
         return found
-
-
-def _middle(branches: list[nn.Module]) -> nn.Module:
-    return branches[len(branches) // 2]
 
 
 def _without_storage(arch: str, kwargs: dict[str, Any], embed: int, blocks: Iterable[BlockDims]) -> nn.Sequential:

@@ -15,7 +15,7 @@ light=(--mixup 0 --cutmix 0 --aa "" --color-jitter 0 --reprob 0 --drop-path 0)
 "$PYTHON" -m latency.build_table --initial-checkpoint "$dense" --batch-size 64 --dtype fp32 --output "$out/latency.json"
 "$PYTHON" main_full_global_latency.py "${data[@]}" "${light[@]}" --output_dir "$out" --pruning \
     --latency_look_up_table "$out/latency.json" --latency_target 0.5 --latency_regularization 5e-4 \
-    --prune_per_iter 32 --interval_prune 5 --student_eval True --batch-size 128 --epochs 5 --lr 2e-3 \
+    --prune_per_iter 32 --interval_prune 8 --student_eval True --batch-size 128 --epochs 5 --lr 2e-3 \
     --kl_loss_coeff 10000 --original_loss_coeff 1 "$@"
 pruned=("$out"/global_prune_*)
 "$PYTHON" finetune_dense.py --finetune "${pruned[0]}" "${data[@]}" "${light[@]}" --batch-size 128 --epochs 2 --lr 4e-3 \

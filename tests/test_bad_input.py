@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import finetune_dense
+import losses
 import main_full_global_latency as prune
 from latency.table import LatencyTable
 from models import build_vit
-from utils import BadArguments
+from utils import BadArguments, RunFailed, run_script
 
 ROOT = Path(__file__).parent.parent
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
@@ -142,9 +144,9 @@ def test_an_output_folder_that_cannot_be_written(place, tmp_path):
 def test_every_problem_is_reported_at_once(place):
     problems = prune_problems(
         place, "--latency_target", "2", "--batch-size", "63", "--prune_dict", "[]", "--interval_prune", "1", "2",
-        "--pruning_config", "none.json", "--latency_look_up_table", "none.json", "--drop-path", "2",
+        "--pruning_config", "none.json", "--latency_look_up_table", "none.json", "--drop-path", "2", "--opt", "adamv",
     )  # fmt: skip
-    assert len(problems) == 7
+    assert len(problems) == 8
 
 
 def test_finetuning_flags_that_contradict_each_other(tmp_path):
@@ -155,8 +157,42 @@ def test_finetuning_flags_that_contradict_each_other(tmp_path):
         return error.value.problems
 
     assert len(problems("--eval", "--kl_loss_coeff", "0")) == 3
+    assert "goes with --resume" in problems("--scratch", "--start_epoch", "3", "--output_dir", str(tmp_path))[0]
     assert "no full model to distil from" in problems("--scratch", "--model", ARCH, "--output_dir", str(tmp_path))[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_corrupt_image_stops_the_run_with_its_name(place, tmp_path, image_folder, capsys):
+    root = image_folder(tmp_path / "data", per_class=6, side=20)
+    (bad := root / "train" / "bee" / "2.png").write_bytes(b"no image")
+    args = finetune_dense.get_args_parser().parse_args([
+        "--data-path", str(root), "--num_workers", "0", "--batch-size", "4", "--device", "cpu", "--output_dir",
+        str(tmp_path / "out"), "--epochs", "1", "--kl_loss_coeff", "0", "--original_loss_coeff", "1",
+        "--initial-checkpoint", str(place / "dense.pth")])  # fmt: skip
+    with pytest.raises(SystemExit) as stop:
+        run_script(finetune_dense.main, args)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 1 and str(bad) in error and "no checkpoint was written yet" in error
+    assert error.startswith("error: ") and "\n" not in error
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(place, tmp_path, monkeypatch):
+    flags = ["--data-set", "DIGITS", "--num_workers", "0", "--batch-size", "256", "--device", "cpu", "--output_dir",
+             str(tmp_path), "--epochs", "3", "--kl_loss_coeff", "0", "--original_loss_coeff", "1", "--mixup", "0",
+             "--cutmix", "0", "--initial-checkpoint", str(place / "dense.pth")]  # fmt: skip
+    original, calls = losses.NViTLoss.forward, []
+
+    def poisoned(self, *args):
+        calls.append(1)
+        loss, parts = original(self, *args)
+        return (loss * float("nan") if len(calls) == 8 else loss), parts  # 5 steps an epoch: epoch 1, step 2
+
+    monkeypatch.setattr(losses.NViTLoss, "forward", poisoned)
+    with pytest.raises(RunFailed, match=r"epoch 1, step 2; the last good checkpoint is .*ft_checkpoint\.pth"):
+        finetune_dense.main(finetune_dense.get_args_parser().parse_args(flags))
+    (good,) = tmp_path.glob("*/ft_checkpoint.pth")
+    content = checkpoint.load(good)
+    assert content["epoch"] == 0 and all(torch.isfinite(t).all() for t in content["model"].values())
 
 
 def test_pretrained_without_network_names_the_local_flag(tmp_path):

@@ -122,10 +122,10 @@ def test_model_from_a_checkpoint(tmp_path, capsys):
 
 def test_grids_reach_the_full_width_in_pruning_groups():
     deit_b = ViTDims(768, (BlockDims(12, 64, 64, 3072, 198),) * 12)
-    grid = grid_of(dict(embed=5, heads=4, qk=5, v=8, mlp=9), deit_b)
+    grid = grid_of(dict(heads=4, qk=5, v=8, mlp=9), deit_b)
     assert {axis: points[-1] for axis, points in grid.items()} == dict(embed=768, heads=12, qk=64, v=64, mlp=3072)
     assert grid["v"] == [8, 16, 24, 32, 40, 48, 56, 64] and grid["heads"][0] == 1 and len(grid["embed"]) == 5
     assert all(p % 16 == 0 for p in grid["embed"] + grid["mlp"])
-    narrow = grid_of(dict(embed=5, heads=4, qk=8, v=2, mlp=2), ViTDims(96, (BlockDims(3, 32, 32, 384, 66),)))
+    narrow = grid_of(dict(heads=4, qk=8, v=2, mlp=2), ViTDims(96, (BlockDims(3, 32, 32, 384, 66),)))
     qk = [4, 8, 12, 16, 20, 24, 28, 32]
-    assert narrow == dict(embed=[12, 36, 48, 72, 96], heads=[1, 2, 3], qk=qk, v=[4, 32], mlp=[16, 384])
+    assert narrow == dict(embed=[12, 24, 36, 48, 60, 72, 84, 96], heads=[1, 2, 3], qk=qk, v=[4, 32], mlp=[16, 384])

@@ -2,17 +2,21 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 import finetune_dense
+import finetuning
 import main_full_global_latency
 from checkpoint import KEYS
 from models import Masks, ViTDims, build_vit, load_dense
 from models.vit import TokenLogits
+from tools import report
 from utils import BadArguments
 
+ROOT = Path(__file__).parent.parent
 MODEL = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs",
          "img_size=16", "patch_size=4", "embed_dim=32", "depth=2", "num_heads=4"]  # fmt: skip
 PLAIN = ["--data-set", "DIGITS", "--num_workers", "0", "--device", "cpu", "--mixup", "0", "--cutmix", "0", "--aa", "",
@@ -186,7 +190,7 @@ def test_finetuning_resumes_bit_for_bit(runs, tmp_path, monkeypatch):
     for name in ("pruned_checkpoint.pth", "summary.json"):
         (tmp_path / "pruned" / name).write_bytes((runs["pruned"] / name).read_bytes())
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, finetune_dense, 1)
+        stop_after(patch, finetuning, 1)
         run(finetune_dense, *flags)
     with pytest.raises(BadArguments, match="--start_epoch is 0 .* epoch 1"):
         run(finetune_dense, *flags, "--resume", "--start_epoch", "0")
@@ -218,3 +222,20 @@ def test_both_heads_are_averaged_in_evaluation(tiny, images):
     model = build_vit(**tiny).eval()
     cls, dist = TokenLogits(model)(images)
     torch.testing.assert_close((cls + dist) / 2, model(images))
+
+
+def test_the_report_of_a_run(runs, tmp_path, capsys):
+    run(report, runs["tuned"], "--output", tmp_path)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("dense", "pruned", "finetuned", "measured latency", "speed-up"))
+    assert files(tmp_path) == ["summary.json", "widths.png"]
+    assert (tmp_path / "summary.json").read_text() == (runs["tuned"] / "summary.json").read_text()
+    with pytest.raises(BadArguments, match="not the folder of a finished run"):
+        run(report, tmp_path / "nothing")
+
+
+def test_torch_hub_loads_a_checkpoint(runs):
+    path = runs["tuned"] / "ft_checkpoint.pth"
+    model = torch.hub.load(str(ROOT), "vit_from_checkpoint", str(path), source="local")
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(images), load_dense(path)(images))
