@@ -3,7 +3,7 @@
     python -m benchmarks.pruning_overhead [--initial-checkpoint FILE] [--batch-size 128] [--device cuda]
 
 Both kinds of step run interleaved in one process; prints the median of the paired ratios with its quartiles, before any
-embedding channel is masked and after a quarter of every axis is, and the peak memory on a GPU.
+embedding channel is masked and after a quarter of every axis is; then the cost of a selection, spread over --interval.
 """
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ import torch
 
 import training
 from engine import Precision
+from latency.table import LatencyTable
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models import Masks, build_vit
 from models.pretrained import read_initial
 from models.vit import TokenLogits
+from pruning.config import PruningConfig
+from pruning.global_latency import GlobalPruner
 from pruning.saliency import Saliency
 
 DIGITS = ("deit_tiny_distilled_patch16_224",
@@ -86,6 +89,33 @@ def report(label: str, step: Step, plain: Step, rounds: int) -> None:
           f"{milliseconds:.1f} ms")  # fmt: skip
 
 
+def report_selection(step: Step, plain: Step, interval: int, rounds: int) -> None:
+    """The cost of one pruning event, spread over the steps between events."""
+    dims = step.model.dims
+    widths = [dict(e=dims.embed, h=b.heads, q=b.qk, v=b.v, m=b.mlp) for b in dims.blocks]
+    top = {axis: max(w[axis] for w in widths) for axis in "ehqvm"}
+    grid = {axis: (1, size) if size > 1 else (1,) for axis, size in top.items()}
+    table = LatencyTable({
+        f"EMB_{e}": {
+            f"QK_{h}_{q}": {f"V_{v}": {f"MLP_{m}": 1e-9 * e * (h * (2 * q + 2 * v) + 2 * m) for m in grid["m"]}
+                            for v in grid["v"]} for h in grid["h"] for q in grid["q"]
+        } for e in grid["e"]
+    })  # fmt: skip
+    seconds = []
+    for _ in range(rounds):
+        pruner = GlobalPruner(Masks(dims, step.images.device), table, PruningConfig().group_sizes(dims),
+                              regularization=5e-4, target=None, per_event=2)  # fmt: skip
+        step.saliency.step()
+        begin = time.perf_counter()
+        pruner.event(step.saliency.close_window())
+        pruner.masks.install_(plain.model, plain.optimizer)
+        synchronise(step.images.device)
+        seconds.append(time.perf_counter() - begin)
+    share = statistics.median(seconds) / interval / statistics.median(plain(False) for _ in range(rounds))
+    print(f"one selection: {1e3 * statistics.median(seconds):.1f} ms, {share:.3f} x a step when one comes every "
+          f"{interval} steps")  # fmt: skip
+
+
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -101,6 +131,7 @@ def main(args: argparse.Namespace) -> None:
         step.masks.remove(axis, torch.arange(len(keep) // 4, device=device))
     step.masks.install_(step.model, step.optimizer)
     report("a quarter of every axis removed", step, plain, args.rounds)
+    report_selection(step, plain, args.interval, args.rounds)
 
 
 if __name__ == "__main__":
