@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import checkpoint
@@ -34,14 +33,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_tau_arg(parser, "of the full model's KL and of soft CNN distillation")
     options.add_ema_args(parser)
     options.add_run_args(parser, "where the run's folder is made when there is no --finetune")
+    options.add_resume_args(parser)
     group = parser.add_argument_group("finetuning")
     group.add_argument("--finetune", metavar="PATH", default="",
                        help="folder of a pruning run, or a checkpoint (default: train --model itself, with --scratch)")
     group.add_argument("--scratch", action="store_true", help="keep the widths but not the weights (default: off)")
-    group.add_argument("--resume", metavar="FILE", nargs="?", const="auto", default="",
-                       help="go on from FILE, or from ft_checkpoint.pth of this run's folder (default: start anew)")
-    group.add_argument("--start_epoch", metavar="E", type=int, default=None,
-                       help="epoch to go on with; must agree with the checkpoint (default: the checkpoint's)")
     group.add_argument("--eval", action="store_true", help="print top-1 and top-5 of --finetune and end")
     return parser
 
@@ -94,14 +90,6 @@ def _model(args: argparse.Namespace, full: training.FullModel, parent: dict[str,
     return from_checkpoint(parent, checkpoint_path(args.finetune), **drops)
 
 
-def _teacher(args: argparse.Namespace, full: training.FullModel, device: torch.device) -> nn.Module | None:
-    if not args.kl_loss_coeff:
-        return None
-    if not full.has_weights:
-        raise ValueError("no full model to distil from: give --initial-checkpoint FILE, or --kl_loss_coeff 0")
-    return training.frozen(full.build(), device)
-
-
 def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     """Load everything the arguments name: (run, pruned checkpoint). Everything wrong is reported at once.
 
@@ -123,7 +111,7 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     run = Run(device, full, data, problems.attempt(_model, args, full, parent))
     run.origin = full.path or (parent or {}).get("args", {}).get("initial_checkpoint", "")
     if not args.eval:
-        run.teacher = problems.attempt(_teacher, args, full, device)
+        run.teacher = problems.attempt(training.full_teacher, args, full, device)
         run.cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
         problems.raise_if_any()
         run.folder = problems.attempt(make_folder, run_folder(args))
@@ -170,8 +158,7 @@ def main(args: argparse.Namespace) -> None:
             f"loss {result['loss']:.4f} on {int(result['samples'])} images")
         return
     result = finish(args, run, train(args, run))
-    say(f"{run.folder / 'ft_checkpoint.pth'}: top-1 {result['top1']:.2f}, {result['params']:,} parameters, "
-        f"{result['macs'] / 1e6:,.1f} M MACs, measured latency {result['latency_measured']:.3f} of dense")
+    say(training.result_line(run.folder / "ft_checkpoint.pth", result))
 
 
 if __name__ == "__main__":

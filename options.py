@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import argparse
-import ast
 from typing import Any
 
 from datasets import DATA_SETS
+from utils import key_values
 
 
 def boolean(text: str) -> bool:
@@ -17,19 +17,13 @@ def boolean(text: str) -> bool:
 
 
 class KeyValues(argparse.Action):
-    """`--model-kwargs img_size=32 depth=6`: a dict, with values read as Python literals where they are such."""
+    """`--model-kwargs img_size=32 depth=6`: a dict."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
-        pairs = {}
-        for item in values:
-            key, sign, text = item.partition("=")
-            if not sign:
-                parser.error(f"{option}: expected key=value, not {item!r}")
-            try:
-                pairs[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                pairs[key] = text
-        setattr(namespace, self.dest, pairs)
+        try:
+            setattr(namespace, self.dest, key_values(values, option))
+        except ValueError as error:
+            parser.error(str(error))
 
 
 def new_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -170,3 +164,11 @@ def add_run_args(parser: argparse.ArgumentParser, output: str) -> None:
                        help="its type (default: bfloat16 where the device has it, else float16)")
     group.add_argument("--log-interval", metavar="STEPS", type=int, default=50,
                        help="steps between looks at the loss (default: 50)")
+
+
+def add_resume_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("resume")
+    group.add_argument("--resume", metavar="FILE", nargs="?", const="auto", default="",
+                       help="go on from FILE, or from ft_checkpoint.pth of this run's folder (default: start anew)")
+    group.add_argument("--start_epoch", metavar="E", type=int, default=None,
+                       help="epoch to go on with; must agree with the checkpoint (default: the checkpoint's)")

@@ -240,6 +240,15 @@ def cnn_teacher(args: Any, classes: int, device: torch.device) -> nn.Module | No
     return teacher.to(device).eval().requires_grad_(False)
 
 
+def full_teacher(args: Any, full: FullModel, device: torch.device) -> nn.Module | None:
+    """The full model that --kl_loss_coeff distils from, or None. Raises ValueError where it has no weights."""
+    if not args.kl_loss_coeff:
+        return None
+    if not full.has_weights:
+        raise ValueError("no full model to distil from: give --initial-checkpoint FILE, or --kl_loss_coeff 0")
+    return frozen(full.build(), device)
+
+
 def _classifier(model: str) -> str:
     """Name of the bias of a timm model's classifier, from its config."""
     classifier = timm.get_pretrained_cfg_value(model, "classifier") or "head"
@@ -281,3 +290,9 @@ def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | Non
         latency_predicted=predicted, latency_measured=measured, device=device_name(device), batch=batch, dtype="fp32",
         dims=dims.to_dict(),
     )  # fmt: skip
+
+
+def result_line(path: Path, result: dict[str, Any]) -> str:
+    """The line a finished run ends with."""
+    return (f"{path}: top-1 {result['top1']:.2f}, {result['params']:,} parameters, {result['macs'] / 1e6:,.1f} M MACs, "
+            f"measured latency {result['latency_measured']:.3f} of dense")  # fmt: skip

@@ -1,6 +1,7 @@
 """What every script needs around its work: processes, seeds, folders, logs, and errors a person can read."""
 from __future__ import annotations
 
+import ast
 import contextlib
 import datetime
 import json
@@ -146,6 +147,20 @@ def append_log(folder: Path, **line: Any) -> None:
     if is_main():
         with open(folder / "log.txt", "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def key_values(items: list[str], flag: str) -> dict[str, Any]:
+    """KEY=VALUE arguments as a dict, with values read as Python literals where possible. Raises ValueError."""
+    pairs = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not key or not equals:
+            raise ValueError(f"{flag}: {item!r} is not of the form KEY=VALUE")
+        try:
+            pairs[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            pairs[key] = text
+    return pairs
 
 
 def table(headers: list[str], rows: list[list[str]]) -> str:

@@ -7,7 +7,6 @@ over embed. A few whole models, dense and compact, then set the scale of each pa
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
 import os
@@ -27,6 +26,8 @@ from tqdm import tqdm
 from latency.measure import DTYPES, Bench, device_name, interleaved, ratio
 from latency.table import LatencyTable, write_json
 from models import BlockDims, ViTDims, build_vit, skeleton
+from models.pretrained import read_initial
+from utils import key_values
 
 GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units pruned together; at most an eighth
 POINTS = dict(heads=4, qk=5, v=5, mlp=9)  # and of embed every group on narrow models, else 5
@@ -58,40 +59,22 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _pairs(items: list[str], flag: str) -> dict[str, Any]:
-    """KEY=VALUE arguments; values are Python literals where they read as such."""
-    pairs = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not key or not equals:
-            raise ValueError(f"{flag}: {item!r} is not of the form KEY=VALUE")
-        try:
-            pairs[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pairs[key] = value
-    return pairs
-
-
 def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], ViTDims]:
     """The timm name, arguments and widths of the model. Raises ValueError (ModelError for an unknown model)."""
     arch, kwargs = args.model, {}
     if args.initial_checkpoint:
-        try:
-            stored = torch.load(args.initial_checkpoint, map_location="cpu", weights_only=True)
-            arch, kwargs = arch or stored["arch"], dict(stored["kwargs"])
-        except Exception as error:  # torch.load has no common type for its failures
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise ValueError(f"--initial-checkpoint {args.initial_checkpoint}: {reason}") from None
+        stored, kwargs, _ = read_initial(args.initial_checkpoint)
+        arch = arch or stored
     if not arch:
         raise ValueError("--model or --initial-checkpoint is needed")
-    kwargs |= _pairs(args.model_kwargs, "--model-kwargs")
+    kwargs |= key_values(args.model_kwargs, "--model-kwargs")
     kwargs |= {k: v for k, v in dict(img_size=args.input_size, num_classes=args.num_classes).items() if v is not None}
     return arch, kwargs, ViTDims.of(skeleton(arch, **kwargs))
 
 
 def points_of(args: argparse.Namespace) -> dict[str, int]:
     """How many points every axis gets at most. Raises ValueError."""
-    given = _pairs(args.points, "--points")
+    given = key_values(args.points, "--points")
     counts = (POINTS_COMPILED if args.compile else POINTS_CUDA if args.device == "cuda" else POINTS) | given
     if odd := [f"{axis}={n}" for axis, n in given.items() if axis not in GROUPS or type(n) is not int or n < 2]:
         raise ValueError(f"--points: {' '.join(odd)}: expected whole numbers above 1 for {', '.join(GROUPS)}")
@@ -198,7 +181,7 @@ def sample_all(bench: Bench, progress: Progress, rounds: int) -> None:
 
     def visit(names: list[str], title: str, until: float = math.inf) -> None:
         random.shuffle(names)
-        for name in tqdm(names, desc=title, unit="point", leave=False, mininterval=0.5):
+        for name in tqdm(names, desc=title, unit="point", leave=False, mininterval=0.5, disable=None):
             if time.perf_counter() < until:
                 progress.samples.setdefault(name, []).extend(bench.samples(keys[name], per_visit))
         bench.tick()
@@ -277,7 +260,7 @@ def _stop(*_: Any) -> None:
 
 def main(args: argparse.Namespace) -> int:
     if found := problems(args):
-        print(*found, sep="\n", file=sys.stderr)
+        print(*(f"error: {problem}" for problem in found), sep="\n", file=sys.stderr)
         return 2
     begin = time.perf_counter()
     try:

@@ -12,7 +12,7 @@ size=(--model-kwargs img_size=16 patch_size=2 embed_dim=96 depth=6 num_heads=3)
 
 echo "== 1/5 train a dense model"
 "$PYTHON" finetune_dense.py --scratch "${model[@]}" "${size[@]}" "${data[@]}" "${plain[@]}" --output_dir "$out/dense" \
-    --epochs 36 --batch-size 32 --lr 1.6e-2 --warmup-epochs 3 --kl_loss_coeff 0 --original_loss_coeff 1 --no-model-ema
+    --epochs 32 --batch-size 32 --lr 1.6e-2 --warmup-epochs 3 --kl_loss_coeff 0 --original_loss_coeff 1 --no-model-ema
 dense=("$out"/dense/scratch_*/ft_checkpoint.pth)
 
 echo "== 2/5 measure this machine"

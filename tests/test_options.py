@@ -8,10 +8,13 @@ import pytest
 
 import finetune_dense
 import main_full_global_latency
+import revit_scratch
 from options import boolean
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = dict(main_full_global_latency=main_full_global_latency, finetune_dense=finetune_dense)
+SCRIPTS = dict(
+    main_full_global_latency=main_full_global_latency, finetune_dense=finetune_dense, revit_scratch=revit_scratch
+)
 NO_EFFECT = {"pruning_exit"}
 PRUNE = (
     "--model deit_base_distilled_patch16_224 --epochs 50 --num_workers 10 --batch-size 128 --data-path D "
@@ -29,6 +32,12 @@ FINETUNE = (
     "--finetune P "
     "--distillation-type hard --distillation-alpha 0.5 --distillation-tau 20.0 --lr 0.0002"
 )
+REVIT = (
+    "--model deit_base_distilled_patch16_224 --epochs 300 --num_workers 4 --batch-size 32 --data-path D "
+    "--data-set IMNET --output_dir save/path --amp --input-size 224 --seed 1 --kl_loss_coeff=0 "
+    "--original_loss_coeff=1.0 --dist-eval --pretrained --distillation-type hard --distillation-alpha 0.5 "
+    "--distillation-tau 1.0 --lr 0.0005 --scratch --EMB 176 --warmup-epochs 5"
+)
 
 
 def parse(script, line):
@@ -43,6 +52,8 @@ def test_published_commands_parse_to_what_they_say():
     for extra, expected in (("", ("", None)), (" --scratch", ("", None)), (" --resume --start_epoch 7", ("auto", 7))):
         args = parse("finetune_dense", FINETUNE + extra)
         assert (args.resume, args.start_epoch) == expected and args.scratch == ("scratch" in extra)
+    args = parse("revit_scratch", REVIT)
+    assert (args.EMB, args.scratch, args.warmup_epochs, args.kl_loss_coeff) == (176, True, 5, 0.0)
     args = parse("finetune_dense", "--eval --finetune C --data-path D --batch-size 256")
     assert args.eval and args.finetune == "C"
 

@@ -7,13 +7,14 @@ import pytest
 
 import finetune_dense
 import main_full_global_latency
+import revit_scratch
 from latency import build_table
 from tools import report
 
 ROOT = Path(__file__).parent.parent
 PARSERS = {
     "main_full_global_latency.py": main_full_global_latency, "finetune_dense.py": finetune_dense,
-    "latency.build_table": build_table, "tools.report": report,
+    "revit_scratch.py": revit_scratch, "latency.build_table": build_table, "tools.report": report,
 }  # fmt: skip
 
 

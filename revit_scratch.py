@@ -1,0 +1,100 @@
+"""ReViT: train the redistributed widths that NViT discovers, or any widths of your own, from scratch."""
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import options
+import training
+from finetuning import Run, train
+from models import ViTDims, build_vit
+from models.redistribution import RULES, redistributed
+from utils import Problems, make_folder, run_script, say, write_json
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = options.new_parser(
+        __doc__, "example: python revit_scratch.py --scratch --EMB 176 --data-path IMAGENET --output_dir runs"
+    )
+    options.add_model_args(parser)
+    options.add_data_args(parser)
+    options.add_augmentation_args(parser)
+    options.add_optimizer_args(parser)
+    options.add_schedule_args(parser)
+    options.add_distillation_args(parser)
+    options.add_tau_arg(parser, "of the full model's KL and of soft CNN distillation")
+    options.add_ema_args(parser)
+    options.add_run_args(parser, "where the run's folder is made; required")
+    options.add_resume_args(parser)
+    group = parser.add_argument_group("architecture")
+    group.add_argument("--EMB", metavar="WIDTH", type=int, default=768,
+                       help="embedding width that the redistribution rule starts from (default: 768)")
+    group.add_argument("--rule", choices=tuple(RULES), default="published",
+                       help="the published code's rule or the paper's (default: published)")
+    group.add_argument("--dims", metavar="FILE", default="",
+                       help="any widths instead of a rule's: a dims.json (default: none)")
+    group.add_argument("--scratch", action="store_true",
+                       help="required, as published: there are no weights to start from")
+    return parser
+
+
+def run_folder(args: argparse.Namespace, dims: ViTDims) -> Path:
+    """As published: the arguments that matter are in the name."""
+    name = (f"scratch_revit_EMB_{dims.embed}_{args.epochs}_lr_{args.lr}_a_{args.distillation_alpha}"
+            f"_T_{args.distillation_tau}")  # fmt: skip
+    return Path(args.output_dir) / (name + ("" if args.kl_loss_coeff else "_CNN_only"))
+
+
+def _dims(args: argparse.Namespace, full: training.FullModel) -> ViTDims:
+    tokens = training.dims_of(full).blocks[0].tokens
+    if not args.dims:
+        return redistributed(args.EMB, tokens, args.rule)
+    try:
+        dims = ViTDims.from_dict(json.loads(Path(args.dims).read_text()))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"--dims {args.dims}: {error}") from None
+    if odd := [b.tokens for b in dims.blocks if b.tokens != tokens]:
+        raise ValueError(f"--dims {args.dims} has blocks of {odd[0]} tokens, the model has {tokens}")
+    return dims
+
+
+def check_args(args: argparse.Namespace) -> Run:
+    """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
+    problems = Problems()
+    training.check_numbers(args, problems)
+    if not args.scratch:
+        problems.add("--scratch is required: ReViT is trained from random weights")
+    if not args.output_dir:
+        problems.add("--output_dir is required")
+    if not args.kl_loss_coeff and not args.original_loss_coeff:
+        problems.add("--kl_loss_coeff 0 and --original_loss_coeff 0 leave no loss")
+    device = problems.attempt(training.start, args)
+    full = problems.attempt(training.full_model, args)
+    problems.raise_if_any()
+    dims = problems.attempt(_dims, args, full)
+    data = problems.attempt(training.load_data, args, full)
+    problems.raise_if_any()
+    drops = dict(pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path)
+    run = Run(device, full, data, build_vit(full.arch, dims, **full.kwargs | drops), origin=full.path)
+    run.teacher = problems.attempt(training.full_teacher, args, full, device)
+    run.cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
+    problems.raise_if_any()
+    run.folder = problems.attempt(make_folder, run_folder(args, dims))
+    problems.raise_if_any()
+    return run
+
+
+def main(args: argparse.Namespace) -> None:
+    run = check_args(args)
+    metrics = train(args, run)
+    measured = training.measured_ratio(run.full, run.model.dims, args.batch_size, run.device)
+    result = training.stage(run.full, run.model.dims, metrics["acc1"], predicted=None, measured=measured,
+                            batch=args.batch_size, device=run.device)  # fmt: skip
+    write_json(run.folder / "dims.json", run.model.dims.to_dict())
+    write_json(run.folder / "summary.json", dict(finetuned=result))
+    say(training.result_line(run.folder / "ft_checkpoint.pth", result))
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args())
