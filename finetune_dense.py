@@ -15,7 +15,7 @@ from engine import evaluate
 from finetuning import Run, train
 from models import ViTDims, build_vit
 from models.pretrained import from_checkpoint
-from utils import Problems, make_folder, run_script, say, write_json
+from utils import Problems, is_main, make_folder, run_script, say, write_json
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -157,8 +157,10 @@ def main(args: argparse.Namespace) -> None:
         say(f"{checkpoint_path(args.finetune)}: top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f}, "
             f"loss {result['loss']:.4f} on {int(result['samples'])} images")
         return
-    result = finish(args, run, train(args, run))
-    say(training.result_line(run.folder / "ft_checkpoint.pth", result))
+    metrics = train(args, run)
+    if is_main():
+        result = finish(args, run, metrics)
+        say(training.result_line(run.folder / "ft_checkpoint.pth", result))
 
 
 if __name__ == "__main__":

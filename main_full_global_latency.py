@@ -279,6 +279,18 @@ def resume(args: argparse.Namespace, setup: Setup, steps: PruningSteps, optimize
     return content["epoch"] + 1, content["metrics"]
 
 
+@torch.inference_mode()
+def check_compact(model: nn.Module, masks: Masks) -> float:
+    """Relative difference of masked and compact logits on random images. Raises RunFailed above 1e-3."""
+    shape = (4, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(masks.keep["embed"].device)
+    masked = model.eval()(images)
+    difference = float((compact(model, masks)(images) - masked).norm() / masked.norm())
+    if not difference <= 1e-3:
+        raise RunFailed(f"the compact model differs from the masked one by {difference:.1e}: please report this")
+    return difference
+
+
 def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: float, top1: float) -> dict[str, Any]:
     """summary.json and dims.json of a finished run."""
     batch = int(setup.table.meta.get("batch", args.batch_size))
@@ -339,8 +351,10 @@ def main(args: argparse.Namespace) -> None:
             f"target {args.latency_target} not reached in {args.epochs} epochs: {setup.pruner.ratio:.4f} predicted; "
             f"the state is in {setup.folder / 'checkpoint.pth'}: go on with --resume and more --epochs"
         )
-    small = compact(setup.model, steps.masks)
-    say(f"compact: embed {small.dims.embed}, widths {small.dims.to_dim()}")
+    if not is_main():
+        return
+    say(f"compact: widths {steps.masks.dims.to_dim()}, relative difference to the masked model "
+        f"{check_compact(setup.model, steps.masks):.1e}")
     summary = finish(args, setup, steps.masks, top1_dense, test["acc1"])
     save("pruned_checkpoint.pth", setup, steps, optimizer, precision, args, args.epochs, test | summary["pruned"])
     say(f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {test['acc1']:.2f}, latency predicted "

@@ -10,7 +10,7 @@ import training
 from finetuning import Run, train
 from models import ViTDims, build_vit
 from models.redistribution import RULES, redistributed
-from utils import Problems, make_folder, run_script, say, write_json
+from utils import Problems, is_main, make_folder, run_script, say, write_json
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -88,6 +88,8 @@ def check_args(args: argparse.Namespace) -> Run:
 def main(args: argparse.Namespace) -> None:
     run = check_args(args)
     metrics = train(args, run)
+    if not is_main():
+        return
     measured = training.measured_ratio(run.full, run.model.dims, args.batch_size, run.device)
     result = training.stage(run.full, run.model.dims, metrics["acc1"], predicted=None, measured=measured,
                             batch=args.batch_size, device=run.device)  # fmt: skip
