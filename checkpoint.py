@@ -61,7 +61,7 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path):
+        if "Weights only load failed" in str(error) or "Unsupported" in str(error):
             reason = "needs unpickling of code, which could run anything: only tensors and plain values are read"
         else:
             reason = f"is truncated or not a torch file ({str(error).splitlines()[0][:80]})"
@@ -82,8 +82,8 @@ def load(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path} was not written by this project (keys {', '.join(map(str, list(content)[:6]))}); "
             "a plain timm state dict starts a run through --initial-checkpoint"
         )
-    if content["format"]["version"] > FORMAT["version"]:
-        raise CheckpointError(f"checkpoint {path} is of version {content['format']['version']}, newer than this code")
+    if content["format"].get("version", 0) > FORMAT["version"]:
+        raise CheckpointError(f"checkpoint {path} is of a newer version than this code")
     if missing := [key for key in KEYS if key not in content]:
         raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)}")
     return content
@@ -93,7 +93,7 @@ def rng_state() -> dict[str, Any]:
     """The state of every random generator of this process, as tensors and plain values."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return dict(
         python=[version, list(internal), gauss],
         numpy=[kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
@@ -108,5 +108,5 @@ def set_rng_state(state: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

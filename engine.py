@@ -133,6 +133,7 @@ def evaluate(model: nn.Module, loader: Iterable, precision: Precision, sharded: 
     """Top-1 and top-5 (percent) and cross-entropy of the mean of both tokens' logits, every sample counted once.
 
     sharded: each rank holds a part of the data (`--dist-eval`), so the sums are all-reduced; else all hold the same.
+    Raises RunFailed when the outputs are not finite.
     """
     model.eval()
     device = precision.device
@@ -149,4 +150,6 @@ def evaluate(model: nn.Module, loader: Iterable, precision: Precision, sharded: 
     if sharded and world_size() > 1:
         dist.all_reduce(totals)
     top1, top5, loss, samples = totals.tolist()
+    if not math.isfinite(loss):
+        raise RunFailed("the model's outputs are not finite")
     return dict(acc1=100 * top1 / samples, acc5=100 * top5 / samples, loss=loss / samples, samples=samples)

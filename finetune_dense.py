@@ -12,7 +12,7 @@ import checkpoint
 import options
 import training
 from engine import evaluate
-from finetuning import Run, train
+from finetuning import Run, read_resumed, train
 from models import ViTDims, build_vit
 from models.pretrained import from_checkpoint
 from utils import Problems, is_main, make_folder, run_script, say, write_json
@@ -43,8 +43,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def checkpoint_path(path: str) -> Path:
-    """The checkpoint that --finetune names: a file, or the pruned checkpoint of a folder."""
-    return Path(path) / "pruned_checkpoint.pth" if Path(path).is_dir() else Path(path)
+    """The checkpoint that --finetune names: a file, or the result in the folder of a pruning or a finetuning run."""
+    if not Path(path).is_dir():
+        return Path(path)
+    tuned = Path(path) / "ft_checkpoint.pth"
+    return tuned if tuned.exists() else Path(path) / "pruned_checkpoint.pth"
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -65,7 +68,7 @@ def _full_model(args: argparse.Namespace, parent: dict[str, Any] | None) -> trai
         raise ValueError(f"--model is {args.model} but {args.finetune} holds {parent['arch']['name']}")
     inherited = argparse.Namespace(**vars(args))
     inherited.model = parent["arch"]["name"]
-    if args.kl_loss_coeff and not args.initial_checkpoint and not args.pretrained:
+    if args.kl_loss_coeff and not args.eval and not (args.initial_checkpoint or args.pretrained):
         inherited.initial_checkpoint = parent["args"].get("initial_checkpoint", "")
         inherited.pretrained = bool(parent["args"].get("pretrained")) and not inherited.initial_checkpoint
     structure = {
@@ -113,6 +116,8 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     if not args.eval:
         run.teacher = problems.attempt(training.full_teacher, args, full, device)
         run.cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
+        if run.model is not None:
+            run.resumed = problems.attempt(read_resumed, args, run, run_folder(args))
         problems.raise_if_any()
         run.folder = problems.attempt(make_folder, run_folder(args))
     problems.raise_if_any()
@@ -126,8 +131,6 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add("give --finetune FOLDER, or --scratch to train --model itself")
     if not args.finetune and not args.output_dir:
         problems.add("--output_dir is required without --finetune")
-    if not args.eval and not args.kl_loss_coeff and not args.original_loss_coeff:
-        problems.add("--kl_loss_coeff 0 and --original_loss_coeff 0 leave no loss")
     if args.start_epoch and not args.resume:
         problems.add("--start_epoch goes with --resume")
 
@@ -137,14 +140,17 @@ def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[
     earlier = checkpoint_path(args.finetune).parent / "summary.json" if args.finetune else None
     summary = json.loads(earlier.read_text()) if earlier and earlier.exists() else {}
     pruned = summary.get("pruned", {})
-    dims, batch = run.model.dims, pruned.get("batch", args.batch_size)
+    dims = run.model.dims
+    conditions = training.Conditions(**{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}
+                                     or dict(batch=args.batch_size))  # fmt: skip
     dense = dims == training.dims_of(run.full)
-    measured = 1.0 if dense else training.measured_ratio(run.full, dims, batch, run.device)
+    measured = 1.0 if dense else training.measured_ratio(run.full, dims, conditions, run.device)
     predicted = 1.0 if dense else pruned.get("latency_predicted")
     name = "dense" if dense else "finetuned"
     summary[name] = training.stage(
-        run.full, dims, metrics["acc1"], predicted=predicted, measured=measured, batch=batch, device=run.device
-    )
+        run.full, dims, metrics["acc1"], predicted=predicted, measured=measured, conditions=conditions,
+        device=run.device,
+    )  # fmt: skip
     write_json(run.folder / "dims.json", dims.to_dict())
     write_json(run.folder / "summary.json", summary)
     return summary[name]

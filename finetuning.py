@@ -15,12 +15,12 @@ import training
 from datasets import start_epoch
 from engine import Precision, evaluate, nothing, train_one_epoch
 from models.vit import TokenLogits
-from utils import Problems, append_log, is_main, naming_the_last_good, say, write_json
+from utils import append_log, is_main, naming_the_last_good, say, write_json
 
 
 @dataclass
 class Run:
-    """What the arguments named, loaded and checked. origin: the dense weights that the run goes back to."""
+    """What the arguments named, loaded and checked. origin: path of the dense weights; resumed: the checkpoint."""
 
     device: torch.device
     full: training.FullModel
@@ -30,6 +30,7 @@ class Run:
     cnn: nn.Module | None = None
     folder: Path = Path()
     origin: str = ""
+    resumed: dict[str, Any] | None = None
 
 
 @dataclass
@@ -56,26 +57,32 @@ def save(name: str, run: Run, state: State, args: Any, epoch: int, metrics: dict
     )  # fmt: skip
 
 
-def resume(args: Any, run: Run, state: State) -> tuple[int, dict[str, Any]]:
-    """Restore a run; returns the epoch to go on with and the metrics so far."""
-    path = run.folder / "ft_checkpoint.pth" if args.resume == "auto" else Path(args.resume)
-    problems = Problems()
-    content = problems.attempt(checkpoint.load, path)
-    problems.raise_if_any()
+def read_resumed(args: Any, run: Run, folder: Path) -> dict[str, Any] | None:
+    """The checkpoint that --resume names, None without it. Raises ValueError where it does not fit the arguments."""
+    if not args.resume:
+        return None
+    path = folder / "ft_checkpoint.pth" if args.resume == "auto" else Path(args.resume)
+    content = checkpoint.load(path)
     if content["dims"] != run.model.dims.to_dict() or content["arch"] != run.full.record:
-        problems.add(f"--resume: {path} holds another architecture")
-    epoch = content["epoch"] + 1
-    if args.start_epoch not in (None, epoch):
-        problems.add(f"--start_epoch is {args.start_epoch} but {path} goes on with epoch {epoch}")
-    problems.raise_if_any()
+        raise ValueError(f"--resume: {path} holds another architecture")
+    if content["optimizer"] is None or content["lr_scheduler"] is None:
+        raise ValueError(f"--resume: {path} is not of a finetuning run")
+    if args.start_epoch not in (None, content["epoch"] + 1):
+        raise ValueError(f"--start_epoch is {args.start_epoch} but {path} goes on with epoch {content['epoch'] + 1}")
+    return content
+
+
+def restore(args: Any, run: Run, state: State) -> tuple[int, dict[str, Any]]:
+    """Go on from the resumed checkpoint; returns the next epoch and the metrics so far."""
+    content = run.resumed
     run.model.load_state_dict(content["model"])
     if state.ema and content["model_ema"]:
         state.ema.module.load_state_dict(content["model_ema"])
     state.optimizer.load_state_dict(content["optimizer"])
     state.scheduler.load_state_dict(content["lr_scheduler"])
     state.precision.scaler.load_state_dict(content["scaler"])
-    checkpoint.set_rng_state(content["rng"])
-    return epoch, content["metrics"]
+    training.restore_random_state(args, content)
+    return content["epoch"] + 1, content["metrics"]
 
 
 def train(args: Any, run: Run) -> dict[str, Any]:
@@ -97,11 +104,13 @@ def train(args: Any, run: Run) -> dict[str, Any]:
     tested = TokenLogits(run.model)
 
     # ---------------------------------------------------------------- train
-    first, metrics = resume(args, run, state) if args.resume else (0, {})
-    if not args.resume:
+    if run.resumed:
+        first, metrics = restore(args, run, state)
+    else:
+        training.clear_logs(run.folder)
         before = evaluate(tested, val_loader, precision, args.dist_eval)
         say(f"before: top-1 {before['acc1']:.2f}, {parameters:,} parameters, widths {run.model.dims.to_dim()}")
-        metrics = before | dict(best=0.0)
+        first, metrics = 0, before | dict(best=0.0)
     for epoch in range(first, args.epochs):
         start_epoch(train_loader, epoch)
         model.train()
@@ -110,15 +119,15 @@ def train(args: Any, run: Run) -> dict[str, Any]:
                 model, criterion, train_loader, optimizer, precision, epoch, mixup=mixup, clip_grad=args.clip_grad,
                 before_step=scheduler.step_update, after_step=follow, log_interval=args.log_interval,
             )  # fmt: skip
-        test = evaluate(tested, val_loader, precision, args.dist_eval)
+            test = evaluate(tested, val_loader, precision, args.dist_eval)
         line = {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in test.items()}
         if ema is not None:
             line["test_ema_acc1"] = evaluate(TokenLogits(ema.module), val_loader, precision, args.dist_eval)["acc1"]
-        append_log(run.folder, **line, epoch=epoch, n_parameters=parameters)
         metrics = test | dict(best=max(metrics["best"], test["acc1"]))
         if test["acc1"] >= metrics["best"]:
             save("ft_best.pth", run, state, args, epoch, metrics)
         save("ft_checkpoint.pth", run, state, args, epoch, metrics)
+        append_log(run.folder, **line, epoch=epoch, n_parameters=parameters)
         for tag, value in line.items() if writer else ():
             writer.add_scalar(tag.replace("_", "/", 1), value, epoch)
         shown = f", EMA {line['test_ema_acc1']:.2f}" if ema is not None else ""

@@ -99,6 +99,7 @@ class Setup:
     config: PruningConfig
     pruner: GlobalPruner
     folder: Path
+    resumed: dict[str, Any] | None
 
 
 def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, cap: int) -> Path:
@@ -125,59 +126,66 @@ def _load_table(path: str, full: training.FullModel) -> LatencyTable:
     return table
 
 
-def _check_numbers(args: argparse.Namespace, problems: Problems) -> None:
-    training.check_numbers(args, problems)
-    for name in ("prune_per_iter", "group_size"):
-        if getattr(args, name) <= 0:
-            problems.add(f"--{name} must be above 0, not {getattr(args, name)}")
-    if args.prune_per_iter < args.group_size:
+def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
+    if 0 < args.prune_per_iter < args.group_size:
         problems.add(f"--prune_per_iter {args.prune_per_iter} is less than one group of --group_size {args.group_size}")
     if len(args.interval_prune) != 1 or args.interval_prune[0] <= 0:
         problems.add(f"--interval_prune takes one number of steps above 0, not {args.interval_prune}")
-    if args.latency_target is not None and not 0 < args.latency_target <= 1:
-        problems.add(f"--latency_target must lie in (0, 1], not {args.latency_target}")
-    if args.latency_regularization < 0:
-        problems.add(f"--latency_regularization must not be negative, not {args.latency_regularization}")
+    if args.pruning and not args.original_loss_coeff:
+        problems.add("--original_loss_coeff must be above 0: until the first event the student equals the full model, "
+                     "so that its KL ranks nothing")  # fmt: skip
     if not args.output_dir:
         problems.add("--output_dir is required")
+
+
+def _make_pruner(args: argparse.Namespace, masks: Masks, table: LatencyTable, config: PruningConfig,
+                 cap: int) -> GlobalPruner:  # fmt: skip
+    """Raises ValueError for a table that does not reach down to the floors, or a target below them."""
+    pruner = GlobalPruner(
+        masks, table, config.group_sizes(masks.full), regularization=args.latency_regularization, cap=cap or None,
+        target=args.latency_target, per_event=args.prune_per_iter // args.group_size,
+    )  # fmt: skip
+    lowest = table.ratio(pruner.floor(), masks.full)
+    if args.latency_target is not None and args.latency_target < lowest:
+        raise ValueError(
+            f"--latency_target {args.latency_target} is below {lowest:.4f}, the least that the group sizes allow"
+        )
+    return pruner
 
 
 def check_args(args: argparse.Namespace) -> Setup:
     """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
     problems = Problems()
-    _check_numbers(args, problems)
+    training.check_numbers(args, problems)
+    _check_flags(args, problems)
     named = problems.attempt(_prune_dict, args.prune_dict)
     config = problems.attempt(load_config, args.pruning_config)
     device = problems.attempt(training.start, args)
     full = problems.attempt(training.full_model, args)
     table = problems.attempt(_load_table, args.latency_look_up_table, full) if full else None
     data = problems.attempt(training.load_data, args, full) if full else None
-    if full and not full.has_weights and not args.resume:
+    if full and not full.has_weights:
         problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
     problems.raise_if_any()
+    problems.attempt(full.check_classifier)
     model = problems.attempt(
         full.build, pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path
     )
     cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
     problems.raise_if_any()
-    config, dead = config
+    (config, dead), (label, cap) = config, named
+    pruner = problems.attempt(_make_pruner, args, Masks(model.dims, device), table, config, cap)
+    path = run_folder(args, full, label, cap)
+    resumed = problems.attempt(read_resumed, args, full, path)
+    problems.raise_if_any()
+    folder = problems.attempt(make_folder, path)
+    problems.raise_if_any()
     if dead:
         warn(f"{args.pruning_config}: as in the published code, these keys have no effect: {', '.join(dead)}")
-    masks = Masks(model.dims, device)
-    label, cap = named
-    pruner = GlobalPruner(
-        masks, table, config.group_sizes(model.dims), regularization=args.latency_regularization, cap=cap or None,
-        target=args.latency_target, per_event=args.prune_per_iter // args.group_size,
-    )  # fmt: skip
-    lowest = table.ratio(pruner.floor(), model.dims)
-    if args.latency_target is not None and args.latency_target < lowest:
-        problems.add(
-            f"--latency_target {args.latency_target} is below {lowest:.4f}, the least that the group sizes allow"
-        )
-    problems.raise_if_any()
-    folder = problems.attempt(make_folder, run_folder(args, full, label, cap))
-    problems.raise_if_any()
-    return Setup(device, full, data, model, cnn, table, config, pruner, folder)
+    if (cleaned := table.monotone_report()).raised:
+        say(f"latency table: {cleaned.raised} of {cleaned.values} values lie below that of a narrower layer, by up to "
+            f"{cleaned.largest_change:.1%}; selection counts such a step as free")  # fmt: skip
+    return Setup(device, full, data, model, cnn, table, config, pruner, folder, resumed)
 
 
 class PruningSteps:
@@ -190,6 +198,8 @@ class PruningSteps:
         self.criterion_name, self.criterion = setup.config.criterion, criterion
         self.student, self.optimizer, self.model = student, optimizer, setup.model
         self.saliency = Saliency(setup.model, setup.model.dims, setup.config.criterion, setup.config.momentum)
+        if not setup.resumed:
+            training.clear_logs(setup.folder)
         self.writer = SummaryWriter(setup.folder) if is_main() else None
         self.steps = self.events = 0
         self.exhausted = False  # no group may be removed any more
@@ -200,9 +210,8 @@ class PruningSteps:
         return self.exhausted or self.pruner.reached
 
     def set_phase(self) -> None:
-        """Until the first event the student equals the full model: its KL is off, unless it is the only loss."""
-        alone = not self.criterion.original_coeff
-        self.criterion.kl_coeff = self.kl_coeff if self.events or alone else 0.0
+        """Until the first event the student equals the full model, and its KL is off."""
+        self.criterion.kl_coeff = self.kl_coeff if self.events else 0.0
         self.student.train(not (self.events and self.student_eval))
 
     def after_backward(self) -> None:
@@ -238,11 +247,13 @@ class PruningSteps:
         say(f"event {self.events}: predicted latency {event.ratio:.4f} of dense; removed {removed or 'nothing'}")
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(saliency=self.saliency.state_dict(), steps=self.steps, events=self.events)
+        return dict(
+            saliency=self.saliency.state_dict(), steps=self.steps, events=self.events, exhausted=self.exhausted
+        )  # fmt: skip
 
     def restore(self, state: dict[str, Any], masks: dict[str, Tensor]) -> None:
         self.saliency.load_state_dict(state["saliency"])
-        self.steps, self.events = state["steps"], state["events"]
+        self.steps, self.events, self.exhausted = state["steps"], state["events"], state["exhausted"]
         self.masks.load_state_dict(masks)
         self.masks.install_(self.model)
         self.set_phase()
@@ -261,21 +272,26 @@ def save(name: str, setup: Setup, steps: PruningSteps, optimizer: torch.optim.Op
     )  # fmt: skip
 
 
-def resume(args: argparse.Namespace, setup: Setup, steps: PruningSteps, optimizer: torch.optim.Optimizer,
-           precision: Precision) -> tuple[int, dict[str, Any]]:  # fmt: skip
-    """Restore a run; returns the epoch to go on with and the metrics so far."""
-    path = setup.folder / "checkpoint.pth" if args.resume == "auto" else Path(args.resume)
-    problems = Problems()
-    content = problems.attempt(checkpoint.load, path)
-    problems.raise_if_any()
-    if content["arch"] != setup.full.record or content["pruner"] is None:
-        problems.add(f"--resume: {path} is not a pruning run of {setup.full.arch} with these arguments")
-    problems.raise_if_any()
+def read_resumed(args: argparse.Namespace, full: training.FullModel, folder: Path) -> dict[str, Any] | None:
+    """The checkpoint that --resume names, None without it. Raises ValueError where it does not fit the arguments."""
+    if not args.resume:
+        return None
+    path = folder / "checkpoint.pth" if args.resume == "auto" else Path(args.resume)
+    content = checkpoint.load(path)
+    if content["arch"] != full.record or content["pruner"] is None:
+        raise ValueError(f"--resume: {path} is not a pruning run of {full.arch} with these arguments")
+    return content
+
+
+def restore(args: argparse.Namespace, setup: Setup, steps: PruningSteps, optimizer: torch.optim.Optimizer,
+            precision: Precision) -> tuple[int, dict[str, Any]]:  # fmt: skip
+    """Go on from the resumed checkpoint; returns the next epoch and the metrics so far."""
+    content = setup.resumed
     setup.model.load_state_dict(content["model"])
     optimizer.load_state_dict(content["optimizer"])
     precision.scaler.load_state_dict(content["scaler"])
     steps.restore(content["pruner"], content["masks"])
-    checkpoint.set_rng_state(content["rng"])
+    training.restore_random_state(args, content)
     return content["epoch"] + 1, content["metrics"]
 
 
@@ -293,10 +309,10 @@ def check_compact(model: nn.Module, masks: Masks) -> float:
 
 def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: float, top1: float) -> dict[str, Any]:
     """summary.json and dims.json of a finished run."""
-    batch = int(setup.table.meta.get("batch", args.batch_size))
-    common = dict(batch=batch, device=setup.device)
+    conditions = training.Conditions.of(setup.table, setup.device, args.batch_size)
+    common = dict(conditions=conditions, device=setup.device)
     dense = training.stage(setup.full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
-    measured = training.measured_ratio(setup.full, masks.dims, batch, setup.device)
+    measured = training.measured_ratio(setup.full, masks.dims, conditions, setup.device)
     pruned = training.stage(
         setup.full, masks.dims, top1, predicted=round(setup.pruner.ratio, 5), measured=measured, **common
     )
@@ -322,13 +338,14 @@ def main(args: argparse.Namespace) -> None:
     criterion = training.make_loss(args, setup.cnn, teacher, tau=KL_TEMPERATURE, per_token=False)
     mixup = training.make_mixup(args, setup.data.classes)
     steps = PruningSteps(args, setup, student, optimizer, criterion)
-    first, test = resume(args, setup, steps, optimizer, precision) if args.resume else (0, dict(acc1=top1_dense))
+    if setup.resumed:
+        epoch, test = restore(args, setup, steps, optimizer, precision)
+    else:
+        epoch, test = 0, dict(acc1=top1_dense)
     write_json(setup.folder / "args.json", vars(args))
 
     # ---------------------------------------------------------------- prune
-    for epoch in range(first, args.epochs):
-        if steps.done:
-            break
+    while epoch < args.epochs and not steps.done:
         start_epoch(setup.data.train, epoch)
         steps.set_phase()
         with naming_the_last_good(setup.folder / "checkpoint.pth"):
@@ -337,26 +354,24 @@ def main(args: argparse.Namespace) -> None:
                 clip_grad=args.clip_grad, after_backward=steps.after_backward, after_step=steps.after_step,
                 log_interval=args.log_interval,
             )  # fmt: skip
-        test = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
+            test = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
         ratio = setup.pruner.ratio
-        append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **_prefixed(stats, test))
         save("checkpoint.pth", setup, steps, optimizer, precision, args, epoch, test | dict(latency=ratio))
-        say(
-            f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f} of dense"
-        )
+        append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **_prefixed(stats, test))
+        say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f}")
+        epoch += 1
 
     # ---------------------------------------------------------------- result
-    if args.latency_target is not None and setup.pruner.ratio > args.latency_target:
-        raise RunFailed(
-            f"target {args.latency_target} not reached in {args.epochs} epochs: {setup.pruner.ratio:.4f} predicted; "
-            f"the state is in {setup.folder / 'checkpoint.pth'}: go on with --resume and more --epochs"
-        )
+    if args.latency_target is not None and not setup.pruner.reached:
+        way = ("nothing more may be removed (floors, or the count in --prune_dict)" if steps.exhausted else
+               f"go on with --resume {setup.folder / 'checkpoint.pth'} and more --epochs")  # fmt: skip
+        raise RunFailed(f"target {args.latency_target} not reached, predicted {setup.pruner.ratio:.4f}: {way}")
     if not is_main():
         return
     say(f"compact: widths {steps.masks.dims.to_dim()}, relative difference to the masked model "
         f"{check_compact(setup.model, steps.masks):.1e}")
     summary = finish(args, setup, steps.masks, top1_dense, test["acc1"])
-    save("pruned_checkpoint.pth", setup, steps, optimizer, precision, args, args.epochs, test | summary["pruned"])
+    save("pruned_checkpoint.pth", setup, steps, optimizer, precision, args, epoch - 1, test | summary["pruned"])
     say(f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {test['acc1']:.2f}, latency predicted "
         f"{summary['pruned']['latency_predicted']:.3f}, measured {summary['pruned']['latency_measured']:.3f} of dense")
 

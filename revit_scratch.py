@@ -7,7 +7,7 @@ from pathlib import Path
 
 import options
 import training
-from finetuning import Run, train
+from finetuning import Run, read_resumed, train
 from models import ViTDims, build_vit
 from models.redistribution import RULES, redistributed
 from utils import Problems, is_main, make_folder, run_script, say, write_json
@@ -67,8 +67,6 @@ def check_args(args: argparse.Namespace) -> Run:
         problems.add("--scratch is required: ReViT is trained from random weights")
     if not args.output_dir:
         problems.add("--output_dir is required")
-    if not args.kl_loss_coeff and not args.original_loss_coeff:
-        problems.add("--kl_loss_coeff 0 and --original_loss_coeff 0 leave no loss")
     device = problems.attempt(training.start, args)
     full = problems.attempt(training.full_model, args)
     problems.raise_if_any()
@@ -79,6 +77,7 @@ def check_args(args: argparse.Namespace) -> Run:
     run = Run(device, full, data, build_vit(full.arch, dims, **full.kwargs | drops), origin=full.path)
     run.teacher = problems.attempt(training.full_teacher, args, full, device)
     run.cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
+    run.resumed = problems.attempt(read_resumed, args, run, run_folder(args, dims))
     problems.raise_if_any()
     run.folder = problems.attempt(make_folder, run_folder(args, dims))
     problems.raise_if_any()
@@ -90,9 +89,10 @@ def main(args: argparse.Namespace) -> None:
     metrics = train(args, run)
     if not is_main():
         return
-    measured = training.measured_ratio(run.full, run.model.dims, args.batch_size, run.device)
+    conditions = training.Conditions(args.batch_size)
+    measured = training.measured_ratio(run.full, run.model.dims, conditions, run.device)
     result = training.stage(run.full, run.model.dims, metrics["acc1"], predicted=None, measured=measured,
-                            batch=args.batch_size, device=run.device)  # fmt: skip
+                            conditions=conditions, device=run.device)  # fmt: skip
     write_json(run.folder / "dims.json", run.model.dims.to_dict())
     write_json(run.folder / "summary.json", dict(finetuned=result))
     say(training.result_line(run.folder / "ft_checkpoint.pth", result))

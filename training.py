@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,12 @@ import checkpoint
 from datasets import build_dataset, build_loader
 from engine import Precision
 from latency.measure import device_name, interleaved, ratio
+from latency.table import LatencyTable
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models import ViTDims, build_vit, macs, params, skeleton
 from models.pretrained import load_initial_, read_initial
 from models.vit import TokenLogits
-from utils import Problems, init_distributed, rank, say, seed_everything, world_size
+from utils import Problems, init_distributed, is_main, rank, say, seed_everything, warn, world_size
 
 DEFAULT_MODEL = "deit_base_distilled_patch16_224"
 
@@ -58,6 +60,17 @@ class FullModel:
                 f"--pretrained: the weights of {self.arch} cannot be downloaded ({_first_line(error)}); "
                 "give a local file with --initial-checkpoint FILE"
             ) from None
+
+    def check_classifier(self) -> None:
+        """Raises ValueError when the weights are for other classes than the data: the head would be random."""
+        found = timm.get_pretrained_cfg_value(self.arch, "num_classes")
+        if self.state is not None:
+            found = len(self.state.get("head.weight", range(self.kwargs["num_classes"])))  # without: cannot be loaded
+        if found != self.kwargs["num_classes"]:
+            raise ValueError(
+                f"the dense weights know {found} classes, the data has {self.kwargs['num_classes']}: first train the "
+                "full model on the data (finetune_dense.py --initial-checkpoint FILE --kl_loss_coeff 0)"
+            )
 
     @property
     def has_weights(self) -> bool:
@@ -124,28 +137,62 @@ def load_data(args: Any, full: FullModel, train: bool = True) -> Data:
     return Data(train_loader, build_loader(val, args, is_train=False, **place), classes)
 
 
-def is_optimizer(name: str) -> bool:
-    """Whether timm knows the optimizer, with or without its lookahead_ prefix."""
-    return name.lower().removeprefix("lookahead_") in list_optimizers()
+RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that is None, passes
+    "batch_size": ("above 0", lambda x: x > 0),
+    "epochs": ("above 0", lambda x: x > 0),
+    "log_interval": ("above 0", lambda x: x > 0),
+    "drop": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "drop_path": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "distillation_alpha": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "lr": ("from 0 up", lambda x: 0 <= x < math.inf),
+    "num_workers": ("from 0 up", lambda x: x >= 0),
+    "kl_loss_coeff": ("from 0 up", lambda x: 0 <= x < math.inf),
+    "original_loss_coeff": ("from 0 up", lambda x: 0 <= x < math.inf),
+    "distillation_tau": ("above 0", lambda x: 0 < x < math.inf),
+    "clip_grad": ("above 0", lambda x: 0 < x < math.inf),
+    "prune_per_iter": ("above 0", lambda x: x > 0),
+    "group_size": ("above 0", lambda x: x > 0),
+    "latency_regularization": ("from 0 up", lambda x: 0 <= x < math.inf),
+    "latency_target": ("in (0, 1]", lambda x: 0 < x <= 1),
+}
 
 
 def check_numbers(args: Any, problems: Problems) -> None:
-    """Complaints about flags that every training script has."""
-    for name in ("batch_size", "epochs", "log_interval"):
-        if getattr(args, name, 1) <= 0:
-            problems.add(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    for name in ("drop", "drop_path", "distillation_alpha"):
-        if not 0 <= getattr(args, name, 0) <= 1:
-            problems.add(f"--{name.replace('_', '-')} must lie in [0, 1], not {getattr(args, name)}")
-    for name in ("lr", "num_workers", "kl_loss_coeff", "original_loss_coeff"):
-        if getattr(args, name, 0) < 0:
-            problems.add(f"--{name} must not be negative, not {getattr(args, name)}")
+    """Complaints about the values of flags, for every training script."""
+    for name, value in vars(args).items():
+        words, test = RANGES.get(name, ("", lambda x: True))
+        if value is not None and not test(value):
+            flag = f"--{name}" if "_" in name and name in UNDERSCORED else f"--{name.replace('_', '-')}"
+            problems.add(f"{flag} must be {words}, not {value}")
+    if args.amp_dtype and not args.amp:
+        problems.add("--amp-dtype goes with --amp")
     if not is_optimizer(args.opt):
         closest = difflib.get_close_matches(args.opt, list_optimizers(), n=3)
         problems.add(f"--opt: timm knows no optimizer {args.opt!r}; closest: {', '.join(closest) or 'adamw'}")
-    mixing = getattr(args, "mixup", 0) > 0 or getattr(args, "cutmix", 0) > 0 or getattr(args, "cutmix_minmax", None)
-    if mixing and args.batch_size % 2 and not getattr(args, "eval", False):
+    if not getattr(args, "eval", False):
+        _check_losses(args, problems)
+
+
+UNDERSCORED = {  # flags that the published commands spell so
+    "num_workers", "kl_loss_coeff", "original_loss_coeff", "prune_per_iter", "group_size", "latency_regularization",
+    "latency_target",
+}  # fmt: skip
+
+
+def _check_losses(args: Any, problems: Problems) -> None:
+    kind = args.distillation_type
+    if not args.kl_loss_coeff and not args.original_loss_coeff:
+        problems.add("--kl_loss_coeff 0 and --original_loss_coeff 0 leave no loss")
+    elif kind != "none" and not args.original_loss_coeff:
+        problems.add(f"--distillation-type {kind} needs --original_loss_coeff above 0: it is a part of that loss")
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixing and args.batch_size % 2:
         problems.add(f"mixup and cutmix need an even --batch-size, not {args.batch_size} (or --mixup 0 --cutmix 0)")
+
+
+def is_optimizer(name: str) -> bool:
+    """Whether timm knows the optimizer, with or without its lookahead_ prefix."""
+    return name.lower().removeprefix("lookahead_") in list_optimizers()
 
 
 def start(args: Any) -> torch.device:
@@ -153,6 +200,7 @@ def start(args: Any) -> torch.device:
     wanted = args.device
     if wanted == "cuda" and not torch.cuda.is_available():
         wanted = "cpu"
+        say("no CUDA device here: running on the CPU")
     try:
         device = init_distributed(wanted)
         torch.empty(0, device=device)
@@ -202,7 +250,7 @@ def scaled_lr(args: Any) -> float:
 def make_optimizer(args: Any, model: nn.Module) -> torch.optim.Optimizer:
     """timm's, with weight decay on matrices only. Raises ValueError for a name timm does not know."""
     options = dict(eps=args.opt_eps) | (dict(betas=args.opt_betas) if args.opt_betas else {})
-    if args.opt in ("sgd", "momentum", "nesterov"):
+    if args.opt in ("sgd", "momentum", "nesterov"):  # these have neither
         options = {}
     return create_optimizer_v2(
         model, opt=args.opt, lr=scaled_lr(args), weight_decay=args.weight_decay, momentum=args.momentum, **options
@@ -221,7 +269,7 @@ def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates_per_epoc
 
 def cnn_teacher(args: Any, classes: int, device: torch.device) -> nn.Module | None:
     """The CNN of --distillation-type soft or hard. Raises ValueError where it cannot be had or knows other classes."""
-    if args.distillation_type == "none" or not args.original_loss_coeff:
+    if args.distillation_type == "none":
         return None
     try:
         if not args.teacher_path:
@@ -246,6 +294,7 @@ def full_teacher(args: Any, full: FullModel, device: torch.device) -> nn.Module 
         return None
     if not full.has_weights:
         raise ValueError("no full model to distil from: give --initial-checkpoint FILE, or --kl_loss_coeff 0")
+    full.check_classifier()
     return frozen(full.build(), device)
 
 
@@ -266,8 +315,40 @@ def make_loss(args: Any, cnn: nn.Module | None, full: nn.Module | None, *, tau: 
     return NViTLoss(original, args.original_loss_coeff, full, args.kl_loss_coeff, tau, per_token)
 
 
-def measured_ratio(full: FullModel, dims: ViTDims, batch: int, device: torch.device) -> float:
-    """Measured latency of the compact model relative to the dense one: fp32, interleaved, the median of paired ratios.
+def restore_random_state(args: Any, content: dict[str, Any]) -> None:
+    """The main rank goes on with the saved generators; the others, whose states are not saved, with fresh seeds."""
+    if rank() == 0:
+        checkpoint.set_rng_state(content["rng"])
+    else:
+        seed_everything(args.seed + 1_000_003 * (content["epoch"] + 1))
+
+
+def clear_logs(folder: Path) -> None:
+    """Remove what an earlier run left in the folder and a new one would add to."""
+    if is_main():
+        for old in (folder / "log.txt", *folder.glob("debug/debugOutput_*"), *folder.glob("events.out.tfevents.*")):
+            old.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a latency is measured under: the table's, so that prediction and measurement speak of the same thing."""
+
+    batch: int
+    dtype: str = "fp32"
+    compiled: bool = False
+
+    @classmethod
+    def of(cls, table: LatencyTable, device: torch.device, batch: int) -> Conditions:
+        """A table's; `batch` where it does not say. Warns when it was measured on another device."""
+        meta, here = table.meta, device_name(device)
+        if meta.get("device", here) != here:
+            warn(f"the table was measured on {meta['device']}, this is {here}: the prediction is for the former")
+        return cls(int(meta.get("batch", batch)), meta.get("dtype", "fp32"), bool(meta.get("compile")))
+
+
+def measured_ratio(full: FullModel, dims: ViTDims, conditions: Conditions, device: torch.device) -> float:
+    """Measured latency of the compact model relative to the dense one: interleaved, the median of paired ratios.
 
     Latency does not depend on weights, so both are freshly built.
     """
@@ -275,20 +356,20 @@ def measured_ratio(full: FullModel, dims: ViTDims, batch: int, device: torch.dev
     pair = dict(dense=build_vit(full.arch, **full.kwargs), compact=build_vit(full.arch, dims, **full.kwargs))
     channels = skeleton(full.arch, **full.kwargs).patch_embed.proj.in_channels
     state = checkpoint.rng_state()
-    timings = interleaved(
-        {k: m.to(device) for k, m in pair.items()}, torch.randn(batch, channels, *size, device=device)
-    )
+    images = torch.randn(conditions.batch, channels, *size, device=device)
+    models = {name: model.to(device) for name, model in pair.items()}
+    timings = interleaved(models, images, dtype=conditions.dtype, compiled=conditions.compiled)
     checkpoint.set_rng_state(state)
     return round(ratio(timings["compact"], timings["dense"]).median, 5)
 
 
-def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | None, measured: float | None, batch: int,
-          device: torch.device) -> dict[str, Any]:  # fmt: skip
+def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | None, measured: float | None,
+          conditions: Conditions, device: torch.device) -> dict[str, Any]:  # fmt: skip
     """One object of summary.json: top-1 in percent, counts of one image, latencies as ratios to the dense model."""
     return dict(
         top1=round(top1, 3), params=params(full.arch, dims, **full.kwargs), macs=macs(full.arch, dims, **full.kwargs),
-        latency_predicted=predicted, latency_measured=measured, device=device_name(device), batch=batch, dtype="fp32",
-        dims=dims.to_dict(),
+        latency_predicted=predicted, latency_measured=measured, device=device_name(device), batch=conditions.batch,
+        dtype=conditions.dtype, compiled=conditions.compiled, dims=dims.to_dict(),
     )  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-    except RunFailed as error:
+    except (RunFailed, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     finally:

@@ -61,22 +61,18 @@ def latency_per_unit(table: LatencyTable, dims: ViTDims, group_sizes: dict[str, 
     """
     base = _widths(dims)
     depth = len(base)
-    queries = [base]
-    for column, kind in enumerate(COLUMNS):
-        sizes = [group_sizes["embed" if kind == "embed" else f"blocks.{i}.{kind}"] for i in range(depth)]
-        less = base.copy()
-        less[:, column] = np.maximum(less[:, column] - sizes, 0)
-        queries.append(less)
+    names = [[kind if kind == "embed" else f"blocks.{i}.{kind}" for kind in COLUMNS] for i in range(depth)]
+    sizes = np.array([[group_sizes[name] for name in row] for row in names])
+    removed = np.minimum(sizes, np.maximum(base - sizes, 0))  # blocks x columns; at the floor of one group, nothing
+    queries = [base] + [base - removed * (np.arange(len(COLUMNS)) == column) for column in range(len(COLUMNS))]
     seconds = table.blocks_seconds(np.concatenate(queries), monotone=True).reshape(len(queries), depth)
-    saved = np.maximum(seconds[0] - seconds[1:], 0)  # columns x blocks
-    costs = {}
-    for axis, size in group_sizes.items():
-        if axis == "embed":
-            outside = table.overhead_seconds(dims.embed) - table.overhead_seconds(max(dims.embed - size, 0))
-            costs[axis] = (saved[0].sum() + max(outside, 0.0)) / size
-        else:
-            _, block, kind = axis.split(".")
-            costs[axis] = saved[COLUMNS.index(kind), int(block)] / size
+    saved = np.maximum(seconds[0] - seconds[1:], 0).T  # blocks x columns
+    per_unit = np.divide(saved, removed, out=np.zeros_like(saved), where=removed > 0)
+    costs = dict(zip(sum(names, []), per_unit.flatten().tolist(), strict=True))
+    costs["embed"] = per_unit[:, 0].sum()
+    if units := int(removed[0, 0]):
+        outside = table.overhead_seconds(dims.embed) - table.overhead_seconds(dims.embed - units)
+        costs["embed"] += max(outside, 0.0) / units
     return costs
 
 

@@ -8,6 +8,7 @@ data_path=$(realpath "$1") dense=$(realpath "$2")
 shift 2
 source "$(dirname "$0")/environment.sh"
 out=runs/cifar10
+rm -rf "$out"
 mkdir -p "$out"
 data=(--data-set IMNET --data-path "$data_path" --initial-checkpoint "$dense" --num_workers 2 --seed 0)
 light=(--mixup 0 --cutmix 0 --aa "" --color-jitter 0 --reprob 0 --drop-path 0)

@@ -17,6 +17,7 @@ from models import Masks
 torch.set_num_threads(1)  # models are too small to share out: on a busy machine two threads take eight times as long
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
+NO_CLS = dict(class_token=False, global_pool="avg")
 FAMILIES = {
     "distilled": dict(arch="deit_tiny_distilled_patch16_224"),
     "plain": dict(arch="vit_tiny_patch16_224"),
@@ -24,9 +25,11 @@ FAMILIES = {
     "layer_scale": dict(arch="vit_tiny_patch16_224", init_values=0.1),
     "avg_pool_fc_norm": dict(arch="vit_tiny_patch16_224", global_pool="avg"),
     "pre_norm_quick_gelu": dict(arch="vit_base_patch16_clip_quickgelu_224"),
-    "no_class_token": dict(arch="vit_tiny_patch16_224", class_token=False, global_pool="avg"),
+    "no_class_token": dict(arch="vit_tiny_patch16_224", **NO_CLS),
     "no_embed_class": dict(arch="deit3_small_patch16_224"),
-    "bare": dict(arch="vit_tiny_patch16_224", qkv_bias=False, proj_bias=False, final_norm=False, pos_embed="none"),
+    "bare": dict(
+        arch="vit_tiny_patch16_224", qkv_bias=False, proj_bias=False, final_norm=False, pos_embed="none", **NO_CLS
+    ),
 }
 CASES = {  # what a pruned model may lack: axes of which some units go, and branches that go altogether
     **{axis: (axis,) for axis in ("embed", "heads", "qk", "v", "mlp")},

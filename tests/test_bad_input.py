@@ -50,7 +50,7 @@ def prune_problems(place, *flags):
     """The complaints about a good command line with `flags` added; nothing may be written."""
     good = ["--data-set", "DIGITS", "--initial-checkpoint", place / "dense.pth", "--device", "cpu", "--pruning",
             "--latency_look_up_table", place / "table.json", "--latency_target", "0.9",
-            "--output_dir", place / "out"]  # fmt: skip
+            "--original_loss_coeff", "1", "--output_dir", place / "out"]  # fmt: skip
     args = prune.get_args_parser().parse_args([str(f) for f in [*good, *flags]])
     with pytest.raises(BadArguments) as error:
         prune.main(args)
@@ -67,7 +67,8 @@ def one(problems):
 def test_the_good_command_line_is_good(place):
     setup = prune.check_args(prune.get_args_parser().parse_args([
         "--data-set", "DIGITS", "--initial-checkpoint", str(place / "dense.pth"), "--device", "cpu", "--latency_target",
-        "0.9", "--latency_look_up_table", str(place / "table.json"), "--output_dir", str(place / "fine")]))  # fmt: skip
+        "0.9", "--latency_look_up_table", str(place / "table.json"), "--output_dir", str(place / "fine"),
+        "--original_loss_coeff", "1"]))  # fmt: skip
     assert isinstance(setup.table, LatencyTable) and setup.data.classes == 10
 
 
@@ -193,6 +194,43 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(place, tmp_pat
     (good,) = tmp_path.glob("*/ft_checkpoint.pth")
     content = checkpoint.load(good)
     assert content["epoch"] == 0 and all(torch.isfinite(t).all() for t in content["model"].values())
+
+
+def test_weights_that_the_last_step_spoilt_are_not_saved(place, tmp_path, monkeypatch):
+    flags = ["--data-set", "DIGITS", "--num_workers", "0", "--batch-size", "256", "--device", "cpu", "--output_dir",
+             str(tmp_path), "--epochs", "2", "--kl_loss_coeff", "0", "--original_loss_coeff", "1", "--mixup", "0",
+             "--cutmix", "0", "--initial-checkpoint", str(place / "dense.pth"), "--no-model-ema"]  # fmt: skip
+    original, calls = torch.optim.AdamW.step, []
+
+    def spoilt(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 10:  # the last step of epoch 1: its loss was finite
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoilt)
+    with pytest.raises(RunFailed, match=r"not finite; the last good checkpoint is .*ft_checkpoint\.pth"):
+        finetune_dense.main(finetune_dense.get_args_parser().parse_args(flags))
+    (good,) = tmp_path.glob("*/ft_checkpoint.pth")
+    assert checkpoint.load(good)["epoch"] == 0
+
+
+def test_weights_for_other_classes_are_no_teacher(place, image_folder, tmp_path):
+    root = image_folder(tmp_path / "data", per_class=40, side=20)
+    problems = prune_problems(place, "--data-set", "IMNET", "--data-path", root)
+    assert "know 10 classes, the data has 2" in one(problems)
+
+
+def test_resuming_from_nothing_writes_nothing(place):
+    assert "checkpoint.pth does not exist" in one(prune_problems(place, "--resume"))
+    assert "is not a pruning run" in one(prune_problems(place, "--resume", write_compact(place / "compact.pth")))
+
+
+def write_compact(path):
+    model = build_vit(ARCH, **KWARGS)
+    checkpoint.save(path, arch=dict(name=ARCH, kwargs=KWARGS), dims=model.dims.to_dict(), model=model.state_dict())
+    return path
 
 
 def test_pretrained_without_network_names_the_local_flag(tmp_path):

@@ -3,6 +3,7 @@ import random
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import BlockDims, ViTDims, build_vit, macs, params
@@ -25,7 +26,7 @@ def test_counts_are_torchs(monkeypatch, family, images, seed):
     dims = random_dims(tokens, depth=1 + seed) if seed else None
     model = build_vit(**family, dims=dims).eval()
     assert params(**family, dims=dims) == sum(p.numel() for p in model.parameters())
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(images[:1])
     assert 2 * macs(**family, dims=dims) == counter.get_total_flops()
 
@@ -45,7 +46,7 @@ def test_counts_follow_classes_image_size_and_channels(monkeypatch, tiny):
     monkeypatch.setattr(Attention, "pad_to_equal", False)
     kwargs = tiny | dict(num_classes=7, img_size=24, in_chans=1)
     model = build_vit(**kwargs).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.randn(1, 1, 24, 24))
     assert 2 * macs(**kwargs) == counter.get_total_flops()
     assert params(**kwargs) == sum(p.numel() for p in model.parameters())
@@ -54,6 +55,6 @@ def test_counts_follow_classes_image_size_and_channels(monkeypatch, tiny):
 def test_padding_is_not_counted(tiny, images):
     """MACs are the architecture's; what the kernel really multiplies is more where qk and v differ."""
     dims = ViTDims(32, (BlockDims(4, 2, 8, 16, 18),))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         build_vit(**tiny, dims=dims).eval()(images[:1])
     assert 2 * macs(**tiny, dims=dims) < counter.get_total_flops()

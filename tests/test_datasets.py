@@ -196,12 +196,12 @@ class TestCifar:
         return tmp_path
 
     @pytest.mark.parametrize("name, classes", [("CIFAR10", 10), ("CIFAR100", 100), ("CIFAR", 100)])
-    def test_sizes(self, fake_cifar, name, classes, caplog):
+    def test_sizes(self, fake_cifar, name, classes, capsys):
         args = data_args(data_set=name, data_path=str(fake_cifar), input_size=32)
         for is_train, count in ((True, 6), (False, 4)):
             dataset, found = build_dataset(is_train, args)
             assert (len(dataset), found, dataset[0][0].shape) == (count, classes, (3, 32, 32))
-        assert ("CIFAR is CIFAR-100" in caplog.text) == (name == "CIFAR")
+        assert ("CIFAR is CIFAR-100" in capsys.readouterr().out) == (name == "CIFAR")
 
     @pytest.mark.parametrize("name, folder", [("CIFAR10", "cifar-10-batches-py"), ("CIFAR100", "cifar-100-python")])
     def test_missing_or_damaged_files(self, tmp_path, name, folder):

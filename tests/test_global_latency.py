@@ -131,10 +131,21 @@ def test_the_cap_limits_what_is_removed(table):
 
 
 def test_noise_in_a_table_never_rewards_keeping(table):
-    widths = np.array([[32, 4, 8, 8, 128]], dtype=float)
-    noisy = table.blocks_seconds(widths, monotone=True)
-    assert noisy >= table.blocks_seconds(widths - [0, 0, 0, 0, 64], monotone=True)
-    assert min(latency_per_unit(table, DENSE, PruningConfig().group_sizes(DENSE)).values()) >= 0
+    data = json.loads(json.dumps(table.data))
+    for by_v in data["EMB_32"].values():
+        for by_m in by_v.values():
+            by_m["MLP_128"] = by_m["MLP_1"] / 2  # the widest MLP came out quickest
+    noisy, sizes = LatencyTable(data), PruningConfig().group_sizes(DENSE)
+    widths = np.array([[32, 4, 8, 8, 128], [32, 4, 8, 8, 64]], dtype=float)
+    assert np.diff(noisy.blocks_seconds(widths))[0] > 0  # raw: narrower is slower
+    costs = latency_per_unit(noisy, DENSE, sizes)
+    assert min(costs.values()) >= 0 and costs["blocks.0.mlp"] == 0 < costs["blocks.0.heads"]
+
+
+def test_at_its_floor_an_axis_costs_nothing(table):
+    sizes = PruningConfig().group_sizes(DENSE)
+    floor = pruner(table).floor()
+    assert set(latency_per_unit(table, floor, sizes).values()) == {0.0}
 
 
 def test_scores_that_are_not_finite_stop_the_event(table):

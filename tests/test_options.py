@@ -68,7 +68,6 @@ def test_every_flag_has_help_and_is_read(name):
         assert action.help and len(action.help) > 5, action.dest
         quiet = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction) or action.default in (None, "")
         assert quiet or "default" in action.help or action.help == argparse.SUPPRESS, action.dest
-        assert len(action.option_strings) == 0 or all("_" in o or "-" in o for o in action.option_strings)
         read = re.search(rf"(args|namespace|sized)\.{action.dest}\b|[\"']{action.dest}[\"']", code)
         assert read or action.dest in NO_EFFECT, f"nobody reads --{action.dest}"
     assert parser.format_help()

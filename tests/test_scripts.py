@@ -96,7 +96,8 @@ def test_a_pruning_run_leaves_the_files_of_the_contract(runs):
 def test_the_target_is_met_and_the_summary_says_so(runs):
     summary = json.loads((runs["tuned"] / "summary.json").read_text())
     assert list(summary) == ["dense", "pruned", "finetuned"]
-    keys = {"top1", "params", "macs", "latency_predicted", "latency_measured", "device", "batch", "dtype", "dims"}
+    keys = {"top1", "params", "macs", "latency_predicted", "latency_measured", "device", "batch", "dtype", "compiled",
+            "dims"}
     assert all(set(stage) == keys for stage in summary.values())
     assert 0.5 < summary["pruned"]["latency_predicted"] <= 0.6
     assert summary["finetuned"]["params"] == summary["pruned"]["params"] < summary["dense"]["params"]
