@@ -1,6 +1,8 @@
 """The commands of README and TRAINING: every one parses with the real parser, and the scripts they name exist."""
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ PARSERS = {
     "main_full_global_latency.py": main_full_global_latency, "finetune_dense.py": finetune_dense,
     "revit_scratch.py": revit_scratch, "latency.build_table": build_table, "tools.report": report,
 }  # fmt: skip
+OTHERS = {"--disable-pip-version-check", "--version", "--nproc_per_node"}  # of pip, python and torchrun
 
 
 def commands():
@@ -45,5 +48,23 @@ def test_shell_scripts_use_flags_that_exist():
     for path in (ROOT / "scripts").glob("*.sh"):
         text = path.read_text()
         known = "".join(module.get_args_parser().format_help() for module in PARSERS.values()) + "--all --quiet"
-        for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - {"--disable-pip-version-check", "--version"}:
+        for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - OTHERS:
             assert flag in known, f"{path.name}: {flag}"
+
+
+@pytest.mark.parametrize("variant", ["nvit_b", "nvit_h", "nvit_s", "nvit_t", "nvit_finetune", "revit_t", "revit_s"])
+def test_a_published_variant_passes_flags_that_parse(variant, tmp_path):
+    """With a Python that only prints its arguments, one a line."""
+    (fake := tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    folders = [tmp_path, tmp_path] if variant == "nvit_finetune" else [tmp_path]
+    command = ["bash", ROOT / "scripts" / f"{variant}.sh", *folders, "--seed", "7"]
+    words = subprocess.run(command, env=dict(os.environ, PYTHON=str(fake), GPUS="2"), capture_output=True, text=True,
+                           check=True).stdout.splitlines()  # fmt: skip
+    script = next(i for i, word in enumerate(words) if word in PARSERS)
+    args = PARSERS[words[script]].get_args_parser().parse_args(words[script + 1 :])
+    assert words[:script] == ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    assert args.seed == 7 and args.data_path == str(tmp_path) and args.epochs in (50, 300)
+    targets = dict(nvit_b=0.54, nvit_h=0.5, nvit_s=0.39, nvit_t=0.19)
+    assert getattr(args, "latency_target", None) == targets.get(variant)
+    assert getattr(args, "EMB", None) == dict(revit_t=176, revit_s=384).get(variant)
