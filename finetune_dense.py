@@ -10,6 +10,7 @@ from torch import nn
 
 import checkpoint
 import options
+import results
 import training
 from engine import evaluate
 from finetuning import Run, read_resumed, train
@@ -24,16 +25,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "examples: python finetune_dense.py --finetune runs/pruned_run --data-set DIGITS --epochs 10\n"
         "          python finetune_dense.py --eval --finetune runs/pruned_run/ft_dense_…/ft_checkpoint.pth",
     )
-    options.add_model_args(parser)
-    options.add_data_args(parser)
-    options.add_augmentation_args(parser)
-    options.add_optimizer_args(parser)
-    options.add_schedule_args(parser)
-    options.add_distillation_args(parser)
-    options.add_tau_arg(parser, "of the full model's KL and of soft CNN distillation")
-    options.add_ema_args(parser)
-    options.add_run_args(parser, "where the run's folder is made when there is no --finetune")
-    options.add_resume_args(parser)
+    options.add_dense_training_args(parser, "where the run's folder is made when there is no --finetune")
     group = parser.add_argument_group("finetuning")
     group.add_argument("--finetune", metavar="PATH", default="",
                        help="folder of a pruning run, or a checkpoint (default: train --model itself, with --scratch)")
@@ -99,7 +91,7 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     Raises BadArguments.
     """
     problems = Problems()
-    training.check_numbers(args, problems)
+    options.check_values(args, problems)
     _check_flags(args, problems)
     parent = problems.attempt(checkpoint.load, checkpoint_path(args.finetune)) if args.finetune else None
     device = problems.attempt(training.start, args)
@@ -141,13 +133,13 @@ def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[
     summary = json.loads(earlier.read_text()) if earlier and earlier.exists() else {}
     pruned = summary.get("pruned", {})
     dims = run.model.dims
-    conditions = training.Conditions(**{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}
+    conditions = results.Conditions(**{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}
                                      or dict(batch=args.batch_size))  # fmt: skip
     dense = dims == training.dims_of(run.full)
-    measured = 1.0 if dense else training.measured_ratio(run.full, dims, conditions, run.device)
+    measured = 1.0 if dense else results.measured_ratio(run.full, dims, conditions, run.device)
     predicted = 1.0 if dense else pruned.get("latency_predicted")
     name = "dense" if dense else "finetuned"
-    summary[name] = training.stage(
+    summary[name] = results.stage(
         run.full, dims, metrics["acc1"], predicted=predicted, measured=measured, conditions=conditions,
         device=run.device,
     )  # fmt: skip
@@ -166,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
     metrics = train(args, run)
     if is_main():
         result = finish(args, run, metrics)
-        say(training.result_line(run.folder / "ft_checkpoint.pth", result))
+        say(results.result_line(run.folder / "ft_checkpoint.pth", result))
 
 
 if __name__ == "__main__":

@@ -4,26 +4,24 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
+from torch import nn
 
 import checkpoint
 import options
+import results
 import training
 from datasets import start_epoch
 from engine import Precision, evaluate, train_one_epoch
 from latency.table import LatencyTable
 from models import Masks, compact
 from models.vit import TokenLogits
-from pruning import debug
 from pruning.config import PruningConfig, load_config
 from pruning.global_latency import GlobalPruner
-from pruning.saliency import Saliency
+from pruning_steps import PruningSteps, Setup
 from utils import (
     Problems,
     RunFailed,
@@ -86,22 +84,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@dataclass
-class Setup:
-    """What the arguments named, loaded and checked."""
-
-    device: torch.device
-    full: training.FullModel
-    data: training.Data
-    model: nn.Module
-    cnn: nn.Module | None
-    table: LatencyTable
-    config: PruningConfig
-    pruner: GlobalPruner
-    folder: Path
-    resumed: dict[str, Any] | None
-
-
 def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, cap: int) -> Path:
     """As published: the arguments that matter are in the name."""
     name = f"global_prune_{args.data_set}_{full.arch}_lr{args.lr}_{label}_{cap}"
@@ -156,7 +138,7 @@ def _make_pruner(args: argparse.Namespace, masks: Masks, table: LatencyTable, co
 def check_args(args: argparse.Namespace) -> Setup:
     """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
     problems = Problems()
-    training.check_numbers(args, problems)
+    options.check_values(args, problems)
     _check_flags(args, problems)
     named = problems.attempt(_prune_dict, args.prune_dict)
     config = problems.attempt(load_config, args.pruning_config)
@@ -186,77 +168,6 @@ def check_args(args: argparse.Namespace) -> Setup:
         say(f"latency table: {cleaned.raised} of {cleaned.values} values lie below that of a narrower layer, by up to "
             f"{cleaned.largest_change:.1%}; selection counts such a step as free")  # fmt: skip
     return Setup(device, full, data, model, cnn, table, config, pruner, folder, resumed)
-
-
-class PruningSteps:
-    """Pruning inside the training loop: score after backward, keep removed weights at zero, remove at events."""
-
-    def __init__(self, args: argparse.Namespace, setup: Setup, student: nn.Module, optimizer: torch.optim.Optimizer,
-                 criterion: nn.Module) -> None:  # fmt: skip
-        self.interval, self.student_eval, self.kl_coeff = args.interval_prune[0], args.student_eval, criterion.kl_coeff
-        self.pruner, self.masks, self.folder = setup.pruner, setup.pruner.masks, setup.folder
-        self.criterion_name, self.criterion = setup.config.criterion, criterion
-        self.student, self.optimizer, self.model = student, optimizer, setup.model
-        self.saliency = Saliency(setup.model, setup.model.dims, setup.config.criterion, setup.config.momentum)
-        if not setup.resumed:
-            training.clear_logs(setup.folder)
-        self.writer = SummaryWriter(setup.folder) if is_main() else None
-        self.steps = self.events = 0
-        self.exhausted = False  # no group may be removed any more
-        self.set_phase()
-
-    @property
-    def done(self) -> bool:
-        return self.exhausted or self.pruner.reached
-
-    def set_phase(self) -> None:
-        """Until the first event the student equals the full model, and its KL is off."""
-        self.criterion.kl_coeff = self.kl_coeff if self.events else 0.0
-        self.student.train(not (self.events and self.student_eval))
-
-    def after_backward(self) -> None:
-        self.saliency.step()
-
-    def after_step(self, loss: Tensor) -> bool:
-        """True once the run is over: the target is met or nothing may be removed any more."""
-        self.masks.zero_weights_(self.model)
-        self.steps += 1
-        if self.steps % self.interval:
-            return False
-        try:
-            event = self.pruner.event(self.saliency.close_window())
-        except ValueError as error:
-            raise RunFailed(f"pruning event {self.events + 1}: {error}") from None
-        self.masks.install_(self.model, self.optimizer)
-        self.events += 1
-        if self.events == 1:
-            self.saliency.forget()
-            self.set_phase()
-        self._report(event, loss)
-        self.exhausted = not event.groups
-        return self.done
-
-    def _report(self, event: Any, loss: Tensor) -> None:
-        if not is_main():
-            return
-        debug.write_event(self.folder / "debug", self.events, self.masks, event, self.criterion_name)
-        tags = debug.scalars(self.masks.dims) | {"dimension/Estimated_Latency": event.ratio, "train/loss": loss.item()}
-        for tag, value in tags.items():
-            self.writer.add_scalar(tag, value, self.steps)
-        removed = ", ".join(f"{len(g.units)} {g.axis}" for g in event.groups)
-        say(f"event {self.events}: predicted latency {event.ratio:.4f} of dense; removed {removed or 'nothing'}")
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(
-            saliency=self.saliency.state_dict(), steps=self.steps, events=self.events, exhausted=self.exhausted
-        )  # fmt: skip
-
-    def restore(self, state: dict[str, Any], masks: dict[str, Tensor]) -> None:
-        self.saliency.load_state_dict(state["saliency"])
-        self.steps, self.events, self.exhausted = state["steps"], state["events"], state["exhausted"]
-        self.masks.load_state_dict(masks)
-        self.masks.install_(self.model)
-        self.set_phase()
 
 
 def save(name: str, setup: Setup, steps: PruningSteps, optimizer: torch.optim.Optimizer, precision: Precision,
@@ -309,11 +220,11 @@ def check_compact(model: nn.Module, masks: Masks) -> float:
 
 def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: float, top1: float) -> dict[str, Any]:
     """summary.json and dims.json of a finished run."""
-    conditions = training.Conditions.of(setup.table, setup.device, args.batch_size)
+    conditions = results.Conditions.of(setup.table, setup.device, args.batch_size)
     common = dict(conditions=conditions, device=setup.device)
-    dense = training.stage(setup.full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
-    measured = training.measured_ratio(setup.full, masks.dims, conditions, setup.device)
-    pruned = training.stage(
+    dense = results.stage(setup.full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
+    measured = results.measured_ratio(setup.full, masks.dims, conditions, setup.device)
+    pruned = results.stage(
         setup.full, masks.dims, top1, predicted=round(setup.pruner.ratio, 5), measured=measured, **common
     )
     summary = dict(dense=dense, pruned=pruned)

@@ -1,11 +1,15 @@
-"""Command-line flags, in groups that scripts share. Spellings are DeiT's and NViT's; every flag is declared once."""
+"""Command-line flags, in groups that scripts share, and the checks of their values. Spellings are DeiT's and NViT's."""
 from __future__ import annotations
 
 import argparse
+import difflib
+import math
 from typing import Any
 
+from timm.optim import list_optimizers
+
 from datasets import DATA_SETS
-from utils import key_values
+from utils import Problems, key_values
 
 
 def boolean(text: str) -> bool:
@@ -172,3 +176,73 @@ def add_resume_args(parser: argparse.ArgumentParser) -> None:
                        help="go on from FILE, or from ft_checkpoint.pth of this run's folder (default: start anew)")
     group.add_argument("--start_epoch", metavar="E", type=int, default=None,
                        help="epoch to go on with; must agree with the checkpoint (default: the checkpoint's)")
+
+
+def add_dense_training_args(parser: argparse.ArgumentParser, output: str) -> None:
+    """Every group of a script that trains a dense model."""
+    add_model_args(parser)
+    add_data_args(parser)
+    add_augmentation_args(parser)
+    add_optimizer_args(parser)
+    add_schedule_args(parser)
+    add_distillation_args(parser)
+    add_tau_arg(parser, "of the full model's KL and of soft CNN distillation")
+    add_ema_args(parser)
+    add_run_args(parser, output)
+    add_resume_args(parser)
+
+
+UNDERSCORED = {  # flags that the published commands spell so
+    "num_workers", "kl_loss_coeff", "original_loss_coeff", "prune_per_iter", "group_size", "latency_regularization",
+    "latency_target",
+}  # fmt: skip
+RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that is None, passes
+    "batch_size": ("above 0", lambda x: x > 0),
+    "epochs": ("above 0", lambda x: x > 0),
+    "log_interval": ("above 0", lambda x: x > 0),
+    "drop": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "drop_path": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "distillation_alpha": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "lr": ("from 0 up", lambda x: 0 <= x < math.inf),
+    "num_workers": ("from 0 up", lambda x: x >= 0),
+    "kl_loss_coeff": ("from 0 up", lambda x: 0 <= x < math.inf),
+    "original_loss_coeff": ("from 0 up", lambda x: 0 <= x < math.inf),
+    "distillation_tau": ("above 0", lambda x: 0 < x < math.inf),
+    "clip_grad": ("above 0", lambda x: 0 < x < math.inf),
+    "prune_per_iter": ("above 0", lambda x: x > 0),
+    "group_size": ("above 0", lambda x: x > 0),
+    "latency_regularization": ("from 0 up", lambda x: 0 <= x < math.inf),
+    "latency_target": ("in (0, 1]", lambda x: 0 < x <= 1),
+}
+
+
+def check_values(args: argparse.Namespace, problems: Problems) -> None:
+    """Complaints about the values of flags, for every training script."""
+    for name, value in vars(args).items():
+        words, test = RANGES.get(name, ("", lambda x: True))
+        if value is not None and not test(value):
+            flag = f"--{name}" if "_" in name and name in UNDERSCORED else f"--{name.replace('_', '-')}"
+            problems.add(f"{flag} must be {words}, not {value}")
+    if args.amp_dtype and not args.amp:
+        problems.add("--amp-dtype goes with --amp")
+    if not is_optimizer(args.opt):
+        closest = difflib.get_close_matches(args.opt, list_optimizers(), n=3)
+        problems.add(f"--opt: timm knows no optimizer {args.opt!r}; closest: {', '.join(closest) or 'adamw'}")
+    if not getattr(args, "eval", False):
+        _check_losses(args, problems)
+
+
+def _check_losses(args: argparse.Namespace, problems: Problems) -> None:
+    kind = args.distillation_type
+    if not args.kl_loss_coeff and not args.original_loss_coeff:
+        problems.add("--kl_loss_coeff 0 and --original_loss_coeff 0 leave no loss")
+    elif kind != "none" and not args.original_loss_coeff:
+        problems.add(f"--distillation-type {kind} needs --original_loss_coeff above 0: it is a part of that loss")
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    if mixing and args.batch_size % 2:
+        problems.add(f"mixup and cutmix need an even --batch-size, not {args.batch_size} (or --mixup 0 --cutmix 0)")
+
+
+def is_optimizer(name: str) -> bool:
+    """Whether timm knows the optimizer, with or without its lookahead_ prefix."""
+    return name.lower().removeprefix("lookahead_") in list_optimizers()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import options
+import results
 import training
 from finetuning import Run, read_resumed, train
 from models import ViTDims, build_vit
@@ -17,16 +18,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
         __doc__, "example: python revit_scratch.py --scratch --EMB 176 --data-path IMAGENET --output_dir runs"
     )
-    options.add_model_args(parser)
-    options.add_data_args(parser)
-    options.add_augmentation_args(parser)
-    options.add_optimizer_args(parser)
-    options.add_schedule_args(parser)
-    options.add_distillation_args(parser)
-    options.add_tau_arg(parser, "of the full model's KL and of soft CNN distillation")
-    options.add_ema_args(parser)
-    options.add_run_args(parser, "where the run's folder is made; required")
-    options.add_resume_args(parser)
+    options.add_dense_training_args(parser, "where the run's folder is made; required")
     group = parser.add_argument_group("architecture")
     group.add_argument("--EMB", metavar="WIDTH", type=int, default=768,
                        help="embedding width that the redistribution rule starts from (default: 768)")
@@ -62,7 +54,7 @@ def _dims(args: argparse.Namespace, full: training.FullModel) -> ViTDims:
 def check_args(args: argparse.Namespace) -> Run:
     """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
     problems = Problems()
-    training.check_numbers(args, problems)
+    options.check_values(args, problems)
     if not args.scratch:
         problems.add("--scratch is required: ReViT is trained from random weights")
     if not args.output_dir:
@@ -89,13 +81,13 @@ def main(args: argparse.Namespace) -> None:
     metrics = train(args, run)
     if not is_main():
         return
-    conditions = training.Conditions(args.batch_size)
-    measured = training.measured_ratio(run.full, run.model.dims, conditions, run.device)
-    result = training.stage(run.full, run.model.dims, metrics["acc1"], predicted=None, measured=measured,
+    conditions = results.Conditions(args.batch_size)
+    measured = results.measured_ratio(run.full, run.model.dims, conditions, run.device)
+    result = results.stage(run.full, run.model.dims, metrics["acc1"], predicted=None, measured=measured,
                             conditions=conditions, device=run.device)  # fmt: skip
     write_json(run.folder / "dims.json", run.model.dims.to_dict())
     write_json(run.folder / "summary.json", dict(finetuned=result))
-    say(training.result_line(run.folder / "ft_checkpoint.pth", result))
+    say(results.result_line(run.folder / "ft_checkpoint.pth", result))
 
 
 if __name__ == "__main__":

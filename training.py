@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import math
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,20 +13,18 @@ from typing import Any
 import timm
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 import checkpoint
 from datasets import build_dataset, build_loader
 from engine import Precision
-from latency.measure import device_name, interleaved, ratio
-from latency.table import LatencyTable
 from losses import DistillationLoss, NViTLoss, base_criterion
-from models import ViTDims, build_vit, macs, params, skeleton
+from models import ViTDims, build_vit, skeleton
 from models.pretrained import load_initial_, read_initial
 from models.vit import TokenLogits
-from utils import Problems, init_distributed, is_main, rank, say, seed_everything, warn, world_size
+from utils import init_distributed, is_main, rank, say, seed_everything, world_size
 
 DEFAULT_MODEL = "deit_base_distilled_patch16_224"
 
@@ -135,64 +131,6 @@ def load_data(args: Any, full: FullModel, train: bool = True) -> Data:
     place = dict(rank=rank(), world_size=world_size())
     train_loader = build_loader(build_dataset(True, sized)[0], args, is_train=True, **place) if train else None
     return Data(train_loader, build_loader(val, args, is_train=False, **place), classes)
-
-
-RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that is None, passes
-    "batch_size": ("above 0", lambda x: x > 0),
-    "epochs": ("above 0", lambda x: x > 0),
-    "log_interval": ("above 0", lambda x: x > 0),
-    "drop": ("in [0, 1]", lambda x: 0 <= x <= 1),
-    "drop_path": ("in [0, 1)", lambda x: 0 <= x < 1),
-    "distillation_alpha": ("in [0, 1]", lambda x: 0 <= x <= 1),
-    "lr": ("from 0 up", lambda x: 0 <= x < math.inf),
-    "num_workers": ("from 0 up", lambda x: x >= 0),
-    "kl_loss_coeff": ("from 0 up", lambda x: 0 <= x < math.inf),
-    "original_loss_coeff": ("from 0 up", lambda x: 0 <= x < math.inf),
-    "distillation_tau": ("above 0", lambda x: 0 < x < math.inf),
-    "clip_grad": ("above 0", lambda x: 0 < x < math.inf),
-    "prune_per_iter": ("above 0", lambda x: x > 0),
-    "group_size": ("above 0", lambda x: x > 0),
-    "latency_regularization": ("from 0 up", lambda x: 0 <= x < math.inf),
-    "latency_target": ("in (0, 1]", lambda x: 0 < x <= 1),
-}
-
-
-def check_numbers(args: Any, problems: Problems) -> None:
-    """Complaints about the values of flags, for every training script."""
-    for name, value in vars(args).items():
-        words, test = RANGES.get(name, ("", lambda x: True))
-        if value is not None and not test(value):
-            flag = f"--{name}" if "_" in name and name in UNDERSCORED else f"--{name.replace('_', '-')}"
-            problems.add(f"{flag} must be {words}, not {value}")
-    if args.amp_dtype and not args.amp:
-        problems.add("--amp-dtype goes with --amp")
-    if not is_optimizer(args.opt):
-        closest = difflib.get_close_matches(args.opt, list_optimizers(), n=3)
-        problems.add(f"--opt: timm knows no optimizer {args.opt!r}; closest: {', '.join(closest) or 'adamw'}")
-    if not getattr(args, "eval", False):
-        _check_losses(args, problems)
-
-
-UNDERSCORED = {  # flags that the published commands spell so
-    "num_workers", "kl_loss_coeff", "original_loss_coeff", "prune_per_iter", "group_size", "latency_regularization",
-    "latency_target",
-}  # fmt: skip
-
-
-def _check_losses(args: Any, problems: Problems) -> None:
-    kind = args.distillation_type
-    if not args.kl_loss_coeff and not args.original_loss_coeff:
-        problems.add("--kl_loss_coeff 0 and --original_loss_coeff 0 leave no loss")
-    elif kind != "none" and not args.original_loss_coeff:
-        problems.add(f"--distillation-type {kind} needs --original_loss_coeff above 0: it is a part of that loss")
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    if mixing and args.batch_size % 2:
-        problems.add(f"mixup and cutmix need an even --batch-size, not {args.batch_size} (or --mixup 0 --cutmix 0)")
-
-
-def is_optimizer(name: str) -> bool:
-    """Whether timm knows the optimizer, with or without its lookahead_ prefix."""
-    return name.lower().removeprefix("lookahead_") in list_optimizers()
 
 
 def start(args: Any) -> torch.device:
@@ -328,52 +266,3 @@ def clear_logs(folder: Path) -> None:
     if is_main():
         for old in (folder / "log.txt", *folder.glob("debug/debugOutput_*"), *folder.glob("events.out.tfevents.*")):
             old.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What a latency is measured under: the table's, so that prediction and measurement speak of the same thing."""
-
-    batch: int
-    dtype: str = "fp32"
-    compiled: bool = False
-
-    @classmethod
-    def of(cls, table: LatencyTable, device: torch.device, batch: int) -> Conditions:
-        """A table's; `batch` where it does not say. Warns when it was measured on another device."""
-        meta, here = table.meta, device_name(device)
-        if meta.get("device", here) != here:
-            warn(f"the table was measured on {meta['device']}, this is {here}: the prediction is for the former")
-        return cls(int(meta.get("batch", batch)), meta.get("dtype", "fp32"), bool(meta.get("compile")))
-
-
-def measured_ratio(full: FullModel, dims: ViTDims, conditions: Conditions, device: torch.device) -> float:
-    """Measured latency of the compact model relative to the dense one: interleaved, the median of paired ratios.
-
-    Latency does not depend on weights, so both are freshly built.
-    """
-    size = skeleton(full.arch, **full.kwargs).patch_embed.img_size
-    pair = dict(dense=build_vit(full.arch, **full.kwargs), compact=build_vit(full.arch, dims, **full.kwargs))
-    channels = skeleton(full.arch, **full.kwargs).patch_embed.proj.in_channels
-    state = checkpoint.rng_state()
-    images = torch.randn(conditions.batch, channels, *size, device=device)
-    models = {name: model.to(device) for name, model in pair.items()}
-    timings = interleaved(models, images, dtype=conditions.dtype, compiled=conditions.compiled)
-    checkpoint.set_rng_state(state)
-    return round(ratio(timings["compact"], timings["dense"]).median, 5)
-
-
-def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | None, measured: float | None,
-          conditions: Conditions, device: torch.device) -> dict[str, Any]:  # fmt: skip
-    """One object of summary.json: top-1 in percent, counts of one image, latencies as ratios to the dense model."""
-    return dict(
-        top1=round(top1, 3), params=params(full.arch, dims, **full.kwargs), macs=macs(full.arch, dims, **full.kwargs),
-        latency_predicted=predicted, latency_measured=measured, device=device_name(device), batch=conditions.batch,
-        dtype=conditions.dtype, compiled=conditions.compiled, dims=dims.to_dict(),
-    )  # fmt: skip
-
-
-def result_line(path: Path, result: dict[str, Any]) -> str:
-    """The line a finished run ends with."""
-    return (f"{path}: top-1 {result['top1']:.2f}, {result['params']:,} parameters, {result['macs'] / 1e6:,.1f} M MACs, "
-            f"measured latency {result['latency_measured']:.3f} of dense")  # fmt: skip

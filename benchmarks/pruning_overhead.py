@@ -16,6 +16,7 @@ import torch
 
 import training
 from engine import Precision
+from latency.measure import device_name
 from latency.table import LatencyTable
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models import Masks, build_vit
@@ -124,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
         arch, kwargs, _ = read_initial(args.initial_checkpoint)
     else:
         arch, kwargs = (args.model, {}) if args.model else DIGITS
-    print(f"{arch} {kwargs}, batch {args.batch_size}, {args.dtype or 'float32'}, {training.device_name(device)}")
+    print(f"{arch} {kwargs}, batch {args.batch_size}, {args.dtype or 'float32'}, {device_name(device)}")
     step, plain = (Step(build_vit(arch, **kwargs), device, precision, args.batch_size) for _ in range(2))
     report("saliency and masks, nothing removed yet", step, plain, args.rounds)
     for axis, keep in step.masks.keep.items():
