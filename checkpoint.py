@@ -61,7 +61,7 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error) or "Unsupported" in str(error):
+        if zipfile.is_zipfile(path) or "GLOBAL" in str(error):
             reason = "needs unpickling of code, which could run anything: only tensors and plain values are read"
         else:
             reason = f"is truncated or not a torch file ({str(error).splitlines()[0][:80]})"

@@ -117,8 +117,10 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
 
 
 def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
-    if args.eval and not args.finetune:
-        problems.add("--eval needs --finetune FILE_OR_FOLDER")
+    if args.eval:
+        if not args.finetune:
+            problems.add("--eval needs --finetune FILE_OR_FOLDER")
+        return
     if not (args.finetune or args.scratch or args.initial_checkpoint or args.pretrained):
         problems.add("give --finetune FOLDER, or --scratch to train --model itself")
     if not args.finetune and not args.output_dir:

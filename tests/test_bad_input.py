@@ -157,7 +157,8 @@ def test_finetuning_flags_that_contradict_each_other(tmp_path):
             finetune_dense.main(args)
         return error.value.problems
 
-    assert len(problems("--eval", "--kl_loss_coeff", "0")) == 3
+    assert problems("--eval") == ["--eval needs --finetune FILE_OR_FOLDER"]
+    assert len(problems("--kl_loss_coeff", "0", "--start_epoch", "2")) == 4
     assert "goes with --resume" in problems("--scratch", "--start_epoch", "3", "--output_dir", str(tmp_path))[0]
     assert "no full model to distil from" in problems("--scratch", "--model", ARCH, "--output_dir", str(tmp_path))[0]
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, the same keys in every stage, and nothing that runs code is ever loaded."""
 import pickle
 import random
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -72,6 +73,8 @@ def write_truncated(path):
         (write_evil, "needs unpickling of code"),
         (write_truncated, "truncated"),
         (lambda p: p.write_text("hello"), "truncated or not a torch file"),
+        (lambda p: p.write_text("# A page of text"), "truncated or not a torch file"),
+        (lambda p: torch.save(Namespace(), p, _use_new_zipfile_serialization=False), "needs unpickling of code"),
         (lambda p: p.write_text(""), "truncated or not a torch file"),
         (lambda p: torch.save([1, 2], p), "holds a list"),
         (lambda p: torch.save(dict(state_dict={}), p), "not written by this project"),
