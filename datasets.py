@@ -83,7 +83,8 @@ class RepeatedAugSampler(RepeatAugSampler):
     """timm's (three augmented views of a third of the images per epoch), in an order that the seed changes as well."""
 
     def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank)
+        rounding = 256 if len(dataset) >= 256 else 0  # older timm would round a smaller data set to nothing
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, selected_round=rounding)
         self.seed = seed
         self.set_epoch(0)
 
