@@ -1,6 +1,7 @@
 """What a finished run reports: one object per stage, with latency measured against the dense model."""
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from latency.table import LatencyTable
 from models import ViTDims, build_vit, macs, params, skeleton
 from training import FullModel
 from utils import warn
+
+BUILDS = 5  # fresh pairs of models per measurement
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,21 @@ class Conditions:
 def measured_ratio(full: FullModel, dims: ViTDims, conditions: Conditions, device: torch.device) -> float:
     """Measured latency of the compact model relative to the dense one: interleaved, the median of paired ratios.
 
-    Latency does not depend on weights, so both are freshly built.
+    Latency does not depend on weights, so both are freshly built; on a CPU it does depend, by a few per cent, on where
+    in memory they lie, so they are built several times and the median is taken.
     """
-    size = skeleton(full.arch, **full.kwargs).patch_embed.img_size
-    pair = dict(dense=build_vit(full.arch, **full.kwargs), compact=build_vit(full.arch, dims, **full.kwargs))
-    channels = skeleton(full.arch, **full.kwargs).patch_embed.proj.in_channels
+    stem = skeleton(full.arch, **full.kwargs).patch_embed
     state = checkpoint.rng_state()
-    images = torch.randn(conditions.batch, channels, *size, device=device)
-    models = {name: model.to(device) for name, model in pair.items()}
-    timings = interleaved(models, images, dtype=conditions.dtype, compiled=conditions.compiled)
+    images = torch.randn(conditions.batch, stem.proj.in_channels, *stem.img_size, device=device)
+    kept, ratios = [], []
+    for _ in range(BUILDS):
+        models = dict(dense=build_vit(full.arch, **full.kwargs), compact=build_vit(full.arch, dims, **full.kwargs))
+        models = {name: model.to(device) for name, model in models.items()}
+        timings = interleaved(models, images, dtype=conditions.dtype, compiled=conditions.compiled)
+        ratios.append(ratio(timings["compact"], timings["dense"]).median)
+        kept.append(models)  # the next ones must lie elsewhere
     checkpoint.set_rng_state(state)
-    return round(ratio(timings["compact"], timings["dense"]).median, 5)
+    return round(statistics.median(ratios), 5)
 
 
 def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | None, measured: float | None,
