@@ -63,10 +63,7 @@ def _full_model(args: argparse.Namespace, parent: dict[str, Any] | None) -> trai
     if args.kl_loss_coeff and not args.eval and not (args.initial_checkpoint or args.pretrained):
         inherited.initial_checkpoint = parent["args"].get("initial_checkpoint", "")
         inherited.pretrained = bool(parent["args"].get("pretrained")) and not inherited.initial_checkpoint
-    structure = {
-        k: v for k, v in parent["arch"]["kwargs"].items() if k != "num_classes" and not k.endswith("drop_rate")
-    }
-    inherited.model_kwargs = structure | args.model_kwargs
+    inherited.model_kwargs = training.structural(parent["arch"]["kwargs"]) | args.model_kwargs
     return training.full_model(inherited)
 
 
@@ -77,7 +74,7 @@ def _check_classes(parent: dict[str, Any], data: training.Data, path: str) -> No
 
 
 def _model(args: argparse.Namespace, full: training.FullModel, parent: dict[str, Any] | None) -> nn.Module:
-    drops = dict(pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path)
+    drops = training.drop_rates(args)
     if parent is None:
         return build_vit(full.arch, **full.kwargs | drops) if args.scratch else full.build(**drops)
     if args.scratch:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint
+import results
 import training
 from datasets import start_epoch
 from engine import Precision, evaluate, nothing, train_one_epoch
@@ -120,7 +121,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
                 before_step=scheduler.step_update, after_step=follow, log_interval=args.log_interval,
             )  # fmt: skip
             test = evaluate(tested, val_loader, precision, args.dist_eval)
-        line = {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in test.items()}
+        line = results.log_line(stats, test)
         if ema is not None:
             line["test_ema_acc1"] = evaluate(TokenLogits(ema.module), val_loader, precision, args.dist_eval)["acc1"]
         metrics = test | dict(best=max(metrics["best"], test["acc1"]))

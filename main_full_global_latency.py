@@ -150,9 +150,7 @@ def check_args(args: argparse.Namespace) -> Setup:
         problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
     problems.raise_if_any()
     problems.attempt(full.check_classifier)
-    model = problems.attempt(
-        full.build, pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path
-    )
+    model = problems.attempt(full.build, **training.drop_rates(args))
     cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
     problems.raise_if_any()
     (config, dead), (label, cap) = config, named
@@ -268,7 +266,7 @@ def main(args: argparse.Namespace) -> None:
             test = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
         ratio = setup.pruner.ratio
         save("checkpoint.pth", setup, steps, optimizer, precision, args, epoch, test | dict(latency=ratio))
-        append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **_prefixed(stats, test))
+        append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **results.log_line(stats, test))
         say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f}")
         epoch += 1
 
@@ -285,10 +283,6 @@ def main(args: argparse.Namespace) -> None:
     save("pruned_checkpoint.pth", setup, steps, optimizer, precision, args, epoch - 1, test | summary["pruned"])
     say(f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {test['acc1']:.2f}, latency predicted "
         f"{summary['pruned']['latency_predicted']:.3f}, measured {summary['pruned']['latency_measured']:.3f} of dense")
-
-
-def _prefixed(stats: dict[str, float], test: dict[str, float]) -> dict[str, float]:
-    return {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in test.items()}
 
 
 if __name__ == "__main__":

@@ -69,3 +69,8 @@ def result_line(path: Path, result: dict[str, Any]) -> str:
     """The line a finished run ends with."""
     return (f"{path}: top-1 {result['top1']:.2f}, {result['params']:,} parameters, {result['macs'] / 1e6:,.1f} M MACs, "
             f"measured latency {result['latency_measured']:.3f} of dense")  # fmt: skip
+
+
+def log_line(stats: dict[str, float], test: dict[str, float]) -> dict[str, float]:
+    """Training and test figures of an epoch, under the names that log.txt has for them."""
+    return {f"train_{k}": v for k, v in stats.items()} | {f"test_{k}": v for k, v in test.items()}

@@ -83,6 +83,16 @@ def _first_line(error: BaseException) -> str:
     return textwrap.shorten(line, 160, placeholder=" …")
 
 
+def structural(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """timm's arguments without the classes, which the data decides, and the drop rates, which the flags do."""
+    return {k: v for k, v in kwargs.items() if k != "num_classes" and not k.endswith("drop_rate")}
+
+
+def drop_rates(args: Any) -> dict[str, float]:
+    """timm's arguments for --drop and --drop-path."""
+    return dict(pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path)
+
+
 def full_model(args: Any) -> FullModel:
     """What --model, --model-kwargs, --input-size, --initial-checkpoint and --pretrained say. Raises ValueError."""
     arch, kwargs, state = None, {}, None
@@ -94,9 +104,7 @@ def full_model(args: Any) -> FullModel:
     for key, value in args.model_kwargs.items():
         if kwargs.get(key, value) != value:
             raise ValueError(f"--model-kwargs {key}={value} but {args.initial_checkpoint} has {key}={kwargs[key]}")
-    kwargs = {
-        k: v for k, v in (kwargs | args.model_kwargs).items() if k != "num_classes" and not k.endswith("drop_rate")
-    }
+    kwargs = structural(kwargs | args.model_kwargs)
     size = args.input_size
     if size and kwargs.get("img_size", size) != size:
         raise ValueError(f"--input-size is {size} but the model has img_size={kwargs['img_size']}")

@@ -25,20 +25,18 @@ def _fill(model: VisionTransformer, state: dict[str, torch.Tensor], path: str | 
         ) from None
 
 
-def from_checkpoint(
-    content: dict[str, Any], path: str | Path, state: str = "model", **overrides: Any
-) -> VisionTransformer:
-    """The compact model of a loaded checkpoint; `state` names its weights, `overrides` are timm kwargs (drop rates)."""
+def from_checkpoint(content: dict[str, Any], path: str | Path, **overrides: Any) -> VisionTransformer:
+    """The compact model of a loaded checkpoint; `overrides` are timm kwargs (drop rates)."""
     try:
         arch = content["arch"]["name"]
         kwargs = content["arch"]["kwargs"] | overrides
         dims = ViTDims.from_dict(content["dims"])
         if content["masks"] is None:
             model = build_vit(arch, dims, **kwargs)
-            _fill(model, content[state], path)
+            _fill(model, content["model"], path)
             return model
         student = build_vit(arch, **kwargs)
-        _fill(student, content[state], path)
+        _fill(student, content["model"], path)
         masks = Masks(student.dims)
         masks.load_state_dict(content["masks"])
         masks.install_(student)
