@@ -2,42 +2,46 @@
 
 Measured are the parts a block is made of, through the modules that the compact model uses: the attention branch
 (norm, attention, residual) over embed x heads x qk x v, the MLP branch over embed x mlp, and what is outside the blocks
-over embed. A few whole models, dense and compact, then set the scale of each part.
+over embed. A few whole models, dense and compact, then set the scale. `--runtime` measures the same parts elsewhere,
+as ONNX files: in onnxruntime, or by any command that prints milliseconds.
 """
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import random
 import signal
 import sys
 import time
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
-from scipy.optimize import lsq_linear
 from tqdm import tqdm
 
-from latency.measure import DTYPES, Bench, device_name, interleaved, ratio
-from latency.table import LatencyTable, write_json
-from models import BlockDims, ViTDims, build_vit, skeleton
+from latency.fit import chosen_for_fit, corrected, fit
+from latency.measure import DTYPES, Bench, compile_mode, device_name
+from latency.points import GROUPS, grid_of
+from latency.runtimes import Command, OnnxRuntime, RuntimeBench, RuntimeFailed
+from latency.samples import NOISY, Progress, sample_all
+from latency.table import PUBLISHED_POINTS, LatencyTable
+from latency.whole import measured_ratios
+from models import ViTDims, left_alone, skeleton
 from models.pretrained import read_initial
 from utils import key_values
 
-GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units pruned together; at most an eighth
-POINTS = dict(heads=4, qk=5, v=5, mlp=9)  # and of embed every group on narrow models, else 5
-POINTS_CUDA = POINTS | dict(qk=8, v=8)  # kernels step with the head width
-POINTS_COMPILED = dict(embed=3, heads=3, qk=3, v=3, mlp=4)  # every point is compiled: seconds each
-MAX_POINTS = 200_000
-NOISY = 0.2  # relative spread between rounds above which a point is measured again
-QUIET = 1.25  # times the quick reference: slower moments are those when others use the machine
-FIT_MODELS, FIT_ROUNDS = 9, 9
-MOST_CONSTANT = 0.1  # of the dense model's time
+POINTS = dict(embed=7, heads=6, qk=5, v=5, mlp=13)
+POINTS_FINE = dict(embed=8, heads=6, qk=8, v=8, mlp=16)  # of a narrow model, which is quick to measure
+POINTS_CUDA = dict(embed=6, heads=6, qk=8, v=8, mlp=17)  # kernels step with the head width
+POINTS_DEAR = dict(embed=3, heads=3, qk=3, v=3, mlp=4)  # where every point is compiled or exported: seconds each
+NARROW = 128  # embedding
+MAX_LEAVES = 200_000
+FIT_BUILDS, FIT_ROUNDS = 2, 5
+SHOWN_KEYS = 10
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -53,8 +57,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     available = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=available, help="cpu or cuda (default: cuda where there is one)")
     add("--compile", action="store_true", help="measure under torch.compile, on fewer points")
+    add("--runtime", nargs="+", default=[], metavar="WORD",
+        help="onnxruntime, or command 'CMD {onnx}', which prints milliseconds (default: torch)")  # fmt: skip
     add("--rounds", type=int, default=3, metavar="N", help="measurements of each point, at least 2 (default: 3)")
     add("--points", nargs="*", default=[], metavar="AXIS=N", help="points per axis, e.g. embed=5 heads=4 qk=5 v=5")
+    add("--tokens", nargs="*", type=int, default=[], metavar="N",
+        help="also measure blocks of fewer tokens, for models that compress them (default: the model's alone)")
     add("--output", required=True, metavar="FILE", help="the table to write (JSON)")
     return parser
 
@@ -72,31 +80,34 @@ def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], ViTDims]:
     return arch, kwargs, ViTDims.of(skeleton(arch, **kwargs))
 
 
-def points_of(args: argparse.Namespace) -> dict[str, int]:
-    """How many points every axis gets at most. Raises ValueError."""
+def grid_for(args: argparse.Namespace, dims: ViTDims | None, fixed: Collection[str] = ()) -> dict[str, list[int]]:
+    """The points of every axis; only their number is checked where there are no `dims`. Raises ValueError."""
     given = key_values(args.points, "--points")
-    counts = (POINTS_COMPILED if args.compile else POINTS_CUDA if args.device == "cuda" else POINTS) | given
     if odd := [f"{axis}={n}" for axis, n in given.items() if axis not in GROUPS or type(n) is not int or n < 2]:
         raise ValueError(f"--points: {' '.join(odd)}: expected whole numbers above 1 for {', '.join(GROUPS)}")
-    if (total := math.prod((dict(embed=8) | counts).values())) > MAX_POINTS:
-        raise ValueError(f"--points: {total:,} combinations, of at most {MAX_POINTS:,}")
-    return counts
+    usual = POINTS_CUDA if args.device == "cuda" else POINTS_FINE if dims and dims.embed <= NARROW else POINTS
+    counts = (POINTS_DEAR if args.compile or args.runtime else usual) | given
+    attention = math.prod(n for axis, n in counts.items() if axis != "mlp") * (1 + len(args.tokens))
+    if (total := attention + math.prod(PUBLISHED_POINTS.values())) > MAX_LEAVES:
+        raise ValueError(f"--points: {total:,} combinations, of at most {MAX_LEAVES:,}")
+    if not dims:
+        return {}
+    grid, own = grid_of(counts, dims, fixed), dims.blocks[0].tokens
+    if odd := [n for n in args.tokens if not 0 < n <= own]:
+        raise ValueError(f"--tokens must be from 1 to the model's {own}, not {odd[0]}")
+    return grid | (dict(tokens=sorted({*args.tokens, own})) if args.tokens else {})
 
 
-def group_of(axis: str, full: int) -> int:
-    """Units that are pruned together on an axis of `full` units."""
-    return min(GROUPS[axis], max(1, full // 8))
-
-
-def grid_of(counts: dict[str, int], dims: ViTDims) -> dict[str, list[int]]:
-    """Points of every axis: multiples of the pruning group, from one group to the full width."""
-    grid, narrow = {}, dims.embed <= 8 * group_of("embed", dims.embed)
-    for axis, count in (dict(embed=8 if narrow else 5) | counts).items():
-        full = dims.embed if axis == "embed" else max(getattr(b, axis) for b in dims.blocks)
-        group = group_of(axis, full)
-        spread = np.linspace(group, full, count)
-        grid[axis] = sorted({min(full, round(p / group) * group) for p in spread} | {full})
-    return grid
+def runtime_of(args: argparse.Namespace) -> OnnxRuntime | Command | None:
+    """Where ONNX files are measured, None for torch. Raises ValueError."""
+    match args.runtime:
+        case []:
+            return None
+        case ["onnxruntime"]:
+            return OnnxRuntime(args.device, torch.get_num_threads())
+        case ["command", line]:
+            return Command(line)
+    raise ValueError("--runtime must be onnxruntime, or command 'CMD {onnx}'; not " + " ".join(args.runtime))
 
 
 def problems(args: argparse.Namespace) -> list[str]:
@@ -109,153 +120,96 @@ def problems(args: argparse.Namespace) -> list[str]:
         found.append(f"--dtype must be one of {', '.join(DTYPES)}, not {args.dtype}")
     if args.device not in ("cpu", "cuda"):
         found.append(f"--device must be cpu or cuda, not {args.device}")
-    elif args.device == "cuda" and not torch.cuda.is_available():
+    elif args.device == "cuda" and not torch.cuda.is_available() and not args.runtime:
         found.append("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if args.runtime and args.compile:
+        found.append("--compile is torch's; it does not go with --runtime")
     folder = Path(args.output).resolve().parent
     if not os.access(folder, os.W_OK) or Path(args.output).is_dir():
         missing = "" if folder.is_dir() else f": there is no folder {folder}"
         found.append(f"--output: cannot write {args.output}{missing}")
-    for check in (parent_of, points_of):
-        try:
-            check(args)
-        except ValueError as error:
-            found.append(str(error))
+    model = _attempt(found, parent_of, args)
+    _attempt(found, grid_for, args, model and model[2])
+    _attempt(found, runtime_of, args)
     return found
+
+
+def _attempt(found: list[str], check: Callable, *args: Any) -> Any:
+    """The check's result, or None with its complaint noted."""
+    try:
+        return check(*args)
+    except ValueError as error:
+        found.append(str(error))
+        return None
 
 
 def settings_of(args: argparse.Namespace, arch: str, kwargs: dict[str, Any], grid: dict) -> dict[str, Any]:
     """What the measurements depend on: the table's `_meta`, and what an interrupted run must share to be continued."""
     parent = skeleton(arch, **kwargs)
+    where = runtime_of(args)
     return dict(
         model=arch, model_kwargs=kwargs, batch=args.batch_size, img_size=list(parent.patch_embed.img_size),
-        tokens=ViTDims.of(parent).blocks[0].tokens, dtype=args.dtype, device=device_name(args.device),
-        threads=torch.get_num_threads(), compile="default" if args.compile else None, torch=torch.__version__,
-        timm=timm.__version__, rounds=args.rounds, grid=grid, unit="seconds per block",
+        tokens=ViTDims.of(parent).blocks[0].tokens, dtype=args.dtype,
+        device=where.device if where else device_name(args.device), runtime=where.name if where else "torch",
+        threads=torch.get_num_threads(), compile=compile_mode(args.device) if args.compile else None,
+        torch=torch.__version__, timm=timm.__version__, rounds=args.rounds, grid=grid, unit="seconds per block",
     )  # fmt: skip
 
 
-class Progress:
-    """Samples of every key, kept in `<output>.part` so that an interrupted run can be continued."""
-
-    def __init__(self, output: str, settings: dict[str, Any]) -> None:
-        self.path, self.meta = Path(f"{output}.part"), json.loads(json.dumps(settings | {"complete": False}))
-        self.samples: dict[str, list[list[float]]] = {}
-        self.clock: list[float] = []
-        if not self.path.exists():
-            return
-        try:
-            stored = json.loads(self.path.read_text())
-            if stored["_meta"] == self.meta:
-                self.samples, self.clock = stored["_samples"], stored["_clock"]
-        except (ValueError, KeyError, TypeError):
-            pass  # not a file of ours
-        found = f"continuing with {sum(map(len, self.samples.values()))} samples of"
-        print(found if self.samples else "starting afresh, of other settings is", self.path, file=sys.stderr)
-
-    def save(self) -> None:
-        write_json({"_meta": self.meta, "_samples": self.samples, "_clock": self.clock}, self.path)
-
-    def quiet(self, key: str) -> list[float]:
-        """Times of a key over the reference's around them, of undisturbed moments; ascending."""
-        limit = QUIET * np.quantile(self.clock, 0.1)
-        around = [(s, self.clock[max(0, i - 1) : i + 2]) for s, i in self.samples[key]]
-        return sorted(s / float(np.median(near)) for s, near in around if max(near) <= limit)
-
-    def relative(self, key: str) -> float:
-        """Time of a key over the reference's: the lower median of undisturbed moments, or the quickest of all."""
-        if quiet := self.quiet(key):
-            return quiet[(len(quiet) - 1) // 2]
-        return min(s / self.clock[i] for s, i in self.samples[key])
-
-    def spread(self, key: str) -> float:
-        """Relative interquartile range of a key's time; infinite before it was measured twice undisturbed."""
-        quiet = self.quiet(key)
-        return float(np.subtract(*np.quantile(quiet, (0.75, 0.25))) / np.median(quiet)) if len(quiet) > 1 else math.inf
-
-
-def sample_all(bench: Bench, progress: Progress, rounds: int) -> None:
-    """Measure every key once a round, in random order; then the unsettled ones, for half as long at most."""
-    bench.clock = progress.clock
-    visits, per_visit = (1, rounds) if bench.compiled else (rounds, 1)
-    keys = {"/".join(key): key for key in bench.keys}
-
-    def visit(names: list[str], title: str, until: float = math.inf) -> None:
-        random.shuffle(names)
-        for name in tqdm(names, desc=title, unit="point", leave=False, mininterval=0.5, disable=None):
-            if time.perf_counter() < until:
-                progress.samples.setdefault(name, []).extend(bench.samples(keys[name], per_visit))
-        bench.tick()
-
-    begin = time.perf_counter()
-    try:
-        for i in range(visits):
-            visit([k for k in keys if len(progress.samples.get(k, ())) <= i], f"round {i + 1}/{visits}")
-            progress.save()
-        until = time.perf_counter() + (time.perf_counter() - begin) / 2
-        while time.perf_counter() < until and (unsettled := [k for k in keys if progress.spread(k) > NOISY]):
-            visit(unsettled, "again, undisturbed", until)
-    finally:
-        progress.save()
-
-
-def random_dims(dims: ViTDims, embed: float, rng: random.Random) -> ViTDims:
-    """An architecture with about this share of the embedding, and random widths in every block."""
-
-    def width(axis: str, full: int, share: float) -> int:
-        group = group_of(axis, full)
-        return min(full, max(1, round(share * full / group)) * group)
-
-    blocks = [BlockDims(*(width(a, getattr(b, a), rng.random()) for a in POINTS), b.tokens) for b in dims.blocks]
-    return ViTDims(width("embed", dims.embed, embed), tuple(blocks))
-
-
-def fit(table: LatencyTable, bench: Bench, args: argparse.Namespace) -> tuple[float, float]:
-    """A factor of the parts, and seconds outside the blocks, so that whole models come out as measured.
-
-    Least squares of the relative errors of the dense and a few random models. The seconds are what layers of unequal
-    widths cost beyond their sum: without them, small models come out too fast.
-    """
-    rng = random.Random(0)
-    chosen = [bench.dims, *(random_dims(bench.dims, share, rng) for share in np.linspace(0.25, 1, FIT_MODELS))]
-    models = {str(i): build_vit(bench.arch, d, **bench.kwargs).to(bench.device) for i, d in enumerate(chosen)}
-    timings = list(interleaved(models, bench.images, FIT_ROUNDS, dtype=args.dtype, compiled=args.compile).values())
-    measured = np.array([ratio(t, timings[0]).median * timings[0].median for t in timings])
-    parts = np.array([table.model_seconds(d) for d in chosen])
-    common, most = np.median(measured / parts), MOST_CONSTANT * measured[0]
-    rows = np.stack([parts / measured, most / measured], axis=1)
-    factor, share = lsq_linear(rows, np.ones(len(chosen)), ([common / 2, 0], [common * 2, 1])).x
-    return float(factor), float(share * most)
+def warn_of_noise(spreads: dict[str, float]) -> None:
+    """Name the points whose rounds disagree."""
+    if noisy := sorted((k for k in spreads if spreads[k] > NOISY), key=lambda k: -spreads[k]):
+        keys = ", ".join(f"{key} ({spreads[key]:.0%})" for key in noisy[:SHOWN_KEYS])
+        more = f" and {len(noisy) - SHOWN_KEYS} more" if len(noisy) > SHOWN_KEYS else ""
+        print(f"warning: {len(noisy)} of {len(spreads)} points vary by more than {NOISY:.0%} between rounds: {keys}"
+              f"{more}; is the machine in use by others?", file=sys.stderr)  # fmt: skip
 
 
 def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
     """The measured table, saved, and the number of points measured. Continues an interrupted run."""
     arch, kwargs, dims = parent_of(args)
-    grid = grid_of(points_of(args), dims)
+    fixed = left_alone(arch, **kwargs)
+    grid, where = grid_for(args, dims, fixed), runtime_of(args)
     progress = Progress(args.output, settings := settings_of(args, arch, kwargs, grid))
-    bench = Bench(arch, kwargs, grid, args.batch_size, args.device, args.dtype, args.compile)
+    if where:
+        bench = RuntimeBench(arch, kwargs, grid, args.batch_size, args.dtype, where)
+        measure = bench.measured_ratios
+    else:
+        bench = Bench(arch, kwargs, grid, args.batch_size, args.device, args.dtype, args.compile)
+
+        def measure(chosen: Sequence[ViTDims]) -> tuple[np.ndarray, float]:
+            return measured_ratios(
+                arch, kwargs, chosen, args.batch_size, bench.device, args.dtype, args.compile, rounds=FIT_ROUNDS,
+                builds=FIT_BUILDS, progress=partial(tqdm, desc="whole models", leave=False, disable=None),
+            )  # fmt: skip
+
     sample_all(bench, progress, args.rounds)
     spreads = {key: progress.spread(key) for key in progress.samples}
-    if noisy := sorted((k for k in spreads if spreads[k] > NOISY), key=lambda k: -spreads[k]):
-        worst = ", ".join(f"{key} ({spreads[key]:.0%})" for key in noisy[:3])
-        print(f"warning: {len(noisy)} of {len(spreads)} points vary by more than {NOISY:.0%} between rounds, "
-              f"worst {worst}; is the machine in use by others?", file=sys.stderr)  # fmt: skip
-    reference = float(np.quantile(progress.clock, 0.1))
-    seconds = {key: progress.relative(key) * reference for key in progress.samples}
-    factor, constant = fit(LatencyTable.of_parts(seconds, {}), bench, args)
-    fitted = {key: factor * s + constant * key.startswith("overhead") for key, s in seconds.items()}
-    table = LatencyTable.of_parts(fitted, settings | dict(
-        date=time.strftime("%Y-%m-%dT%H:%M:%S%z"), complete=True,
+    warn_of_noise(spreads)
+    table = LatencyTable.of_parts(progress.seconds(), settings)
+    factor, constant = fit(table, dims, chosen_for_fit(dims, fixed), measure)
+    table = corrected(
+        table, factor, constant, date=time.strftime("%Y-%m-%dT%H:%M:%S%z"), complete=True,
         noise=float(np.median([s for s in spreads.values() if s < math.inf] or [1])),
         fit=dict(factor=factor, constant=constant),
-    ))  # fmt: skip
+    )  # fmt: skip
     table.save(args.output)
     progress.path.unlink()
-    return table, len(seconds)
+    return table, len(progress.samples)
 
 
 def _stop(*_: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.exit(143)
+
+
+def failure(error: Exception, args: argparse.Namespace) -> str:
+    """One line for a failed measurement; out of memory, what would fit and what is kept."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    if not isinstance(error, torch.OutOfMemoryError):
+        return line
+    kept = f"; what was measured is kept in {args.output}.part" if Path(f"{args.output}.part").exists() else ""
+    return f"out of memory at --batch-size {args.batch_size}, try {max(1, args.batch_size // 2)} ({line}){kept}"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -268,8 +222,8 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; the same command continues from {args.output}.part", file=sys.stderr)
         return 130
-    except (torch.OutOfMemoryError, OSError) as error:
-        print(f"{error}".partition("\n")[0], file=sys.stderr)
+    except (torch.OutOfMemoryError, OSError, RuntimeFailed) as error:
+        print(f"error: {failure(error, args)}", file=sys.stderr)
         return 1
     dense, taken = table.model_seconds(parent_of(args)[2]) * 1e3, time.perf_counter() - begin
     print(f"{args.output}: {points} points in {taken:.0f} s; dense model {dense:.2f} ms per batch of {args.batch_size}")

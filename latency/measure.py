@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from latency.points import branches
 from models.dims import BlockDims, ViTDims
 from models.vit import build_vit, skeleton
 
@@ -29,7 +29,7 @@ PASS_SECONDS = dict(cpu=0.0, cuda=0.006)  # what a pass of a branch lasts at lea
 WARM_UP = dict(cpu=3, cuda=50)  # passes of a model
 PASSES = 2  # of which the quickest counts
 LONG_SECONDS = 0.02  # a pass as long as this is the only one
-KINDS = ("attention", "mlp")  # of branches
+OTHER = dict(attention="mlp", mlp="attention")
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,13 @@ def _ready(model: nn.Module, dtype: str):
         model.train(training)
 
 
+def compile_mode(device: torch.device | str) -> str:
+    """torch.compile's mode in all measurements: with CUDA graphs where there is CUDA."""
+    return "reduce-overhead" if torch.device(device).type == "cuda" else "default"
+
+
 def _caller(module: nn.Module, x: Tensor, compiled: bool) -> Callable[[], object]:
-    call = torch.compile(module) if compiled else module
+    call = torch.compile(module, mode=compile_mode(x.device)) if compiled else module
     return lambda: call(x)
 
 
@@ -188,16 +193,15 @@ class _Pool:
 class Bench:
     """The branches of one architecture at a grid of widths, measured through the modules that the compact model uses.
 
-    A key is ("attention", "EMB_96", "QK_3_32", "V_32"), ("mlp", "EMB_96", "MLP_384") or ("overhead", "EMB_96"): what is
-    outside the blocks. The full-width block is the reference, measured again and again in between: it tells the
-    machine's drift, and the times when others use it.
+    Keys are those of `points.branches` and ("overhead", "EMB_96"): what is outside the blocks. The full-width block is
+    the reference, measured again and again in between: it tells the machine's drift, and when others use it.
 
-    grid: points of embed, heads, qk, v and mlp; kwargs: timm's, of the model `arch`.
+    grid: points of embed, heads, qk, v, mlp and maybe tokens; kwargs: timm's, of the model `arch`.
     """
 
     def __init__(self, arch: str, kwargs: dict[str, Any], grid: dict[str, list[int]], batch: int, device: str,
                  dtype: str, compiled: bool) -> None:  # fmt: skip
-        self.device, self.dtype, self.compiled = torch.device(device), DTYPES[dtype], compiled
+        self.device, self.dtype, self.at_once = torch.device(device), DTYPES[dtype], compiled
         self.clock: list[float] = []  # seconds of the reference
         self._due = -math.inf
         settle_allocator()
@@ -205,16 +209,22 @@ class Bench:
         self.arch, self.kwargs, self.dims = arch, kwargs, (dims := ViTDims.of(parent))
         tokens = dims.blocks[0].tokens
         self.images = self._random(batch, parent.patch_embed.proj.in_channels, *parent.patch_embed.img_size)
+        counts = grid.get("tokens", [tokens])
+        streams = {(e, n): self._random(batch, n, e) for e in grid["embed"] for n in counts}  # B N E
         pool = _Pool(2 * sum(p.numel() + 64 for p in parent.blocks.parameters()), self.device, self.dtype)
         self._points: dict[tuple[str, ...], tuple[nn.Module, Tensor, list[nn.Module], Tensor]] = {}
+        planned = list(branches(grid, tokens))
         for embed in grid["embed"]:
-            stream = self._random(batch, tokens, embed)  # B N E
-            branches = {key: pool.fill(branch) for key, branch in _branches(arch, kwargs, grid, embed, tokens).items()}
-            kinds = {kind: [b for key, b in branches.items() if key[0] == kind] for kind in KINDS}
+            chosen = [(key, d) for key, e, d in planned if e == embed]
+            modules = _without_storage(arch, kwargs, embed, [d for _, d in chosen])
+            kinds: dict[tuple[str, int], list[nn.Module]] = {}
+            for (key, d), module in zip(chosen, modules, strict=True):
+                kinds.setdefault((key[0], d.tokens), []).append(pool.fill(module))
+                others = kinds.setdefault((OTHER[key[0]], d.tokens), [])
+                self._points[key] = module, streams[embed, d.tokens], others, streams[embed, d.tokens]
             outside = build_vit(arch, ViTDims(embed, ()), **kwargs).to(self.device, self.dtype).eval()
-            for key, branch in branches.items():
-                self._points[key] = branch, stream, kinds["mlp" if key[0] == "attention" else "attention"], stream
-            self._points["overhead", f"EMB_{embed}"] = outside, self.images, kinds["mlp"], stream
+            key = "overhead", f"EMB_{embed}"
+            self._points[key] = outside, self.images, kinds["mlp", tokens], streams[embed, tokens]
         block = _without_storage(arch, kwargs, dims.embed, dims.blocks[:1])
         self._reference = _caller(pool.fill(block), self._random(batch, tokens, dims.embed), compiled=False)
         with torch.inference_mode():
@@ -242,10 +252,10 @@ class Bench:
         as inside a model: right after itself, a branch can be a tenth quicker.
         """
         module, x, others, stream = self._points[key]
-        if self.compiled:
+        if self.at_once:
             torch.compiler.reset()  # else dynamo soon gives up on the many widths of one forward
-        call = _caller(module, x, self.compiled)
-        quickest = warm_up(call, self.device, calls=1 + self.compiled)
+        call = _caller(module, x, self.at_once)
+        quickest = warm_up(call, self.device, calls=1 + self.at_once)
         repeats = max(1, math.ceil(PASS_SECONDS[self.device.type] / quickest))
 
         passes = PASSES if quickest < LONG_SECONDS else 1
@@ -265,12 +275,3 @@ class Bench:
 def _without_storage(arch: str, kwargs: dict[str, Any], embed: int, blocks: Iterable[BlockDims]) -> nn.Sequential:
     with torch.device("meta"):
         return build_vit(arch, ViTDims(embed, tuple(blocks)), **kwargs).blocks.eval()
-
-
-def _branches(arch: str, kwargs: dict[str, Any], grid: dict[str, list[int]], embed: int,
-              tokens: int) -> dict[tuple[str, ...], nn.Module]:  # fmt: skip
-    """The branches of every grid point at one embedding width, by key, without storage."""
-    dims = {("mlp", f"EMB_{embed}", f"MLP_{m}"): BlockDims(0, 0, 0, m, tokens) for m in grid["mlp"]}
-    for heads, qk, v in product(grid["heads"], grid["qk"], grid["v"]):
-        dims["attention", f"EMB_{embed}", f"QK_{heads}_{qk}", f"V_{v}"] = BlockDims(heads, qk, v, 0, tokens)
-    return dict(zip(dims, _without_storage(arch, kwargs, embed, dims.values()), strict=True))

@@ -2,36 +2,25 @@
 
 A table is JSON in the grammar that NViT published, `EMB_{e}` -> `QK_{heads}_{qk}` -> `V_{v}` -> `MLP_{m}` -> seconds
 for ONE block, and up to three more keys: `_meta` (how it was measured), `_overhead` (seconds outside the blocks, per
-embedding width) and `_parts` (seconds of the attention and of the MLP branch by themselves, which lookups prefer). Grid
-points come from the keys. Widths below the grid are extrapolated linearly, widths above it are refused.
+embedding width) and `_parts` (seconds of the attention and of the MLP branch by themselves, which lookups prefer; they
+may be given for several token counts, under `N_{tokens}`). Everything about points and between them is in `grid`.
 """
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import tempfile
-from collections.abc import Iterator
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from latency.grid import COLUMNS, Grid, LatencyTableError
 from models.dims import BlockDims, ViTDims
 
 MAX_BYTES = 200_000_000
-MAX_LEAVES = 2_000_000
-COLUMNS = ("embed", "heads", "qk", "v", "mlp")  # of a row of widths
-LEVELS = dict(EMB=("embed",), QK=("heads", "qk"), V=("v",), MLP=("mlp",))  # widths written in one key of the grammar
-GRAMMARS = dict(block=("EMB", "QK", "V", "MLP"), attention=("EMB", "QK", "V"), mlp=("EMB", "MLP"), overhead=("EMB",))
-SHOWN = dict(embed="EMB_{}", heads="QK_{}_*", qk="QK_*_{}", v="V_{}", mlp="MLP_{}")
-_KEY = {level: re.compile(level + r"_(0|[1-9]\d{0,8})" * len(widths)) for level, widths in LEVELS.items()}
-
-
-class LatencyTableError(ValueError):
-    """A latency table that cannot be used; one line that names the file, the key, and what would be right."""
+PUBLISHED_POINTS = dict(embed=8, heads=6, qk=5, v=5, mlp=9)  # at most, of the keys made from measured parts
 
 
 class MonotoneReport(NamedTuple):
@@ -40,95 +29,6 @@ class MonotoneReport(NamedTuple):
     raised: int
     values: int
     largest_change: float
-
-
-def _seconds(value: Any, path: str, widths: tuple[int, ...]) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not -1e300 < value < 1e300:  # NaN fails the comparison too
-        raise LatencyTableError(f"{path} must be a finite number of seconds, not {str(value)[:40]!r}")
-    if value < 0 or (value == 0 and all(widths)):
-        raise LatencyTableError(f"{path} must be above 0 seconds, not {value}")
-    return float(value)
-
-
-def _leaves(node: Any, levels: tuple[str, ...], path: str, widths: tuple[int, ...] = ()) -> Iterator[tuple]:
-    """(widths, seconds) of every leaf under a node of the grammar."""
-    if not levels:
-        yield widths, _seconds(node, path, widths)
-        return
-    expected = "_".join([levels[0], *(f"{{{width}}}" for width in LEVELS[levels[0]])])
-    if not isinstance(node, dict) or not node:
-        raise LatencyTableError(f"{path or 'the table'} must hold keys {expected}, not {str(node)[:40]!r}")
-    for key, child in node.items():
-        here = f"{path} -> {key}" if path else key
-        if not (match := _KEY[levels[0]].fullmatch(key)):
-            raise LatencyTableError(f"{here} is no key of a latency table; expected {expected}")
-        yield from _leaves(child, levels[1:], here, (*widths, *map(int, match.groups())))
-
-
-class Grid:
-    """Seconds at every combination of the widths of its axes, and multilinear interpolation between them."""
-
-    def __init__(self, columns: tuple[str, ...], axes: tuple[np.ndarray, ...], values: np.ndarray) -> None:
-        self.columns, self.axes, self.values = columns, axes, values
-        self.select = [COLUMNS.index(c) for c in columns]
-        self.low, self.high = (np.array([a[i] if len(a) == 1 or i else 0 for a in axes]) for i in (0, -1))
-        self._strides = [math.prod(values.shape[k + 1 :]) for k in range(values.ndim)]
-
-    @classmethod
-    def parse(cls, node: Any, grammar: str, path: str = "") -> Grid:
-        """From a part of the file. Raises LatencyTableError naming the key that is odd, or the one that is missing."""
-        levels = GRAMMARS[grammar]
-        leaves = dict(islice(_leaves(node, levels, path), MAX_LEAVES + 1))
-        if len(leaves) > MAX_LEAVES:
-            raise LatencyTableError(f"{path or 'the table'} has more than {MAX_LEAVES:,} values")
-        axes = [sorted(set(points)) for points in zip(*leaves, strict=True)]
-        if math.prod(map(len, axes)) != len(leaves):
-            missing = next(widths for widths in product(*axes) if widths not in leaves)
-            raise LatencyTableError(f"hole in the grid: {cls._path(levels, missing, path)} is missing")
-        values = np.array([leaves[widths] for widths in product(*axes)]).reshape([len(a) for a in axes])
-        columns = tuple(column for level in levels for column in LEVELS[level])
-        return cls(columns, tuple(np.array(a, dtype=float) for a in axes), values)
-
-    @staticmethod
-    def _path(levels: tuple[str, ...], widths: tuple[int, ...], path: str) -> str:
-        rest = iter(widths)
-        keys = ("_".join([level, *(str(next(rest)) for _ in LEVELS[level])]) for level in levels)
-        return " -> ".join([path, *keys] if path else keys)
-
-    def check_covers(self, widths: np.ndarray) -> None:
-        """widths: (n, axes). Raises LatencyTableError naming the first width that lies above the grid."""
-        outside = (widths > self.high) | (widths < self.low)
-        if not outside.any():
-            return
-        row, k = np.argwhere(outside)[0]
-        largest = SHOWN[self.columns[k]].format(int(self.high[k]))
-        what = "holds only" if len(self.axes[k]) == 1 else "goes up to"
-        raise LatencyTableError(
-            f"the table {what} {largest} but the model has {widths[row, k]:g} ({self.columns[k]}); "
-            "build a table for this model with python -m latency.build_table"
-        )
-
-    def __call__(self, widths: np.ndarray) -> np.ndarray:
-        """Seconds, never below 0: (n, axes) -> (n,)."""
-        self.check_covers(widths)
-        corner = np.zeros((1, len(widths)), dtype=np.int64)  # flat index of each cell corner
-        weight = np.ones((1, len(widths)))
-        for axis, stride, width in zip(self.axes, self._strides, widths.T, strict=True):
-            if len(axis) == 1:
-                continue
-            low = np.clip(np.searchsorted(axis, width, "right") - 1, 0, len(axis) - 2)
-            part = (width - axis[low]) / (axis[low + 1] - axis[low])  # below 0: linear extrapolation
-            corner = np.concatenate([corner + low * stride, corner + (low + 1) * stride])
-            weight = np.concatenate([weight * (1 - part), weight * part])
-        return np.maximum((self.values.ravel()[corner] * weight).sum(0), 0)
-
-    def monotone(self) -> Grid:
-        """A copy whose values never decrease along any axis: the cumulative maximum along each axis in turn."""
-        values = self.values
-        for axis in range(values.ndim):
-            values = np.maximum.accumulate(values, axis=axis)
-        return Grid(self.columns, self.axes, values)
 
 
 class LatencyTable:
@@ -159,6 +59,7 @@ class LatencyTable:
         known = ("_meta", "_overhead", "_parts")
         if odd := [key for key in data if key.startswith("_") and key not in known]:
             raise LatencyTableError(f"{odd[0]} is no key of a latency table; expected EMB_{{e}}, {', '.join(known)}")
+        self._tokens = 0.0  # of rows that do not say
         block = Grid.parse({key: child for key, child in data.items() if key not in known}, "block")
         self._overhead = Grid.parse(data["_overhead"], "overhead", "_overhead") if "_overhead" in data else None
         self._grids = [block]
@@ -167,12 +68,15 @@ class LatencyTable:
             if not isinstance(parts, dict) or sorted(parts) != ["attention", "mlp"]:
                 raise LatencyTableError("_parts must hold exactly the keys attention, mlp")
             self._grids = [Grid.parse(parts[name], name, f"_parts -> {name}") for name in ("attention", "mlp")]
+            if "tokens" in (columns := self._grids[0].columns):
+                self._tokens = self._grids[0].high[columns.index("tokens")]
 
     @classmethod
     def of_parts(cls, seconds: dict[str, float], meta: dict[str, Any]) -> LatencyTable:
         """From component seconds by key ("attention/EMB_96/QK_3_32/V_32", "mlp/EMB_96/MLP_384", "overhead/EMB_96").
 
-        The published keys hold the sums of attention and MLP.
+        Of several token counts, attention and mlp keys go on with "N_66" in second place. The published keys hold the
+        sums of attention and MLP, at the most tokens and a part of the points.
         """
         tree: dict[str, Any] = {}
         for name, value in seconds.items():
@@ -181,11 +85,8 @@ class LatencyTable:
             for key in path:
                 node = node.setdefault(key, {})
             node[last] = float(f"{value:.6g}")
-        overhead, blocks = tree.pop("overhead"), {}
-        for emb, by_qk in tree["attention"].items():
-            mlp = tree["mlp"][emb].items()
-            blocks[emb] = {qk: {v: {m: a + b for m, b in mlp} for v, a in by_v.items()} for qk, by_v in by_qk.items()}
-        return cls({"_meta": meta, **blocks, "_overhead": overhead, "_parts": tree})
+        overhead = tree.pop("overhead")
+        return cls({"_meta": meta, **_published(tree), "_overhead": overhead, "_parts": tree})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:
@@ -219,16 +120,18 @@ class LatencyTable:
         return self.data.get("_meta", {})
 
     def blocks_seconds(self, widths: np.ndarray, *, monotone: bool = False) -> np.ndarray:
-        """Seconds of n blocks: rows (embed, heads, qk, v, mlp), (n, 5) -> (n,).
+        """Seconds of n blocks: rows (embed, heads, qk, v, mlp), (n, 5) -> (n,); or (n, 6), with tokens at the end.
 
         monotone looks up the cleaned table, in which no value decreases when a width grows. Raises LatencyTableError
         for a width above the grid.
         """
-        widths = np.asarray(widths, dtype=float).reshape(-1, len(COLUMNS))
+        widths = np.asarray(widths, dtype=float)
+        if widths.shape[-1] == len(COLUMNS) - 1:
+            widths = np.insert(widths, COLUMNS.index("tokens"), self._tokens, axis=1)
         grids = self._clean if monotone else self._grids
         try:
             if len(grids) == 1:
-                return grids[0](widths)
+                return grids[0](widths[:, grids[0].select])
             seconds = np.zeros(len(widths))
             for grid, decisive in zip(grids, ("heads", "mlp"), strict=True):
                 alive = widths[:, COLUMNS.index(decisive)] > 0  # a branch of width 0 is not built
@@ -262,7 +165,7 @@ class LatencyTable:
     def check_covers(self, dims: ViTDims) -> None:
         """Raises LatencyTableError when a width lies above the table, or the token count is not the table's."""
         self.model_seconds(dims)
-        tokens = self.meta.get("tokens")
+        tokens = None if self._tokens else self.meta.get("tokens")
         if odd := [b.tokens for b in dims.blocks if tokens is not None and b.tokens != tokens]:
             raise LatencyTableError(f"{self.name}: measured with {tokens} tokens but the model has {odd[0]}")
 
@@ -274,8 +177,25 @@ class LatencyTable:
         return MonotoneReport(int(raised.sum()), raw.size, float(change.max(initial=0)))
 
 
+def _published(parts: dict[str, Any]) -> dict[str, Any]:
+    """The published keys, from component measurements."""
+    grids = [Grid.parse(parts[kind], kind) for kind in ("attention", "mlp")]
+    axes = {c: axis.astype(int).tolist() for grid in grids for c, axis in zip(grid.columns, grid.axes, strict=True)}
+    for name, most in PUBLISHED_POINTS.items():
+        spread = np.linspace(0, len(axes[name]) - 1, min(most, len(axes[name])))
+        axes[name] = [axes[name][round(i)] for i in spread]
+    rows = np.array(list(product(*(axes[c] for c in PUBLISHED_POINTS), [max(axes.get("tokens", [0]))])), dtype=float)
+    seconds = sum(grid(rows[:, grid.select]) for grid in grids)
+    tree: dict[str, Any] = {}
+    for (e, h, q, v, m, _), value in zip(rows.astype(int).tolist(), seconds.tolist(), strict=True):
+        leaf = tree.setdefault(f"EMB_{e}", {}).setdefault(f"QK_{h}_{q}", {}).setdefault(f"V_{v}", {})
+        leaf[f"MLP_{m}"] = float(f"{value:.6g}")
+    return tree
+
+
 def _rows(embed: int, blocks: tuple[BlockDims, ...]) -> np.ndarray:
-    return np.array([(embed, b.heads, b.qk, b.v, b.mlp) for b in blocks], dtype=float).reshape(-1, len(COLUMNS))
+    rows = [(embed, b.heads, b.qk, b.v, b.mlp, b.tokens) for b in blocks]
+    return np.array(rows, dtype=float).reshape(-1, len(COLUMNS))
 
 
 def write_json(data: Any, path: str | os.PathLike) -> None:
@@ -284,7 +204,7 @@ def write_json(data: Any, path: str | os.PathLike) -> None:
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
+            json.dump(data, file, separators=(",", ":"))
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

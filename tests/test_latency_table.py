@@ -6,7 +6,8 @@ import random
 import numpy as np
 import pytest
 
-from latency.table import MAX_BYTES, LatencyTable, LatencyTableError
+from latency.grid import LatencyTableError
+from latency.table import MAX_BYTES, LatencyTable
 from models.dims import BlockDims, ViTDims
 
 AXES = dict(embed=(32, 64, 96), heads=(1, 3), qk=(1, 16, 32), v=(8, 32), mlp=(16, 64, 128))
@@ -138,6 +139,36 @@ def test_another_token_count_is_not_covered():
         table.check_covers(ViTDims(96, (BlockDims(3, 32, 32, 128, tokens=40),)))
 
 
+def tokens_table():
+    seconds = {f"overhead/EMB_{e}": 1e-5 for e in (32, 96)}
+    for n, e in itertools.product((20, 66), (32, 96)):
+        for h, q, v in itertools.product((1, 3), (8, 32), (8, 32)):
+            seconds[f"attention/N_{n}/EMB_{e}/QK_{h}_{q}/V_{v}"] = n * e * h * (2 * q + v)
+        seconds |= {f"mlp/N_{n}/EMB_{e}/MLP_{m}": n * e * m for m in (16, 128)}
+    return LatencyTable.of_parts(seconds, dict(tokens=66))
+
+
+def test_parts_of_several_token_counts():
+    table = tokens_table()
+    for n in (66, 43, 20):
+        assert table.block_seconds(64, BlockDims(2, 20, 10, 100, n)) == pytest.approx(n * 64 * (2 * 50 + 100), rel=1e-5)
+    table.check_covers(ViTDims(96, (BlockDims(3, 32, 32, 128, 66), BlockDims(3, 32, 32, 128, 30))))
+    assert table.data["EMB_96"]["QK_3_32"]["V_8"]["MLP_16"] == pytest.approx(66 * 96 * (3 * 72 + 16), rel=1e-5)
+    assert table.blocks_seconds(np.array([[96, 3, 32, 8, 16]]))[0] == pytest.approx(66 * 96 * (3 * 72 + 16), rel=1e-5)
+    with pytest.raises(LatencyTableError, match="goes up to N_66 but the model has 70"):
+        table.check_covers(ViTDims(96, (BlockDims(3, 32, 32, 128, 70),)))
+
+
+def test_the_published_keys_are_a_part_of_the_points():
+    seconds = {"overhead/EMB_96": 1e-5, "attention/EMB_96/QK_3_8/V_8": 2.0}
+    seconds |= {f"mlp/EMB_96/MLP_{m}": float(m) for m in range(8, 168, 8)}
+    table = LatencyTable.of_parts(seconds, {})
+    published = table.data["EMB_96"]["QK_3_8"]["V_8"]
+    assert len(table.data["_parts"]["mlp"]["EMB_96"]) == 20 and len(published) == 9
+    assert published["MLP_8"] == 10 and published["MLP_160"] == 162
+    assert table.block_seconds(96, block(3, 8, 8, 20)) == pytest.approx(22)
+
+
 def test_monotone_lookups_never_decrease_and_raw_ones_stay_raw(published):
     def clean(row):
         return published.blocks_seconds(np.array([row]), monotone=True)[0]
@@ -234,7 +265,7 @@ def test_missing_binary_and_oversized_files(tmp_path, monkeypatch):
         file.truncate(MAX_BYTES + 1)
     with pytest.raises(LatencyTableError, match="200,000,001 bytes"):
         LatencyTable.load(tmp_path / "large.json")
-    monkeypatch.setattr("latency.table.MAX_LEAVES", 100)
+    monkeypatch.setattr("latency.grid.MAX_LEAVES", 100)
     with pytest.raises(LatencyTableError, match="more than 100 values"):
         LatencyTable(tree(AXES, bumpy))
 

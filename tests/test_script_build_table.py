@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from latency import LatencyTable, LatencyTableError
-from latency.build_table import get_args_parser, grid_of, main
+from latency.build_table import get_args_parser, main
 from latency.measure import Bench
+from latency.points import grid_of
 from models import BlockDims, ViTDims, skeleton
 
 ARCH = "deit_tiny_distilled_patch16_224"
@@ -40,7 +41,7 @@ def test_writes_one_table_that_covers_the_model(tmp_path, capsys):
     assert meta["noise"] >= 0 and set(meta["fit"]) == {"factor", "constant"} and meta["threads"] >= 1
     parts = table.data["_parts"]
     total = parts["attention"]["EMB_48"]["QK_3_16"]["V_16"] + parts["mlp"]["EMB_48"]["MLP_192"]
-    assert table.data["EMB_48"]["QK_3_16"]["V_16"]["MLP_192"] == pytest.approx(total)
+    assert table.data["EMB_48"]["QK_3_16"]["V_16"]["MLP_192"] == pytest.approx(total, rel=1e-5)
     assert set(table.data["_overhead"]) == {"EMB_6", "EMB_48"}
 
 
@@ -112,6 +113,38 @@ def test_cuda_where_there_is_none(tmp_path, capsys):
     assert capsys.readouterr().err == "error: --device cuda: torch finds no CUDA device here; use --device cpu\n"
 
 
+def test_noise_is_warned_of_with_the_keys(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("latency.samples.Progress.spread", lambda self, key: 0.5 if key.startswith("mlp") else 0.01)
+    assert main(arguments(tmp_path / "t.json", "--rounds", "2")) == 0
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
+    assert f"4 of {COUNT} points" in line and "mlp/EMB_6/MLP_16 (50%)" in line and "mlp/EMB_48/MLP_192 (50%)" in line
+
+
+def test_out_of_memory_suggests_a_smaller_batch_and_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    real, calls = Bench.samples, []
+
+    def samples(self, key, count=1):
+        calls.append(key)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+        return real(self, key, count)
+
+    monkeypatch.setattr(Bench, "samples", samples)
+    assert main(arguments(tmp_path / "t.json")) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert "--batch-size 2, try 1" in line and "t.json.part" in line
+    assert sum(map(len, json.loads((tmp_path / "t.json.part").read_text())["_samples"].values())) == 4
+
+
+def test_blocks_of_fewer_tokens(tmp_path):
+    assert main(arguments(tmp_path / "t.json", "--rounds", "2", "--tokens", "6")) == 0
+    table = LatencyTable.load(tmp_path / "t.json")
+    assert set(table.data["_parts"]["mlp"]) == {"N_6", "N_18"} and table.meta["grid"]["tokens"] == [6, 18]
+    full, half = (table.block_seconds(48, BlockDims(3, 16, 16, 192, n)) for n in (18, 12))
+    assert 0 < half and 0 < full
+    assert main(arguments(tmp_path / "u.json", "--tokens", "19")) == 2
+
+
 def test_model_from_a_checkpoint(tmp_path, capsys):
     torch.save(dict(arch=ARCH, kwargs=KWARGS, model=dict(w=torch.zeros(1))), tmp_path / "m.pth")
     given = ["--initial-checkpoint", str(tmp_path / "m.pth"), "--num-classes", "4", "--batch-size", "1", "--points"]
@@ -122,10 +155,10 @@ def test_model_from_a_checkpoint(tmp_path, capsys):
 
 def test_grids_reach_the_full_width_in_pruning_groups():
     deit_b = ViTDims(768, (BlockDims(12, 64, 64, 3072, 198),) * 12)
-    grid = grid_of(dict(heads=4, qk=5, v=8, mlp=9), deit_b)
+    grid = grid_of(dict(embed=5, heads=4, qk=5, v=8, mlp=9), deit_b)
     assert {axis: points[-1] for axis, points in grid.items()} == dict(embed=768, heads=12, qk=64, v=64, mlp=3072)
     assert grid["v"] == [8, 16, 24, 32, 40, 48, 56, 64] and grid["heads"][0] == 1 and len(grid["embed"]) == 5
     assert all(p % 16 == 0 for p in grid["embed"] + grid["mlp"])
-    narrow = grid_of(dict(heads=4, qk=8, v=2, mlp=2), ViTDims(96, (BlockDims(3, 32, 32, 384, 66),)))
+    narrow = grid_of(dict(embed=8, heads=4, qk=8, v=2, mlp=2), ViTDims(96, (BlockDims(3, 32, 32, 384, 66),)))
     qk = [4, 8, 12, 16, 20, 24, 28, 32]
     assert narrow == dict(embed=[12, 24, 36, 48, 60, 72, 84, 96], heads=[1, 2, 3], qk=qk, v=[4, 32], mlp=[16, 384])

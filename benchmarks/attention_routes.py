@@ -1,0 +1,67 @@
+"""Which route through attention is the fastest, per widths, device and dtype: where models.attention has its rule from.
+
+    python -m benchmarks.attention_routes [--device cuda] [--dtype bf16] [--batch-size 8] [--heads 12] [--tokens 198]
+
+Prints milliseconds per call of every route, interleaved in one process, the kernel behind the padded one, the relative
+error of each against float64, and `<` at the route that the rule takes. q, k and v are slices of one fused product, as
+in the model.
+"""
+from __future__ import annotations
+
+import argparse
+import statistics
+
+import torch
+
+from latency.measure import DTYPES, device_name, settle_allocator, stopwatch, warm_up
+from models.attention import ROUTES, attend, route
+from utils import table
+
+WIDTHS = [(64, 64), (32, 32), (16, 16), (8, 8), (20, 20), (12, 12), (32, 64), (64, 32), (8, 64), (64, 8), (24, 40),
+          (20, 28), (4, 32)]  # fmt: skip
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=198)
+    parser.add_argument("--rounds", type=int, default=9)
+    return parser
+
+
+@torch.inference_mode()
+def compare(args: argparse.Namespace, qk: int, v: int) -> list[str]:
+    """One row: widths, milliseconds of every route, and their errors."""
+    device, dtype, H = torch.device(args.device), DTYPES[args.dtype], args.heads
+    product = torch.randn(args.batch_size, args.tokens, H * (2 * qk + v), device=device).to(dtype)
+    parts = product.split([H * qk, H * qk, H * v], dim=-1)
+    q, k, v_ = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in parts)  # B H N d
+    calls = {way: (lambda way=way: attend(q, k, v_, 0.125, way=way)) for way in ROUTES}
+    exact = attend(q.double(), k.double(), v_.double(), 0.125, way="explicit")
+    errors = {way: float((call() - exact).norm() / exact.norm()) for way, call in calls.items()}
+    repeats = 1 if device.type == "cpu" else 20
+    for call in calls.values():
+        warm_up(call, device, 3)
+    samples = {way: [] for way in calls}
+    for _ in range(args.rounds):
+        for way, call in calls.items():
+            samples[way].append(stopwatch(call, repeats, device))
+    chosen = route(qk, v, device, dtype)
+    cells = [f"{1e3 * statistics.median(samples[w]):.3f}{'<' if w == chosen else ' '}" for w in ROUTES]
+    return [f"{qk}/{v}", *cells, *(f"{errors[w]:.0e}" for w in ROUTES)]
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    settle_allocator()
+    device = device_name(args.device)
+    print(f"batch {args.batch_size}, {args.heads} heads, {args.tokens} tokens, {args.dtype}, {device}")
+    headers = ["qk/v", *(f"{way} ms" for way in ROUTES), *(f"{way} err" for way in ROUTES)]
+    print(table(headers, [compare(args, qk, v) for qk, v in WIDTHS]), flush=True)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

@@ -1,0 +1,59 @@
+"""What whole models cost beyond the sum of their parts: a factor and a constant, from a few measured models."""
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from latency.points import group_of, random_dims
+from latency.table import LatencyTable
+from models.dims import ViTDims
+
+MODELS = 11  # narrow to wide, beside the dense one
+MOST_CONSTANT = 0.1  # of the dense model's time
+NOISE = 0.03  # relative errors beyond this count less: they are the machine's
+
+Measure = Callable[[Sequence[ViTDims]], tuple[np.ndarray, float]]  # -> (ratios to dense, seconds of dense)
+
+
+def chosen_for_fit(dims: ViTDims, fixed: Collection[str] = (), seed: int = 0, count: int = MODELS) -> list[ViTDims]:
+    """Random architectures whose embeddings are spread from the narrowest to the full one."""
+    rng, group = random.Random(f"fit {seed}"), group_of("embed", dims.embed)
+    embeds = np.linspace(group, dims.embed, count)
+    return [replace(random_dims(dims, rng, fixed), embed=min(dims.embed, round(e / group) * group)) for e in embeds]
+
+
+def fit(table: LatencyTable, dense: ViTDims, chosen: Sequence[ViTDims], measure: Measure) -> tuple[float, float]:
+    """(factor of the table's predictions, seconds to add outside the blocks), so that models come out as measured.
+
+    Robust least squares of relative errors over the dense model and `chosen`. The seconds are what does not shrink with
+    the widths: without them, small models come out too fast.
+    """
+    ratios, dense_seconds = measure(chosen)
+    measured = dense_seconds * np.array([1.0, *ratios])
+    predicted = np.array([table.model_seconds(d) for d in (dense, *chosen)])
+    common, most = float(np.median(measured / predicted)), MOST_CONSTANT * dense_seconds
+
+    def errors(x: np.ndarray) -> np.ndarray:
+        return (x[0] * common * predicted + x[1] * most) / measured - 1
+
+    found = least_squares(errors, (1.0, 0.1), bounds=([0.5, 0], [2, 1]), loss="soft_l1", f_scale=NOISE)
+    return float(found.x[0] * common), float(found.x[1] * most)
+
+
+def corrected(table: LatencyTable, factor: float, constant: float, **meta: Any) -> LatencyTable:
+    """The table with every value multiplied by `factor`, and `constant` seconds added outside the blocks."""
+
+    def scaled(node: Any, add: float = 0.0) -> Any:
+        if isinstance(node, dict):
+            return {key: scaled(child, add) for key, child in node.items()}
+        return float(f"{factor * node + add:.6g}")
+
+    data = {key: node if key == "_meta" else scaled(node, constant if key == "_overhead" else 0.0)
+            for key, node in table.data.items()}  # fmt: skip
+    data.setdefault("_overhead", {key: constant for key in data if key.startswith("EMB_")})
+    return LatencyTable(data | dict(_meta=table.meta | meta), table.name)

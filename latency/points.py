@@ -1,0 +1,71 @@
+"""Which widths a table is measured at, and random architectures to check one with."""
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from models.dims import BlockDims, ViTDims
+
+GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units pruned together; at most an eighth
+BLOCK_AXES = ("heads", "qk", "v", "mlp")
+
+
+def group_of(axis: str, full: int) -> int:
+    """Units that are pruned together on an axis of `full` units."""
+    return min(GROUPS[axis], max(1, full // 8))
+
+
+def grid_of(counts: dict[str, int], dims: ViTDims, left_alone: Collection[str] = ()) -> dict[str, list[int]]:
+    """Points of every axis: multiples of the pruning group, from one group to the full width, `counts` at most.
+
+    An axis that is never pruned has its full width alone.
+    """
+    grid = {}
+    for axis, count in counts.items():
+        full = dims.embed if axis == "embed" else max(getattr(b, axis) for b in dims.blocks)
+        group = full if axis in left_alone else group_of(axis, full)
+        spread = np.linspace(group, full, count)
+        grid[axis] = sorted({min(full, max(1, round(p / group)) * group) for p in spread} | {full})
+    return grid
+
+
+def random_dims(dims: ViTDims, rng: random.Random, left_alone: Collection[str] = ()) -> ViTDims:
+    """An architecture of uniformly random widths: one embedding, and every block its own heads, QK, V and MLP.
+
+    Widths are multiples of the pruning groups, from one group to that of `dims`; an axis that is left alone has that.
+    """
+
+    def width(axis: str, full: int) -> int:
+        group = full if axis in left_alone else group_of(axis, full)
+        return min(full, rng.randint(1, -(-full // group)) * group)
+
+    blocks = [replace(b, **{axis: width(axis, getattr(b, axis)) for axis in BLOCK_AXES}) for b in dims.blocks]
+    return ViTDims(width("embed", dims.embed), tuple(blocks))
+
+
+def branches(grid: dict[str, list[int]], tokens: int) -> Iterator[tuple[tuple[str, ...], int, BlockDims]]:
+    """(key, embed, widths) of every branch to be measured; a grid of several token counts has them in the keys.
+
+    ("attention", "EMB_96", "QK_3_32", "V_32") or ("mlp", "N_66", "EMB_96", "MLP_384").
+    """
+    counts = grid.get("tokens", [tokens])
+    for n, e in product(counts, grid["embed"]):
+        level = (f"N_{n}", f"EMB_{e}") if len(counts) > 1 else (f"EMB_{e}",)
+        for m in grid["mlp"]:
+            yield ("mlp", *level, f"MLP_{m}"), e, BlockDims(0, 0, 0, m, n)
+        for h, q, v in product(grid["heads"], grid["qk"], grid["v"]):
+            yield ("attention", *level, f"QK_{h}_{q}", f"V_{v}"), e, BlockDims(h, q, v, 0, n)
+
+
+def read_dims(path: str) -> ViTDims:
+    """Widths from a `dims.json`. Raises ValueError."""
+    try:
+        return ViTDims.from_dict(json.loads(Path(path).read_text()))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{path} is no dims.json: {error}") from None

@@ -1,0 +1,73 @@
+"""Whole models against their dense one: built afresh several times, interleaved, the median of paired ratios.
+
+Latency does not depend on weights, so models are freshly built; on a CPU it does depend, by a few per cent, on where in
+memory they lie, so every one is built several times.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from latency.measure import interleaved, ratio
+from models.dims import ViTDims
+from models.vit import build_vit, skeleton
+
+BUILDS, ROUNDS = 3, 7
+TOGETHER = 4  # models measured in turn with one dense model
+AGREE = 0.06  # relative difference between builds up to which they agree
+
+
+@torch.no_grad()
+def fresh(arch: str, dims: ViTDims | None, kwargs: dict[str, Any], device: torch.device) -> VisionTransformer:
+    """A model with small random weights, built without timm's slow initialisation."""
+    with torch.device("meta"):
+        model = build_vit(arch, dims, **kwargs)
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        parameter.uniform_(-0.04, 0.04)
+    return model.eval()
+
+
+def images_for(arch: str, kwargs: dict[str, Any], batch: int, device: torch.device) -> torch.Tensor:
+    """Random images (B, channels, H, W) of the model's size."""
+    stem = skeleton(arch, **kwargs).patch_embed
+    return torch.randn(batch, stem.proj.in_channels, *stem.img_size, device=device)
+
+
+def measured_ratios(arch: str, kwargs: dict[str, Any], chosen: Sequence[ViTDims], batch: int, device: torch.device,
+                    dtype: str = "fp32", compiled: bool = False, *, rounds: int = ROUNDS, builds: int = BUILDS,
+                    progress: Callable = iter) -> tuple[np.ndarray, float]:  # fmt: skip
+    """(latency of every architecture of `chosen` over the dense model's, seconds per batch of the dense model).
+
+    Where builds disagree by more than `AGREE`, the architecture is measured in up to as many more. `progress` wraps the
+    groups that are measured one after another.
+    """
+    images = images_for(arch, kwargs, batch, device)
+    ratios: list[list[float]] = [[] for _ in chosen]
+    dense_seconds, kept = [], None
+
+    def measure(members: Sequence[int]) -> None:
+        nonlocal kept
+        models = {str(i): fresh(arch, chosen[i], kwargs, device) for i in members}
+        models["dense"] = fresh(arch, None, kwargs, device)
+        kept = (models, kept and kept[0])  # while the last ones are held, the next lie elsewhere
+        timings = interleaved(models, images, rounds, dtype=dtype, compiled=compiled)
+        for i in members:
+            ratios[i].append(ratio(timings[str(i)], timings["dense"]).median)
+        dense_seconds.append(timings["dense"].median)
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for members in progress(builds * _groups(range(len(chosen)))):
+            measure(members)
+        for _ in range(builds):
+            for members in _groups([i for i, found in enumerate(ratios) if max(found) > (1 + AGREE) * min(found)]):
+                measure(members)
+    return np.array([np.median(found) for found in ratios]), float(np.median(dense_seconds))
+
+
+def _groups(indices: Sequence[int]) -> list[Sequence[int]]:
+    return [indices[i : i + TOGETHER] for i in range(0, len(indices), TOGETHER)]

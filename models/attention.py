@@ -1,0 +1,63 @@
+"""Attention of any query/key and value widths, by the fastest exact route for device and dtype.
+
+Kernels want q, k and v of one width. The routes, all the same function to rounding:
+
+fused     torch's scaled_dot_product_attention as called;
+padded    the same with zeros appended to the narrower of q/k and v, and up to a multiple of 8 on a GPU;
+explicit  two matrix products and a softmax, a few images at a time so that their scores stay in the cache.
+
+The rule of `route` comes from `python -m benchmarks.attention_routes`, whose figures stand in benchmarks/RESULTS.md.
+Legend: B batch, N tokens, H heads, d channels per head.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROUTES = ("fused", "padded", "explicit")
+SCORES_BYTES = 2 << 20  # of one chunk of images on the explicit route
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # matrix instructions of recent Intel CPUs
+TENSOR_CORES = 8  # widths that a GPU's kernels take without a slow path are multiples of this
+
+
+def route(qk: int, v: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The fastest exact route where no gradient is needed; with one, explicit gives way to padded.
+
+    A CPU's fused kernel is the quickest at equal widths in fp32; unequal ones it takes slowly, and padded it computes
+    the zeros too. In bf16 it is slow without Intel's AMX; in fp16 matrix products by themselves are slower still.
+    """
+    if device.type == "cpu":
+        if dtype == torch.float16:
+            return "fused"
+        if dtype == torch.bfloat16:
+            return ("fused" if qk == v else "padded") if AMX else "explicit"
+        return "fused" if qk == v else "explicit"
+    return "fused" if qk == v and qk % TENSOR_CORES == 0 else "padded"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, way: str | None = None) -> Tensor:
+    """softmax(scale q k^T) v: q, k (B, H, N, qk), v (B, H, N, v) -> (B, N, H v). way: a route, None for the rule's."""
+    way = way or route(q.shape[-1], v.shape[-1], q.device, q.dtype)
+    if way == "explicit":
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dropout:
+            return _explicit(q, k, v, scale)
+        way = "padded"
+    B, H, N, width = v.shape
+    if way == "padded":
+        multiple = 1 if q.device.type == "cpu" else TENSOR_CORES
+        common = -(-max(q.shape[-1], width) // multiple) * multiple
+        q, k, v = (F.pad(t, (0, common - t.shape[-1])) if t.shape[-1] < common else t for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)[..., :width]
+    return out.transpose(1, 2).reshape(B, N, H * width)
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    B, H, N, width = v.shape
+    chunk = max(1, SCORES_BYTES // (H * N * N * q.element_size()))
+    out = v.new_empty(B, N, H, width)
+    for rows in zip(*(t.split(chunk) for t in (q, k, v, out)), strict=True):
+        q_, k_, v_ = (t.flatten(0, 1) for t in rows[:3])  # b*H N d
+        scores = torch.baddbmm(q_.new_empty(1), q_, k_.transpose(1, 2), beta=0, alpha=scale)  # b*H N N
+        rows[3].copy_(torch.bmm(scores.softmax(-1), v_).view(-1, H, N, width).transpose(1, 2))
+    return out.view(B, N, H * width)

@@ -1,0 +1,55 @@
+"""Routes through attention: the same function on every one, and the rule that chooses."""
+import pytest
+import torch
+
+from models import attention
+from models.attention import ROUTES, attend, route
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def qkv(batch, heads, tokens, qk, v, dtype):
+    product = torch.randn(batch, tokens, heads * (2 * qk + v), generator=torch.Generator().manual_seed(0)).to(dtype)
+    parts = product.split([heads * qk, heads * qk, heads * v], dim=-1)
+    return [t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in parts]
+
+
+def reference(q, k, v, scale):
+    """Head by head and image by image, in float64: (B, H, N, d) -> (B, N, H v)."""
+    images = []
+    for one in zip(q.double(), k.double(), v.double(), strict=True):
+        images.append(torch.cat([torch.softmax(scale * a @ b.T, -1) @ c for a, b, c in zip(*one, strict=True)], -1))
+    return torch.stack(images)
+
+
+@pytest.mark.parametrize("way", [None, *ROUTES])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("qk, v", [(8, 8), (5, 12), (12, 5), (1, 9)])
+def test_every_route_computes_attention(way, dtype, tolerance, qk, v, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES_BYTES", 2 * 3 * 11 * 11 * dtype.itemsize)  # 2 of the 5 images at a time
+    tensors = qkv(5, 3, 11, qk, v, dtype)
+    expected = reference(*tensors, 0.3)
+    for mode in (torch.inference_mode, torch.enable_grad):
+        with mode():
+            found = attend(*tensors, 0.3, way=way)
+        assert found.dtype == dtype and found.shape == (5, 11, 3 * v)
+        assert (found.double() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("way", ROUTES)
+def test_gradients_are_the_same_on_every_route(way):
+    tensors = [t.detach().requires_grad_() for t in qkv(2, 3, 7, 4, 10, torch.float64)]
+    expected = torch.autograd.grad(reference(*tensors, 0.5).square().sum(), tensors)
+    found = torch.autograd.grad(attend(*tensors, 0.5, way=way).square().sum(), tensors)
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_rule(monkeypatch):
+    for amx, brain in ((False, ("explicit", "explicit")), (True, ("fused", "padded"))):
+        monkeypatch.setattr(attention, "AMX", amx)
+        assert (route(64, 64, CPU, torch.bfloat16), route(32, 64, CPU, torch.bfloat16)) == brain
+        assert (route(64, 64, CPU, torch.float32), route(32, 64, CPU, torch.float32)) == ("fused", "explicit")
+        assert route(32, 64, CPU, torch.float16) == "fused"
+    assert [route(qk, v, CUDA, torch.bfloat16) for qk, v in ((64, 64), (32, 64), (20, 20))] == [
+        "fused", "padded", "padded"
+    ]  # fmt: skip
