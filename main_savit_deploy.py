@@ -1,0 +1,161 @@
+"""SAViT: compact a pruned checkpoint into a dense model and finetune it with the published recipe."""
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import options
+import results
+import training
+from finetuning import Run, read_resumed, train
+from models.pretrained import from_checkpoint
+from utils import Problems, is_main, make_folder, run_script, say, warn, write_json
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = options.new_parser(
+        __doc__,
+        "example: python main_savit_deploy.py --masked_model runs/savit/pruned_checkpoint.pth --data-set DIGITS "
+        "--epochs 10\n  --output_dir runs/savit_finetuned",
+    )
+    options.add_model_args(parser)
+    options.add_data_args(parser)
+    options.add_augmentation_args(parser)
+    options.add_optimizer_args(parser)
+    options.add_schedule_args(parser)
+    _add_distillation_args(parser)
+    options.add_tau_arg(parser, "of soft CNN distillation")
+    options.add_ema_args(parser)
+    options.add_run_args(parser, "the run's folder; required")
+    options.add_resume_args(parser, "ft_checkpoint.pth")
+    group = parser.add_argument_group("finetuning")
+    group.add_argument("--masked_model", metavar="FILE", default="",
+                       help="pruned_checkpoint.pth of a pruning run; required")
+    group = parser.add_argument_group("accepted, no effect")
+    group.add_argument("--finetune_op", type=int, choices=(1,), default=1, help="1 finetunes (default: 1)")
+    group.add_argument("--pruning_flops_percentage", type=float, choices=(0.0,), default=0.0,
+                       help="0: nothing is pruned here (default: 0)")
+    parser.set_defaults(model_ema=False)  # published
+    return parser
+
+
+def _add_distillation_args(parser: argparse.ArgumentParser) -> None:
+    group = options.add_cnn_args(parser)
+    group.add_argument("--teacher-model-full", metavar="NAME", default="",
+                       help="timm name of the full model (default: the pruned model's own)")
+    group.add_argument("--teacher-path-full", metavar="FILE", default="",
+                       help="its weights (default: those that were pruned)")
+    group.add_argument("--distillation-type-full", choices=("none", "soft"), default="none",
+                       help="soft distils from the full model (default: none)")
+    group.add_argument("--distillation-alpha-full", metavar="F", type=float, default=1e5,
+                       help="weight of its KL, a thousandth of it per batch-mean KL times tau^2 (default: 1e5)")
+    group.add_argument("--distillation-tau-full", metavar="T", type=float, default=0.05,
+                       help="temperature of its KL (default: 0.05)")
+
+
+def _full_model(args: argparse.Namespace, parent: dict[str, Any]) -> training.FullModel:
+    """The full-size model that was pruned, with the weights to distil from where that is asked for."""
+    arch = parent["arch"]["name"]
+    if args.model and args.model.removesuffix("_deploy") != arch:
+        raise ValueError(f"--model is {args.model} but {args.masked_model} holds {arch}")
+    path = args.initial_checkpoint
+    if args.distillation_type_full != "none" and not (path or args.pretrained):
+        path = parent["args"].get("initial_checkpoint", "")
+    kwargs = training.structural(parent["arch"]["kwargs"]) | args.model_kwargs
+    return training.full_model(
+        argparse.Namespace(**vars(args) | dict(model=arch, initial_checkpoint=path, model_kwargs=kwargs))
+    )
+
+
+def _teacher(args: argparse.Namespace, full: training.FullModel) -> training.FullModel:
+    """The full model to distil from: the pruned one's, or the one that --teacher-…-full names."""
+    if not (args.teacher_model_full or args.teacher_path_full):
+        if not full.has_weights:
+            raise ValueError("--distillation-type-full: no full model to distil from: give --teacher-path-full FILE")
+        return full
+    teacher = training.full_model(argparse.Namespace(
+        model=args.teacher_model_full or (None if args.teacher_path_full else full.arch), input_size=None,
+        model_kwargs={}, initial_checkpoint=args.teacher_path_full, pretrained=not args.teacher_path_full,
+    ))  # fmt: skip
+    teacher.kwargs["num_classes"] = full.kwargs["num_classes"]
+    return teacher
+
+
+def _model(args: argparse.Namespace, parent: dict[str, Any], classes: int) -> Any:
+    model = from_checkpoint(parent, args.masked_model, **training.drop_rates(args))
+    if model.num_classes != classes:
+        raise ValueError(f"{args.masked_model} has {model.num_classes} classes, the data has {classes}")
+    return model
+
+
+def with_losses(args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with the shared loss's own weights.
+
+    The published full-model loss is alpha x tau^2 x the mean of the KL over batch and 1000 classes.
+    """
+    soft = args.distillation_type_full == "soft"
+    kl = args.distillation_alpha_full * args.distillation_tau_full**2 if soft else 0.0
+    return argparse.Namespace(**vars(args), kl_loss_coeff=kl, original_loss_coeff=1.0)
+
+
+def check_args(args: argparse.Namespace) -> Run:
+    """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
+    problems = Problems()
+    options.check_values(args, problems)
+    if not args.output_dir:
+        problems.add("--output_dir is required")
+    if args.start_epoch and not args.resume:
+        problems.add("--start_epoch goes with --resume")
+    if not args.masked_model:
+        problems.add("--masked_model FILE is required: pruned_checkpoint.pth of a pruning run")
+    parent = problems.attempt(checkpoint.load, args.masked_model) if args.masked_model else None
+    device = problems.attempt(training.start, args)
+    problems.raise_if_any()
+    full = problems.attempt(_full_model, args, parent)
+    problems.raise_if_any()
+    data = problems.attempt(training.load_data, args, full)
+    problems.raise_if_any()
+    run = Run(device, full, data, problems.attempt(_model, args, parent, data.classes), folder=Path(args.output_dir))
+    run.origin = parent["args"].get("initial_checkpoint", "")
+    run.teacher_tau = args.distillation_tau_full
+    teacher = problems.attempt(_teacher, args, full) if args.distillation_type_full != "none" else None
+    if teacher is not None:
+        run.teacher = problems.attempt(training.full_teacher, args, teacher, device)
+    run.cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
+    if run.model is not None:
+        run.resumed = problems.attempt(read_resumed, args, run, run.folder)
+    problems.raise_if_any()
+    problems.attempt(make_folder, run.folder)
+    problems.raise_if_any()
+    return run
+
+
+def finish(args: argparse.Namespace, run: Run, top1: float) -> None:
+    """summary.json and dims.json; the earlier stages come from the pruning run's summary."""
+    earlier = Path(args.masked_model).parent / "summary.json"
+    summary = json.loads(earlier.read_text()) if earlier.exists() else {}
+    conditions = results.Conditions(args.batch_size, compiled=args.compile)
+    dims = run.model.dims
+    measured = results.measured_ratio(run.full, dims, conditions, run.device)
+    summary["finetuned"] = results.stage(run.full, dims, top1, predicted=None, measured=measured,
+                                         conditions=conditions, device=run.device)  # fmt: skip
+    write_json(run.folder / "dims.json", dims.to_dict())
+    write_json(run.folder / "summary.json", summary)
+    say(results.result_line(run.folder / "ft_checkpoint.pth", summary["finetuned"]))
+
+
+def main(args: argparse.Namespace) -> None:
+    args = with_losses(args)
+    run = check_args(args)
+    if args.teacher_path and args.distillation_type == "none":
+        warn("--teacher-path without --distillation-type hard or soft: no CNN teaches, as in the published recipe")
+    metrics = train(args, run)
+    if is_main():
+        finish(args, run, metrics["acc1"])
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args())
