@@ -1,0 +1,149 @@
+"""Pruning without labels, gradients or training: align, price every width, allocate under the target, refit."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+import checkpoint
+import resuming
+import training
+from datasets import build_dataset
+from models import Masks, ViTDims, compact, skeleton
+from models.compact import expand_
+from pruning.align import align_
+from pruning.allocation import allocate
+from pruning.moments import all_reduced
+from pruning.probe import prices
+from pruning.refit import refit_
+from pruning_steps import Setup
+from utils import Problems, RunFailed, is_main, rank, say, world_size
+
+ROUNDS, CLOSE = 5, 0.01  # of aiming at a measured ratio, and how close below it is close enough
+LEAST_IMAGES = 64  # per process, of which a sixteenth judge what a width is worth
+
+
+def check_flags(args: Any, problems: Problems) -> None:
+    """What --one_shot needs, and what it does not go with."""
+    if args.latency_target is None:
+        problems.add("--one_shot needs --latency_target")
+    for name in ("latency_target_ms", "macs_target", "params_target"):
+        if getattr(args, name) is not None:
+            problems.add(f"--{name} goes with training; --one_shot aims at --latency_target alone")
+    for name in ("resume", "dry_run"):
+        if getattr(args, name):
+            problems.add(f"--{name.replace('_', '-')} goes with training; --one_shot has none")
+
+
+def check_calibration(args: Any, images: int) -> None:
+    """Raises ValueError where --calib_images is more than the `images` there are, or too few for the processes."""
+    if args.calib_images > images:
+        raise ValueError(f"--calib_images {args.calib_images} is more than the {images} training images")
+    if (share := args.calib_images // world_size()) < LEAST_IMAGES:
+        raise ValueError(f"--calib_images must be at least {LEAST_IMAGES} for each process, not {share}")
+
+
+def calibration_images(args: Any, full: training.FullModel) -> Tensor:
+    """This process's share of --calib_images training images, as validation sees them: (n, 3, S, S).
+
+    The seed chooses them, the same ones for any number of processes; labels are not looked at.
+    """
+    sized = copy.copy(args)
+    sized.input_size = skeleton(full.arch, **full.kwargs).patch_embed.img_size[0]
+    dataset, _ = build_dataset(True, sized, augment=False)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
+    chosen = order[rank() : args.calib_images : world_size()][: args.calib_images // world_size()]
+    loader = DataLoader(Subset(dataset, chosen.tolist()), batch_size=args.batch_size, num_workers=args.num_workers,
+                        generator=torch.Generator())  # fmt: skip
+    return torch.cat([images for images, _ in loader])
+
+
+class _Clock:
+    """Says what a stage found and how long it took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, stage: str, found: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._last, 2)
+        self._last = now
+        say(f"{stage} in {self.seconds[stage]:.1f} s: {found}")
+
+
+class _Allocator:
+    """Prices of an aligned model's widths, and the best widths for any target."""
+
+    def __init__(self, args: Any, setup: Setup, images: Tensor) -> None:
+        self.table, self.full = setup.table, setup.model.dims
+        self.groups = setup.pruner.group_sizes
+        self.prices = prices(setup.model, images, self.groups, args.batch_size)
+
+    def __call__(self, target: float) -> tuple[ViTDims, float]:
+        """The widths to keep, and the divergence predicted for them. Raises RunFailed where none are as quick."""
+        found = allocate(self.table, self.full, self.groups, *self.prices, target)
+        if not found:
+            raise RunFailed(f"target {target:.4g} not reached: by the table, no widths are as quick")
+        return found[0]
+
+
+def _as_measured(allocator: _Allocator, target: float, measure: Callable[[ViTDims], float]) -> tuple[ViTDims, float]:
+    """Widths whose measured ratio is at or below the target, as close as a few rounds of aiming come to it."""
+    aim, best, least = target, None, None
+    for _ in range(ROUNDS):
+        found = allocator(aim)
+        ratio = float(all_reduced(torch.tensor(measure(found[0]) if is_main() else 0.0)))  # the main rank's
+        say(f"aimed at {aim:.4f}: measured {ratio:.4f}")
+        if ratio <= target and (best is None or ratio > best[0]):
+            best = ratio, found
+        if least is None or ratio < least[0]:
+            least = ratio, found
+        if target - CLOSE <= ratio <= target:
+            break
+        aim = min(1.0, aim * (target - CLOSE / 2) / ratio)
+    return (best or least)[1]
+
+
+def prune_(args: Any, setup: Setup, images: Tensor, measure: Callable[[ViTDims], float]) -> dict[str, Any]:
+    """Prune `setup.model` in place to --latency_target, and leave the masks in `setup.pruner`; returns the log's line.
+
+    images: this process's calibration images; measure: the measured ratio of widths to the dense model.
+    """
+    model, clock = setup.model.to(setup.device).eval().requires_grad_(False), _Clock()
+    left = align_(model, [part.to(setup.device) for part in images.split(args.batch_size)])
+    clock.stop("aligned", "; ".join(left) or "every axis")
+    allocator = _Allocator(args, setup, images)
+    if args.latency_measured:
+        dims, predicted = _as_measured(allocator, args.latency_target, measure)
+    else:
+        dims, predicted = allocator(args.latency_target)
+    clock.stop("allocated", f"predicted divergence {predicted:.2e} nats")
+    masks = Masks.first(model.dims, dims, setup.device)
+    small = compact(model, masks)
+    found = refit_(model, small, masks, images, args.batch_size)
+    clock.stop("refitted", f"divergence {found:.2e} nats on held-out images")
+    expand_(model, masks, small)
+    setup.pruner.masks = masks
+    return dict(
+        calib_images=args.calib_images, divergence_predicted=predicted, divergence=found, seconds=clock.seconds,
+        latency=setup.pruner.ratio,
+    )  # fmt: skip
+
+
+def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
+    """A pruned checkpoint: as of a pruning run, without what only training needs."""
+    if not is_main():
+        return
+    masks = setup.pruner.masks
+    checkpoint.save(
+        setup.folder / name, arch=setup.full.record, dims=masks.dims.to_dict(), dim=masks.dims.to_dim(),
+        masks=masks.state_dict(), model=setup.model.state_dict(), epoch=0, step=0, rng=checkpoint.rng_state(),
+        metrics=metrics, args=resuming.saved_args(args, setup.full.path),
+    )  # fmt: skip

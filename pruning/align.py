@@ -1,0 +1,228 @@
+"""Change a model's coordinates so that the first units of every axis carry the most; its function does not change.
+
+Queries and keys of a head may be multiplied by any matrix and its inverse, and so may values and proj; MLP units and
+heads may be put in any order; the residual stream may be rotated, see `helmert`. The bases follow from second moments
+over calibration images, without labels or gradients. SliceGPT (arXiv 2401.15024) rotates the stream of models with
+RMSNorm; here LayerNorm stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models.axes import EMBED, axes_of
+from models.vit import Block
+from pruning import streams
+from pruning.moments import FLOOR, TINY, Moments, all_reduced, removal, set_
+from pruning.streams import Branch
+
+
+def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square roots of positive semi-definite matrices (..., d, d) and their inverses, eigenvalues floored."""
+    values, vectors = torch.linalg.eigh(gram)
+    values = torch.maximum(values, values[..., -1:] * FLOOR).clamp_min(TINY).sqrt()
+    return (vectors * values.unsqueeze(-2)) @ vectors.mT, (vectors / values.unsqueeze(-2)) @ vectors.mT
+
+
+def qk_bases(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices (H, d, d) to multiply queries and keys with: their products stay, the first r are the best rank r.
+
+    q, k: second moments per head (H, d, d); keys centred within their image, as softmax ignores what all keys share.
+    """
+    (root_q, inverse_q), (root_k, inverse_k) = _roots(q), _roots(k)
+    u, s, vt = torch.linalg.svd(root_q @ root_k)
+    scale = s.clamp_min(TINY).sqrt().unsqueeze(-1)
+    return scale * (u.mT @ inverse_q), scale * (vt @ inverse_k)
+
+
+def v_bases(outputs: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrices (H, d, d) to multiply values with, and proj's columns to undo it; the first directions add the most.
+
+    outputs: covariance of what each head passes on (H, d, d); proj: its columns of proj (H, E, d).
+    """
+    root, inverse = _roots(outputs)
+    vectors = torch.linalg.eigh(root @ proj.mT @ proj @ root).eigenvectors.flip(-1)
+    return vectors.mT @ inverse, root @ vectors
+
+
+class _Attention:
+    """Second moments of an attention branch, and its alignment."""
+
+    def __init__(self, branch: Branch, heads: int, width: int) -> None:
+        self.branch, self.heads, self.width = branch, heads, width
+        device = branch.last.weight.device
+        self.q, self.k = torch.zeros(2, heads, width, width, dtype=torch.float64, device=device)
+        self.outputs = Moments(heads * width, device=device)
+
+    def see(self, qkv: Tensor, mixed: Tensor) -> None:
+        B, N, _ = qkv.shape
+        q, k, _ = qkv.view(B, N, 3, self.heads, self.width).permute(2, 3, 0, 1, 4)  # each H B N d
+        for total, rows in ((self.q, q), (self.k, k - k.mean(2, keepdim=True))):
+            rows = rows.flatten(1, 2)
+            total += (rows.mT @ rows).double()
+        self.outputs.add(mixed)
+
+    def align_(self) -> None:
+        H, d = self.heads, self.width
+        qkv, proj = self.branch.first, self.branch.last
+        covariance = self.outputs.all_reduce().covariance
+        columns = proj.weight.double().view(-1, H, d).transpose(0, 1)  # H E d
+        to_v, from_v = v_bases(covariance.view(H, d, H, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1), columns)
+        change = torch.stack([*qk_bases(all_reduced(self.q), all_reduced(self.k)), to_v])  # 3 H d d
+        order = removal(covariance[None], proj.weight[None], group=d)
+        for parameter in filter(lambda p: p is not None, (qkv.weight, qkv.bias)):
+            rows = change @ parameter.double().view(3, H, d, -1)
+            parameter.copy_(rows[:, order].view(parameter.shape))
+        proj.weight.copy_((columns @ from_v)[order].transpose(0, 1).reshape(proj.weight.shape))
+
+
+class _MLP:
+    """Second moments of an MLP branch's hidden units, and their order."""
+
+    def __init__(self, branch: Branch) -> None:
+        self.branch, self.hidden = branch, Moments(branch.last.in_features, device=branch.last.weight.device)
+
+    def see(self, _: Tensor, mixed: Tensor) -> None:
+        self.hidden.add(mixed)
+
+    def align_(self) -> None:
+        first, last = self.branch.first, self.branch.last
+        order = removal(self.hidden.all_reduce().covariance[None], last.weight[None])
+        set_(first, first.weight[order], None if first.bias is None else first.bias[order])
+        set_(last, last.weight[:, order], None)
+
+
+def helmert(n: int) -> Tensor:
+    """Orthonormal contrasts (n, n - 1): column j is constant down to row j, balanced by row j + 1, zero below.
+
+    Residual streams enter a LayerNorm, which removes their mean, so only what is orthogonal to the ones vector counts.
+    With principal components c in this basis, H c has mean 0 and the norm of c, as LayerNorm needs; and its first k
+    entries hold the first k - 1 components and, of all others, only a shift that the k share and LayerNorm removes.
+    """
+    j = torch.arange(1, n, dtype=torch.float64)
+    row = torch.arange(n)[:, None]
+    return torch.where(row < j, 1.0, torch.where(row == j, -j, 0.0)) / (j * (j + 1)).sqrt()
+
+
+class _Reader:
+    """A LayerNorm of the residual stream and the linear layers behind it, with the moments of what it normalises."""
+
+    def __init__(self, norm: nn.LayerNorm, linears: list[nn.Linear]) -> None:
+        self.norm, self.linears = norm, linears
+        self.moments = Moments(norm.normalized_shape[0], device=norm.weight.device)
+
+    def see(self, x: Tensor) -> None:
+        self.moments.add(nn.functional.layer_norm(x, self.norm.normalized_shape, eps=self.norm.eps))
+
+    def weight(self) -> Tensor:
+        """A root (E, E) of what the linear layers make of a normalised stream, relative to its size."""
+        weight = torch.cat([linear.weight for linear in self.linears]).double() * self.norm.weight.double()
+        metric = weight.T @ weight
+        return _roots(metric / (metric * self.moments.covariance).sum().clamp_min(TINY))[0]
+
+    def rotate_(self, change: Tensor) -> None:
+        """Read a stream that was multiplied by `change`; the norm's affine goes into the linear layers."""
+        for linear in self.linears:
+            weight = linear.weight.double()
+            bias = linear.bias.double() + weight @ self.norm.bias.double()
+            set_(linear, weight * self.norm.weight.double() @ change.T, bias)
+        self.norm.weight.fill_(1.0)
+        self.norm.bias.zero_()
+
+
+def _final(model: VisionTransformer) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """The norm before the classifier, and what it is given of the residual stream."""
+    if isinstance(model.fc_norm, nn.LayerNorm):
+        return model.fc_norm, model.pool
+    return model.norm, lambda x: x[:, streams.read(model)]
+
+
+def why_not_rotated(model: VisionTransformer) -> str | None:
+    """What reads or writes the residual stream in a way that a rotation would change, or None."""
+    layers = [layer for block in model.blocks for layer in (block.attn.qkv, block.mlp.fc1)]
+    layers += [model.head, getattr(model, "head_dist", model.head)]
+    if isinstance(model.norm_pre, nn.LayerNorm):
+        return "a norm before the first block writes to it"
+    if isinstance(model.norm, nn.LayerNorm) == isinstance(model.fc_norm, nn.LayerNorm):
+        return "there is not one norm before the classifier"
+    if model.global_pool not in ("token", "avg"):
+        return f"it is pooled by {model.global_pool or 'nothing'}"
+    if any(getattr(layer, "bias", None) is None for layer in layers):
+        return "a layer that reads it has no bias"
+    return None
+
+
+def _rotate_(model: VisionTransformer, readers: list[_Reader]) -> None:
+    """Principal components first: of the normalised stream, averaged over all that read it."""
+    E = model.embed_dim
+    total = sum(reader.moments.products / reader.moments.rows for reader in readers)
+    ones = torch.ones(E, E, dtype=torch.float64, device=total.device)
+    components = torch.linalg.eigh(total - ones * total.trace()).eigenvectors.flip(-1)[:, : E - 1]  # ones come last
+    change = helmert(E).to(total.device) @ components.T  # E E
+    for reader in readers:
+        reader.rotate_(change)
+    for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
+        if (token := getattr(model, name, None)) is not None:
+            token.copy_(token.double() @ change.T)
+    writers = [(branch.last, branch.gamma) for block in model.blocks for branch in streams.branches(block)]
+    for layer, gamma in [(model.patch_embed.proj, None), *writers]:
+        scaled = change if gamma is None else change * gamma.double()
+        weight = (scaled @ layer.weight.double().flatten(1)).view(layer.weight.shape)
+        set_(layer, weight, None if layer.bias is None else scaled @ layer.bias.double())
+        if gamma is not None:
+            gamma.fill_(1.0)
+
+
+def _sort_(model: VisionTransformer, readers: list[_Reader]) -> None:
+    """Put the embedding channels in the order of their worth to all that read them."""
+    covariances = torch.stack([reader.moments.covariance for reader in readers])
+    order = removal(covariances, torch.stack([reader.weight() for reader in readers]))
+    for name, parameter in model.named_parameters():
+        for position, dim in enumerate(axes_of(name)):
+            if dim == EMBED:
+                parameter.copy_(parameter.index_select(position, order))
+
+
+def _align_block_(block: Block, stream: list[Tensor]) -> list[_Reader]:
+    """Align both branches, and move the stream past the block."""
+    readers = []
+    for branch in streams.branches(block):
+        reader = _Reader(branch.norm, [branch.first])
+        is_attention = branch.last is block.attn.proj
+        seen = _Attention(branch, block.dims.heads, block.dims.qk) if is_attention else _MLP(branch)
+        for i, x in enumerate(stream):
+            first = branch.first(branch.norm(x))
+            mixed = branch.mix(first)
+            reader.see(x)
+            seen.see(first, mixed)
+            stream[i] = x + branch.write(mixed)
+        seen.align_()
+        reader.moments.all_reduce()
+        readers.append(reader)
+    return readers
+
+
+@torch.no_grad()
+def align_(model: VisionTransformer, batches: Sequence[Tensor]) -> list[str]:
+    """Align every axis of a full-size model in eval mode, in place; returns what could not be rotated, and why.
+
+    batches: calibration images (B, 3, H, W) on the model's device; with several processes, each gives its own.
+    """
+    stream = [streams.stem(model, images) for images in batches]
+    readers = [reader for block in model.blocks for reader in _align_block_(block, stream)]
+    norm, given = _final(model)
+    if isinstance(norm, nn.LayerNorm):
+        heads = [head for head in (model.head, getattr(model, "head_dist", None)) if isinstance(head, nn.Linear)]
+        readers.append(_Reader(norm, heads))
+        for x in stream:
+            readers[-1].see(given(x))
+        readers[-1].moments.all_reduce()
+    if reason := why_not_rotated(model):
+        _sort_(model, readers)
+        return [f"embedding channels are sorted, not rotated: {reason}"]
+    _rotate_(model, readers)
+    return []

@@ -1,0 +1,124 @@
+"""Widths of every block under a latency target: least predicted divergence, by an exact solver on the latency table.
+
+The divergence of a model is predicted as the sum of what each of its cuts costs alone (`pruning.probe`). For every
+embedding width, blocks are then independent but for the latency they share: a multiple-choice knapsack, solved by
+dynamic programming over discretised latency. Whole branches and blocks are candidates like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from latency.table import LatencyTable
+from models.dims import BlockDims, ViTDims
+from pruning.probe import Curve
+
+LEAST = 1e-9  # nats: what is smaller counts as this
+BINS = 20_000  # of the latency budget
+AXES = ("heads", "qk", "v", "mlp")
+
+
+def interpolated(curve: Curve, widths: np.ndarray) -> np.ndarray:
+    """Divergence at any widths: linear in its logarithm between the probed ones, and below them.
+
+    It falls with every unit, be it by rounding: what is worth nothing stays as long as there is time for it.
+    """
+    known = np.array(sorted(set(curve) - {0}), dtype=float)
+    prices = np.maximum.accumulate([curve[w] for w in known[::-1]])[::-1]  # a wider axis never costs more
+    values = np.log(prices + LEAST * np.exp(1 - known / known[-1]))
+    below = (values[1] - values[0]) / (known[1] - known[0]) * np.minimum(widths - known[0], 0) if len(known) > 1 else 0
+    return np.exp(np.interp(widths, known, values) + below) - LEAST
+
+
+def _absent(curve: Curve) -> float:
+    """Divergence without the branch: at least that of any width."""
+    return max(curve.values()) + (np.e - 1) * LEAST
+
+
+@dataclass(frozen=True)
+class Options:
+    """Candidates of one block, none dominated: rows of widths, seconds and divergence; quickest first."""
+
+    widths: np.ndarray  # (n, 4): heads, qk, v, mlp
+    seconds: np.ndarray
+    cost: np.ndarray
+
+
+def _widths(full: int, group: int) -> np.ndarray:
+    return np.array(sorted({*range(group, full, group), full}))
+
+
+def candidates(full: BlockDims, group: dict[str, int], curves: dict[str, Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Every combination of a block's widths, (n, 4), and its predicted divergence."""
+    axes = {axis: _widths(getattr(full, axis), group[axis]) for axis in AXES}
+    cost = {axis: interpolated(curves[axis], widths) for axis, widths in axes.items()}
+    attention = [((0, 0, 0), _absent(curves["heads"]))]
+    for (h, ch), (q, cq), (v, cv) in product(*(list(zip(axes[a], cost[a], strict=True)) for a in ("heads", "qk", "v"))):
+        attention.append(((h, q, v), ch + (cq + cv) * h / full.heads))
+    mlp = [(0, _absent(curves["mlp"])), *zip(axes["mlp"], cost["mlp"], strict=True)]
+    rows = [((*a, m), ca + cm) for (a, ca), (m, cm) in product(attention, mlp)]
+    return np.array([w for w, _ in rows]), np.array([c for _, c in rows])
+
+
+def undominated(widths: np.ndarray, seconds: np.ndarray, cost: np.ndarray) -> Options:
+    """Those candidates that no quicker one beats."""
+    order = np.lexsort((cost, seconds))
+    best = np.minimum.accumulate(cost[order])
+    keep = order[np.concatenate([[True], best[1:] < best[:-1]])]
+    return Options(widths[keep], seconds[keep], cost[keep])
+
+
+def knapsack(options: list[Options], budget: float) -> tuple[list[int], float]:
+    """Choice of one option per block, of least total cost within the budget of seconds, and that cost.
+
+    Exact but for rounding every time up to a twenty-thousandth of the budget. Raises ValueError where nothing fits.
+    """
+    if budget <= 0:
+        raise ValueError("no time is left for the blocks")
+    unit = budget / BINS
+    best, picks = np.zeros(BINS + 1), []
+    for block in options:
+        new, pick = np.full(BINS + 1, np.inf), np.zeros(BINS + 1, dtype=np.int32)
+        for k, (size, cost) in enumerate(zip(np.ceil(block.seconds / unit).astype(int), block.cost, strict=True)):
+            if size <= BINS:
+                total = best[: BINS + 1 - size] + cost
+                better = total < new[size:]
+                new[size:][better], pick[size:][better] = total[better], k
+        best = new
+        picks.append(pick)
+    if not np.isfinite(best[-1]):
+        raise ValueError("no combination of widths is within the latency budget")
+    chosen, room = [], BINS
+    for block, pick in zip(reversed(options), reversed(picks), strict=True):
+        chosen.append(int(pick[room]))
+        room -= int(np.ceil(block.seconds[chosen[-1]] / unit))
+    return chosen[::-1], float(best[-1])
+
+
+def allocate(table: LatencyTable, full: ViTDims, groups: dict[str, int], curves: list[dict[str, Curve]], embed: Curve,
+             target: float) -> list[tuple[ViTDims, float]]:  # fmt: skip
+    """For every embedding width the best widths at a predicted ratio of at most `target` to the dense model's latency.
+
+    groups: units per group, by axis; curves, embed: prices from `pruning.probe`. Returns (widths, predicted
+    divergence), the best first; nothing where no widths are quick enough. Raises LatencyTableError.
+    """
+    budget = target * table.model_seconds(full)
+    rows = [
+        candidates(block, {axis: groups[f"blocks.{i}.{axis}"] for axis in AXES}, prices)
+        for i, (block, prices) in enumerate(zip(full.blocks, curves, strict=True))
+    ]
+    widths = _widths(full.embed, groups["embed"])
+    found = []
+    for E, price in zip(widths, interpolated(embed, widths), strict=True):
+        options = [undominated(w, table.blocks_seconds(np.column_stack([np.full(len(w), E), w])), c) for w, c in rows]
+        try:
+            chosen, cost = knapsack(options, budget - table.overhead_seconds(int(E)))
+        except ValueError:
+            continue
+        picked = (o.widths[k].tolist() for o, k in zip(options, chosen, strict=True))
+        blocks = tuple(BlockDims(*w, tokens=b.tokens) for w, b in zip(picked, full.blocks, strict=True))
+        found.append((ViTDims(int(E), blocks), cost + float(price)))
+    return sorted(found, key=lambda pair: pair[1])

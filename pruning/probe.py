@@ -1,0 +1,159 @@
+"""What each width of each block is worth: how far the predictions move when it alone is cut, and the rest adapts.
+
+A probe cuts one axis of one block of an aligned model, compensates for it in closed form, and runs the rest of the
+dense model. The KL divergence of its predictions to the dense ones, on other images, is the price of that width: one
+currency for all axes. No labels, no gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models.compact import compact
+from models.masks import Masks
+from models.vit import Attention
+from pruning import streams
+from pruning.moments import PLAIN_RIDGE, Moments, all_reduced, compensated, corrected
+from pruning.refit import divergence, refit_
+from pruning.streams import Branch
+
+Curve = dict[int, float]  # nats of divergence by width; 0 at the full width
+
+FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of an axis: the widths that are probed
+FITTED, JUDGED = 4, 16  # one calibration image of so many compensates a probe, and judges it
+FRACTIONS_EMBED = (1 / 4, 1 / 2, 3 / 4)  # each costs a refit of the whole model
+
+
+def probed_widths(full: int, group: int, fractions: tuple[float, ...] = FRACTIONS) -> list[int]:
+    """Multiples of the group below the full width that are nearest to the fractions of it."""
+    return sorted({max(1, round(full * f / group)) * group for f in fractions} - {full})
+
+
+class _Probe:
+    """One branch of block `index`: its inputs and outputs over images to fit and to judge by, and its probes.
+
+    rest: what the rest of the dense model makes of the stream after the branch.
+    """
+
+    def __init__(self, branch: Branch, fit: list[Tensor], judge: list[Tensor], read: slice,
+                 rest: Callable[[Tensor], Tensor], logits: list[Tensor]) -> None:  # fmt: skip
+        self.branch, self.read, self.rest, self.logits = branch, read, rest, logits
+        self.fit = [branch.first(branch.norm(x)) for x in fit]
+        self.fitted = [branch.mix(first) for first in self.fit]
+        self.judge, self.judged = judge, [branch.first(branch.norm(x)) for x in judge]
+        weight, bias = branch.last.weight.double(), branch.last.bias
+        self.last = weight, None if bias is None else bias.double()
+        self.moments = Moments(branch.last.in_features, device=weight.device)
+        for mixed in self.fitted:
+            self.moments.add(mixed[:, read])
+        self.moments.all_reduce()
+
+    def without_inputs(self, kept: Tensor) -> float:
+        """The price of keeping only the inputs `kept` (indices) of the last layer."""
+        weight, bias = compensated(*self.last, self.moments, kept)
+        return self._price(lambda first: self.branch.mix(first)[..., kept], weight, bias)
+
+    def without_rows(self, kept: Tensor, mix: Callable[[Tensor], Tensor]) -> float:
+        """The price of keeping only the rows `kept` (indices) of the first layer, which `mix` then mixes."""
+        weight, bias = self.last
+        moments = Moments(len(weight.T), len(weight), weight.device)
+        for first, mixed in zip(self.fit, self.fitted, strict=True):
+            moments.add(mix(first[..., kept])[:, self.read], self.branch.last(mixed)[:, self.read])
+        weight, bias = corrected(weight, bias, moments.all_reduce(), PLAIN_RIDGE)
+        return self._price(lambda first: mix(first[..., kept]), weight, bias)
+
+    def without_branch(self) -> float:
+        return self._price(None, *self.last)
+
+    def _price(self, mix: Callable[[Tensor], Tensor] | None, weight: Tensor, bias: Tensor | None) -> float:
+        total = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        weight, bias = weight.float(), None if bias is None else bias.float()
+        gamma = 1 if self.branch.gamma is None else self.branch.gamma
+        for x, first, dense in zip(self.judge, self.judged, self.logits, strict=True):
+            if mix is not None:
+                x = x + gamma * nn.functional.linear(mix(first), weight, bias)
+            found = divergence(self.rest(x), dense)
+            total += torch.stack([found.sum(), found.new_tensor(len(found))])
+        return max(0.0, float(torch.divide(*all_reduced(total))))
+
+
+def _attention_curves(probe: _Probe, attention: Attention, groups: dict[str, int]) -> dict[str, Curve]:
+    H, d = attention.num_heads, attention.qk
+    units = torch.arange(H * d, device=attention.qkv.weight.device).view(H, d)
+    curves = dict(heads={H: 0.0, 0: probe.without_branch()}, qk={d: 0.0}, v={d: 0.0})
+    for heads in probed_widths(H, groups["heads"]):
+        curves["heads"][heads] = probe.without_inputs(units[:heads].flatten())
+    for v in probed_widths(d, groups["v"]):
+        curves["v"][v] = probe.without_inputs(units[:, :v].flatten())
+    for qk in probed_widths(d, groups["qk"]):
+        narrow = copy.copy(attention)
+        narrow.qk = qk
+        kept = torch.cat([units[:, :qk].flatten(), H * d + units[:, :qk].flatten(), 2 * H * d + units.flatten()])
+        curves["qk"][qk] = probe.without_rows(kept, narrow.mix)
+    return curves
+
+
+def _mlp_curve(probe: _Probe, full: int, group: int) -> Curve:
+    units = torch.arange(full, device=probe.last[0].device)
+    return {full: 0.0, 0: probe.without_branch()} | {
+        width: probe.without_inputs(units[:width]) for width in probed_widths(full, group)
+    }
+
+
+@torch.no_grad()
+def block_curves(model: VisionTransformer, fit: Tensor, judge: Tensor, groups: dict[str, int],
+                 batch: int) -> list[dict[str, Curve]]:  # fmt: skip
+    """Per block, prices of the widths of heads, qk, v and mlp; width 0 of heads or mlp is the branch's absence.
+
+    model: aligned, full-size, in eval mode; fit, judge: images (n, 3, H, W) that a probe compensates with, and is
+    judged on; groups: units per group, by axis. With several processes, each gives its own images, as many.
+    """
+    device, curves = next(model.parameters()).device, []
+    judge = [images.to(device) for images in judge.split(batch)]
+    logits = [model(images) for images in judge]
+    fit, judge = ([streams.stem(model, images.to(device)) for images in side] for side in (fit.split(batch), judge))
+    for i, block in enumerate(model.blocks):
+        later = model.blocks[i + 1 :]
+        read = slice(None) if len(later) else streams.read(model)
+        found: dict[str, Curve] = {}
+        for branch in streams.branches(block):
+            is_attention = branch.last is block.attn.proj
+            others = [streams.mlp(block)] if is_attention else []
+
+            def rest(x: Tensor, others: list[Branch] = others, later: nn.Module = later) -> Tensor:
+                for other in others:
+                    x = x + other(x)
+                return streams.head(model, later(x))
+
+            probe = _Probe(branch, fit, judge, read, rest, logits)
+            local = {axis: groups[f"blocks.{i}.{axis}"] for axis in ("heads", "qk", "v", "mlp")}
+            if is_attention:
+                found |= _attention_curves(probe, block.attn, local)
+            else:
+                found["mlp"] = _mlp_curve(probe, block.dims.mlp, local["mlp"])
+            fit, judge = ([x + branch(x) for x in side] for side in (fit, judge))
+        curves.append(found)
+    return curves
+
+
+def embed_curve(model: VisionTransformer, images: Tensor, group: int, batch: int) -> Curve:
+    """Prices of embedding widths: each is a refit of the whole model at that width, judged on a tenth of the images."""
+    curve = {model.dims.embed: 0.0}
+    for width in probed_widths(model.dims.embed, group, FRACTIONS_EMBED):
+        masks = Masks.first(model.dims, replace(model.dims, embed=width), next(model.parameters()).device)
+        curve[width] = max(0.0, refit_(model, compact(model, masks), masks, images, batch))
+    return curve
+
+
+def prices(model: VisionTransformer, images: Tensor, groups: dict[str, int],
+           batch: int) -> tuple[list[dict[str, Curve]], Curve]:  # fmt: skip
+    """`block_curves` and `embed_curve` from a part of the calibration images, which is enough to compare widths."""
+    fit, judge = images.split([len(images) // FITTED, len(images) - len(images) // FITTED])
+    curves = block_curves(model, fit, judge[: max(1, len(images) // JUDGED)], groups, batch)
+    return curves, embed_curve(model, fit, groups["embed"], batch)

@@ -1,0 +1,104 @@
+"""Refit a cut model to the dense one, layer by layer from input to output, in closed form: no labels, no gradients.
+
+Dense and pruned model walk side by side over calibration images. Every layer that reads the residual stream is fitted
+to the dense layer's outputs, every layer that writes it to the dense stream minus the pruned one, so that errors are
+corrected as they arise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models.masks import Masks
+from pruning import streams
+from pruning.moments import Moments, all_reduced, correct_
+from pruning.streams import Branch
+
+HELD = 10  # one image of so many is not fitted: it chooses the ridge, and judges
+
+
+def divergence(logits: Tensor, dense: Tensor) -> Tensor:
+    """KL(dense || logits) of every row, in nats."""
+    target = dense.log_softmax(-1)
+    return (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
+
+
+@dataclass
+class _Streams:
+    """Residual streams of both models after as many layers, one tensor (B, N, E) per batch; held: not fitted."""
+
+    dense: list[Tensor]
+    pruned: list[Tensor]
+    held: list[bool]
+
+    @classmethod
+    def of(cls, dense: VisionTransformer, pruned: VisionTransformer, images: Tensor, batch: int) -> _Streams:
+        count = -(-len(images) // HELD)
+        held, fitted = images[:count].split(batch), images[count:].split(batch)
+        device = next(dense.parameters()).device
+        parts = [part.to(device) for part in (*held, *fitted)]
+        return cls(
+            [streams.stem(dense, part) for part in parts],
+            [streams.stem(pruned, part) for part in parts],
+            [True] * len(held) + [False] * len(fitted),
+        )
+
+    def fit_(self, layer: nn.Linear, inputs: Iterable[Tensor], targets: Iterable[Tensor]) -> None:
+        """Fit a layer of the pruned model, given its inputs and targets batch by batch."""
+        sets = [Moments(layer.in_features, layer.out_features, layer.weight.device) for _ in range(2)]
+        for x, target, held in zip(inputs, targets, self.held, strict=True):
+            sets[held].add(x, target)
+        correct_(layer, *(moments.all_reduce() for moments in sets))
+
+
+def _refit_branch(big: Branch, small: Branch, rows: Tensor, kept: Tensor, s: _Streams, read: slice) -> None:
+    """Refit both layers of a branch, and move both streams past it.
+
+    rows: of the dense first layer that survive; kept: embedding channels that survive; read: tokens that count in what
+    the branch writes.
+    """
+    targets = []
+    for i, x in enumerate(s.dense):
+        first = big.first(big.norm(x))
+        targets.append(first[..., rows])
+        s.dense[i] = x + big.write(big.mix(first))
+    s.fit_(small.first, (small.norm(z) for z in s.pruned), targets)
+    mixed = [small.mix(small.first(small.norm(z))) for z in s.pruned]
+    gamma = 1 if small.gamma is None else small.gamma
+    missing = (((x[..., kept] - z) / gamma)[:, read] for x, z in zip(s.dense, s.pruned, strict=True))
+    s.fit_(small.last, (m[:, read] for m in mixed), missing)
+    s.pruned = [z + small.write(m) for z, m in zip(s.pruned, mixed, strict=True)]
+
+
+@torch.no_grad()
+def refit_(dense: VisionTransformer, pruned: VisionTransformer, masks: Masks, images: Tensor, batch: int) -> float:
+    """Refit the compact model `pruned`, cut from `dense` by `masks`, in place; both in eval mode.
+
+    images: calibration images (n, 3, H, W), read `batch` at a time; with several processes, each gives its own, as
+    many. Returns the KL divergence of the predictions, in nats, on the held-out tenth of them.
+    """
+    s = _Streams.of(dense, pruned, images, batch)
+    kept = masks.keep["embed"].nonzero().flatten()
+    for i, (big, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
+        read = streams.read(dense) if i + 1 == len(dense.blocks) else slice(None)
+        for branch_of, first in ((streams.attention, "attn.qkv"), (streams.mlp, "mlp.fc1")):
+            branch = branch_of(big)
+            if branch_of(small):
+                rows = masks.kept(f"blocks.{i}.{first}.weight", 0)
+                _refit_branch(branch, branch_of(small), rows, kept, s, read)
+            elif branch:
+                s.dense = [x + branch(x) for x in s.dense]
+    for k, (layer, _) in enumerate(streams.classifiers(pruned, s.pruned[0])):
+        inputs = (streams.classifiers(pruned, z)[k][1] for z in s.pruned)
+        targets = (taught(x) for taught, x in (streams.classifiers(dense, x)[k] for x in s.dense))
+        s.fit_(layer, inputs, targets)
+    total = torch.zeros(2, dtype=torch.float64, device=kept.device)
+    for x, z in list(zip(s.dense, s.pruned, strict=True))[: sum(s.held)]:
+        found = divergence(streams.head(pruned, z), streams.head(dense, x))
+        total += torch.stack([found.sum(), found.new_tensor(len(found))])
+    return float(torch.divide(*all_reduced(total)))

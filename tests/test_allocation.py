@@ -1,0 +1,117 @@
+"""The solver against brute force, and what probing finds in models whose answer is known."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from latency.table import LatencyTable
+from models import BlockDims, ViTDims, build_vit
+from pruning.align import align_
+from pruning.allocation import Options, allocate, interpolated, knapsack
+from pruning.config import PruningConfig
+from pruning.probe import block_curves, embed_curve, probed_widths
+
+FULL = ViTDims(32, (BlockDims(4, 8, 8, 128, 18),) * 2)
+GROUPS = PruningConfig().group_sizes(FULL)
+
+
+@pytest.fixture
+def table():
+    """Seconds proportional to the widths, branch by branch."""
+
+    def attention(e, h, q, v):
+        return 1e-6 * e * (h * 2 * (q + v) + 10)
+
+    points = dict(e=(4, 32), h=(1, 4), q=(1, 8), v=(1, 8), m=(1, 128))
+    seconds = {f"attention/EMB_{e}/QK_{h}_{q}/V_{v}": attention(e, h, q, v)
+               for e, h, q, v in product(*(points[k] for k in "ehqv"))}  # fmt: skip
+    seconds |= {f"mlp/EMB_{e}/MLP_{m}": 1e-6 * e * (2 * m + 10) for e, m in product(points["e"], points["m"])}
+    seconds |= {f"overhead/EMB_{e}": 1e-6 * e for e in points["e"]}
+    return LatencyTable.of_parts(seconds, {})
+
+
+def curves(heads=1.0, qk=1.0, v=1.0, mlp=1.0):
+    """Prices that halve the divergence with every step up."""
+    return dict(heads={0: heads, 1: heads / 2, 2: heads / 8, 4: 0.0}, qk={1: qk, 4: qk / 16, 8: 0.0},
+                v={1: v, 4: v / 16, 8: 0.0}, mlp={0: 4 * mlp, 16: mlp, 64: mlp / 16, 128: 0.0})  # fmt: skip
+
+
+EMBED = {8: 1.0, 16: 0.1, 24: 0.01, 32: 0.0}
+
+
+def test_interpolation_meets_the_probes_and_falls_with_the_width():
+    curve = {8: 1e-2, 16: 1e-4, 24: 2e-4, 32: 0.0, 0: 3.0}
+    found = interpolated(curve, np.arange(4, 33, 4))
+    assert found[1] == pytest.approx(1e-2, rel=1e-4) and found[-1] < 1e-12
+    assert (np.diff(found) <= 0).all() and found[0] > found[1]
+    assert found[2] == pytest.approx((1e-2 * 2e-4) ** 0.5, rel=1e-2)  # noise at 16 is taken for the value at 24
+
+
+def test_the_knapsack_is_exact():
+    rng = np.random.default_rng(0)
+    options = [Options(np.zeros((6, 4)), np.sort(rng.uniform(1, 9, 6)), np.sort(rng.uniform(0, 1, 6))[::-1])
+               for _ in range(4)]  # fmt: skip
+    least = sum(o.seconds[0] for o in options)
+    for budget in (1.1 * least, 1.5 * least, 2 * least, 99.0):
+        chosen, cost = knapsack(options, budget)
+        best = min(sum(o.cost[k] for o, k in zip(options, ks, strict=True)) for ks in product(range(6), repeat=4)
+                   if sum(o.seconds[k] for o, k in zip(options, ks, strict=True)) <= budget)  # fmt: skip
+        assert cost == pytest.approx(best)
+        assert sum(o.seconds[k] for o, k in zip(options, chosen, strict=True)) <= budget
+    with pytest.raises(ValueError, match="budget"):
+        knapsack(options, 0.9 * least)
+    with pytest.raises(ValueError, match="no time"):
+        knapsack(options, 0.0)
+
+
+@pytest.mark.parametrize("target", [0.8, 0.5, 0.3])
+def test_the_target_is_met_closely_from_below(table, target):
+    found = allocate(table, FULL, GROUPS, [curves(), curves()], EMBED, target)
+    assert all(table.ratio(dims, FULL) <= target for dims, _ in found)
+    assert table.ratio(found[0][0], FULL) > target - 0.02
+    assert [price for _, price in found] == sorted(price for _, price in found)
+    assert all(b.mlp % GROUPS["blocks.0.mlp"] == 0 and b.heads for b in found[0][0].blocks)
+
+
+def test_nothing_goes_where_there_is_time_for_everything(table):
+    (dims, price), *_ = allocate(table, FULL, GROUPS, [curves(), curves()], EMBED, 1.001)
+    assert dims == FULL and price < 1e-12
+
+
+def test_what_is_worth_nothing_goes_first(table):
+    (dims, _), *_ = allocate(table, FULL, GROUPS, [curves(), curves(1e-10, 1e-10, 1e-10, 1e-10)], EMBED, 0.3)
+    assert dims.blocks[1].heads == dims.blocks[1].mlp == 0  # the whole block
+    assert dims.blocks[0].mlp >= 64 and dims.blocks[0].heads >= 3
+
+
+def test_a_target_that_no_widths_meet_has_no_answer(table):
+    assert allocate(table, FULL, GROUPS, [curves(), curves()], EMBED, 1e-4) == []
+
+
+def test_probed_widths_are_multiples_of_the_group():
+    assert probed_widths(128, 16) == [16, 32, 64, 96]
+    assert probed_widths(3, 1) == [1, 2]
+    assert probed_widths(1, 1) == []
+
+
+def test_probes_see_what_a_model_does_not_need(tiny, randomise):
+    model = randomise(build_vit(**tiny)).eval().requires_grad_(False)
+    first, second = model.blocks
+    first.mlp.fc2.weight[:, 32:] = 0.0  # a quarter of the units is in use
+    second.attn.proj.weight[:, 8:] = 0.0  # one head
+    second.mlp.fc2.weight.zero_(), second.mlp.fc2.bias.zero_()
+    images = torch.randn(160, 3, 16, 16)
+    align_(model, images.split(32))
+    groups = PruningConfig().group_sizes(model.dims)
+    found = block_curves(model, images[:128], images[128:], groups, 32)
+    assert [sorted(c["mlp"]) for c in found] == [[0, 16, 32, 64, 96, 128]] * 2
+    assert max(found[0]["mlp"][w] for w in (32, 64, 96)) < 1e-5 < found[0]["mlp"][16] < found[0]["mlp"][0]
+    assert max(found[1]["heads"][w] for w in (1, 2, 3)) < 1e-5 < found[1]["heads"][0]
+    assert found[1]["mlp"][0] < 1e-6
+    for axis in ("qk", "v"):
+        prices = [found[0][axis][w] for w in sorted(found[0][axis])]
+        assert prices == sorted(prices, reverse=True) and prices[0] > 1e-5
+    prices = embed_curve(model, images, groups["embed"], 32)
+    assert sorted(prices) == [8, 16, 24, 32] and prices[8] > prices[16] > prices[24] > prices[32] == 0

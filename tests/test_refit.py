@@ -1,0 +1,74 @@
+"""Refitting a cut model, and writing it back into the masked one."""
+
+import copy
+
+import pytest
+import torch
+
+from models import Masks, build_vit, compact
+from models.compact import expand_
+from pruning.align import align_
+from pruning.refit import divergence, refit_
+
+
+@pytest.fixture
+def aligned(family, randomise):
+    model = randomise(build_vit(**family)).eval().requires_grad_(False)
+    align_(model, torch.randn(48, 3, 16, 16).split(16))
+    return model
+
+
+def kl(model, dense, images):
+    return float(divergence(model(images), dense(images)).mean())
+
+
+def test_a_model_that_lost_nothing_is_left_alone(aligned, images):
+    small = compact(aligned, Masks(aligned.dims))
+    found = refit_(aligned, small, Masks(aligned.dims), torch.randn(40, 3, 16, 16), 16)
+    assert found < 1e-6
+    torch.testing.assert_close(small(images), aligned(images), rtol=1e-3, atol=1e-3)
+
+
+def test_refitting_brings_a_cut_model_of_any_family_back(aligned, prune):
+    masks = prune(Masks(aligned.dims), ("embed", "qk", "v", "mlp"))
+    small = compact(aligned, masks)
+    calibration, fresh = torch.randn(200, 3, 16, 16), torch.randn(64, 3, 16, 16)
+    before = kl(small, aligned, fresh)
+    found = refit_(aligned, small, masks, calibration, 64)
+    assert kl(small, aligned, fresh) < 0.75 * before
+    assert found == pytest.approx(kl(small, aligned, calibration[:20]), rel=1e-3)
+
+
+def test_refitting_with_missing_branches(tiny, randomise, prune):
+    model = randomise(build_vit(**tiny)).eval().requires_grad_(False)
+    masks = prune(Masks(model.dims), ("mlp", "blocks.0.heads=0", "blocks.1.mlp=0"))
+    small = compact(model, masks)
+    fresh = torch.randn(64, 3, 16, 16)
+    before = kl(small, model, fresh)
+    refit_(model, small, masks, torch.randn(200, 3, 16, 16), 64)
+    assert kl(small, model, fresh) < before
+
+
+def test_units_that_others_replace_are_no_loss(tiny, randomise, images):
+    model = randomise(build_vit(**tiny)).eval().requires_grad_(False)
+    mlp = model.blocks[0].mlp
+    mlp.fc1.weight[64:], mlp.fc1.bias[64:] = mlp.fc1.weight[:64].clone(), mlp.fc1.bias[:64].clone()
+    masks = Masks(model.dims)
+    masks.remove("blocks.0.mlp", torch.arange(64, 128))
+    small = compact(model, masks)
+    before = kl(small, model, images)
+    refit_(model, small, masks, torch.randn(200, 3, 16, 16), 64)
+    assert kl(small, model, images) < 1e-4 * before
+
+
+def test_expanding_is_the_inverse_of_compacting(family, case, randomise, prune, images):
+    model = randomise(build_vit(**family)).eval()
+    masks = prune(Masks(model.dims), case)
+    small = randomise(compact(model, masks))
+    full = copy.deepcopy(model)
+    expand_(full, masks, small)
+    for name, parameter in compact(full, masks).named_parameters():
+        assert torch.equal(parameter, dict(small.named_parameters())[name]), name
+    with torch.no_grad():
+        error = (full(images) - small(images)).norm() / small(images).norm()
+    assert error <= 1e-5
