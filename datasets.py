@@ -1,4 +1,4 @@
-"""Data sets, their transforms and their loaders; flag names and augmentation are DeiT's.
+"""Data sets and their transforms; flag names and augmentation are DeiT's.
 
 `args` is a Namespace with DeiT's names. Images come out as float32 (3, S, S), S = args.input_size, normalised with
 ImageNet's mean and standard deviation; targets are class indices.
@@ -6,17 +6,15 @@ ImageNet's mean and standard deviation; targets are class indices.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
@@ -66,39 +64,15 @@ class Digits(Dataset):
         return len(self.targets)
 
 
-class ShardSampler(Sampler[int]):
-    """Samples rank, rank + world_size, …: every sample on exactly one process, with no padding."""
-
-    def __init__(self, length: int, rank: int, world_size: int) -> None:
-        self.indices = range(rank, length, world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
-class RepeatedAugSampler(RepeatAugSampler):
-    """timm's (three augmented views of a third of the images per epoch), in an order that the seed changes as well."""
-
-    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int) -> None:
-        rounding = 256 if len(dataset) >= 256 else 0  # older timm would round a smaller data set to nothing
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, selected_round=rounding)
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        super().set_epoch(self.seed + epoch)
-
-
-def build_dataset(is_train: bool, args: Any) -> tuple[Dataset, int]:
+def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Dataset, int]:
     """The training or the validation split of `args.data_set`, and its number of classes.
+
+    augment: False shows training images as validation sees them.
 
     Only the split asked for has to be there: validation images are enough to evaluate. Raises DataError; reading an
     image from the result may raise CorruptImage.
     """
-    transform = build_transform(is_train, args)
+    transform = build_transform(is_train and augment, args)
     if args.data_set == "DIGITS":
         dataset = Digits(is_train, transform)
     elif args.data_set in ("CIFAR10", "CIFAR100", "CIFAR"):
@@ -226,54 +200,3 @@ def _timm_transform(args: Any) -> transforms.Compose:
         crop = transforms.RandomCrop(args.input_size, padding=4)
         transform.transforms[:1] = [_resize(args.input_size), crop]
     return transform
-
-
-def build_loader(
-    dataset: Dataset, args: Any, is_train: bool, rank: int = 0, world_size: int = 1
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of images (B, 3, S, S) and targets (B,) for one of `world_size` processes.
-
-    Training: shuffled, shared out among the processes, only whole batches of args.batch_size; repeated augmentation
-    with several processes and args.repeated_aug. Call `start_epoch` before each epoch. Validation: in order, 1.5 times
-    the batch, every sample once: on each process, or with args.dist_eval on one of them. Raises DataError when a
-    process has fewer training images than one batch.
-    """
-    batch = args.batch_size if is_train else int(1.5 * args.batch_size)
-    sampler = (_train_sampler if is_train else _val_sampler)(dataset, args, rank, world_size)
-    if is_train and len(sampler) < batch:
-        raise DataError(f"{len(sampler)} training images per process are fewer than one batch of {batch}; "
-                        f"--batch-size can be at most {len(sampler)}")  # fmt: skip
-    loader = DataLoader(
-        dataset,
-        batch_size=batch,
-        sampler=sampler,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and torch.cuda.is_available(),
-        drop_last=is_train,
-        generator=torch.Generator(),  # its own, so that loading never draws from the global one in this process
-    )
-    if is_train:
-        start_epoch(loader, 0)
-    return loader
-
-
-def _train_sampler(dataset: Dataset, args: Any, rank: int, world_size: int) -> Sampler[int]:
-    if args.repeated_aug and world_size > 1:
-        return RepeatedAugSampler(dataset, world_size, rank, args.seed)
-    return DistributedSampler(dataset, world_size, rank, shuffle=True, seed=args.seed)
-
-
-def _val_sampler(dataset: Dataset, args: Any, rank: int, world_size: int) -> Sampler[int]:
-    return ShardSampler(len(dataset), rank, world_size) if args.dist_eval else ShardSampler(len(dataset), 0, 1)
-
-
-def start_epoch(loader: DataLoader, epoch: int) -> None:
-    """Make a training loader's next pass that of `epoch`, whatever it has read before: what resuming a run rests on.
-
-    The order becomes a function of (seed, epoch) and what worker processes draw one of (seed, epoch, rank, worker).
-    Without workers, transforms draw from this process's global generators, whose states the caller must restore.
-    """
-    sampler = loader.sampler
-    sampler.set_epoch(epoch)
-    mixed = np.random.SeedSequence((sampler.seed % 2**32, epoch, sampler.rank)).generate_state(1)
-    loader.generator.manual_seed(int(mixed[0]))  # workers are seeded from it when the pass begins; so none persists

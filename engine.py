@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from timm.utils import AverageMeter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import RunFailed, is_main, world_size
+from utils import RunFailed, is_main, seed_everything, world_size
 
 
 class Precision:
@@ -51,9 +52,10 @@ class FiniteGuard:
             raise RunFailed(f"the loss is not finite in epoch {self.epoch}, step {int(step)}")
 
 
-def progress(iterable: Iterable, total: int, label: str) -> tqdm:
+def progress_bar(iterable: Iterable, total: int, label: str, done: int = 0) -> tqdm:
     """A progress bar on a terminal of the main rank; silent elsewhere, where the log has the same figures."""
-    return tqdm(iterable, total=total, desc=label, leave=False, disable=None if is_main() else True, dynamic_ncols=True)
+    return tqdm(iterable, total=total, desc=label, leave=False, disable=None if is_main() else True,
+                dynamic_ncols=True, initial=done)  # fmt: skip
 
 
 def nothing(*_: Any) -> None:
@@ -77,15 +79,64 @@ class Meters:
         self._pending.clear()
         return {name: meter.avg for name, meter in self.means.items()}
 
+    def state_dict(self) -> dict[str, list[float]]:
+        self.fetch()
+        return {name: [meter.sum, meter.count] for name, meter in self.means.items()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        for name, (total, count) in state.items():
+            self.means[name] = meter = AverageMeter()
+            meter.sum, meter.count, meter.avg = total, count, total / count
+
+
+@dataclass
+class Progress:
+    """Where training stands: what a checkpoint must hold to go on inside an epoch.
+
+    epoch: the one in course; step: its updates that are done, of `updates`; meters: its losses so far; ended: whether a
+    hook has ended it before its last update.
+    """
+
+    updates: int
+    epoch: int = 0
+    step: int = 0
+    meters: Meters = field(default_factory=Meters)
+    guard: FiniteGuard | None = None
+    ended: bool = False
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.meters, self.ended = self.epoch + 1, 0, Meters(), False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Under a checkpoint's keys: the last epoch that is complete, all updates so far, and the losses of the rest.
+
+        Raises RunFailed when the loss of an update was not finite.
+        """
+        if self.guard:
+            self.guard.check()
+        running = self.meters.state_dict() if self.step else {}
+        metrics = dict(running=running, updates=self.updates)
+        return dict(epoch=self.epoch - 1, step=self.epoch * self.updates + self.step, metrics=metrics)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"] + 1
+        self.step = max(0, state["step"] - self.epoch * self.updates)
+        self.meters.load_state_dict(state["metrics"]["running"])
+
+
+Criterion = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
 
 def train_one_epoch(
     model: nn.Module,
-    criterion: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    criterion: Criterion,
     loader: Iterable,
     optimizer: torch.optim.Optimizer,
     precision: Precision,
-    epoch: int,
+    progress: Progress,
     *,
+    seed: int = 0,
+    accumulate: int = 1,
     mixup: Callable | None = None,
     clip_grad: float | None = None,
     before_step: Callable[[int], Any] = nothing,
@@ -93,39 +144,61 @@ def train_one_epoch(
     after_step: Callable[[Tensor], bool | None] = nothing,
     log_interval: int = 50,
 ) -> dict[str, float]:
-    """One pass over `loader`; returns mean losses and the last learning rate.
+    """What is left of the epoch of `progress`; returns its mean losses and the last learning rate.
 
-    model gives both tokens' logits (`models.TokenLogits`), criterion(logits, images, targets) a loss and its parts.
-    before_step gets the number of updates since training began (timm's `scheduler.step_update`); after_backward runs
-    with gradients unscaled and weights not yet moved; after_step(loss) runs with the weights moved, and ends the epoch
-    early by returning True. The caller chooses train or eval mode. Raises RunFailed when the loss is not finite.
+    model gives both tokens' logits (`models.TokenLogits`), criterion(logits, images, targets) a loss and its parts;
+    `loader` starts with the first batch that is left, and an update takes `accumulate` of them. What an update draws is
+    a function of seed, rank and its number alone. before_step gets that number, counted since training began (timm's
+    `scheduler.step_update`); after_backward runs with gradients unscaled and weights not yet moved; after_step(loss)
+    runs with the weights moved and the update counted, and ends the epoch early by returning True. The caller chooses
+    train or eval mode. Raises RunFailed when the loss is not finite.
     """
-    meters, guard, device = Meters(), FiniteGuard(precision.device, epoch), precision.device
-    bar = progress(loader, len(loader), f"epoch {epoch}")
-    for step, (images, targets) in enumerate(bar):
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        if mixup is not None:
-            images, targets = mixup(images, targets)
-        before_step(epoch * len(loader) + step)
-        with precision.autocast():
-            loss, parts = criterion(model(images), images, targets)
-        guard.see(loss, step)
+    meters = progress.meters
+    guard = progress.guard = FiniteGuard(precision.device, progress.epoch)
+    batches = iter(loader)
+    left = range(progress.step, progress.step if progress.ended else progress.updates)
+    bar = progress_bar(left, progress.updates, f"epoch {progress.epoch}", done=progress.step)
+    for step in bar:
+        update = progress.epoch * progress.updates + step
+        seed_everything(seed, update)
+        before_step(update)
         optimizer.zero_grad(set_to_none=True)
-        precision.scaler.scale(loss).backward()
+        loss = torch.zeros((), device=precision.device)
+        for last in [False] * (accumulate - 1) + [True]:
+            images, targets = (t.to(precision.device, non_blocking=True) for t in next(batches))
+            with contextlib.nullcontext() if last or world_size() == 1 else model.no_sync():
+                part, values = _backward(model, criterion, images, targets, precision, mixup, 1 / accumulate)
+            guard.see(part, step)
+            meters.add(dict(loss=part) | values, len(images))
+            loss += part / accumulate
         precision.scaler.unscale_(optimizer)
+        if not precision.scaler.is_enabled():  # a loss that is not finite on another rank arrives with its gradients
+            guard.see(next(p.grad for p in model.parameters() if p.grad is not None).sum(), step)
         after_backward()
         if clip_grad is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
         precision.scaler.step(optimizer)
         precision.scaler.update()
-        meters.add(dict(loss=loss.detach()) | parts, len(images))
+        progress.step = step + 1
         if step % log_interval == 0:
             guard.check()
             bar.set_postfix({name: f"{mean:.4f}" for name, mean in meters.fetch().items()}, refresh=False)
-        if after_step(loss.detach()):
+        if after_step(loss):
+            progress.ended = True
             break
     guard.check()
     return meters.fetch() | dict(lr=optimizer.param_groups[0]["lr"])
+
+
+def _backward(model: nn.Module, criterion: Criterion, images: Tensor, targets: Tensor, precision: Precision,
+              mixup: Callable | None, weight: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Add weight x the gradients of one batch; returns its loss and the parts of it."""
+    if mixup is not None:
+        images, targets = mixup(images, targets)
+    with precision.autocast():
+        loss, parts = criterion(model(images), images, targets)
+    precision.scaler.scale(loss * weight).backward()
+    return loss.detach(), parts
 
 
 @torch.inference_mode()
@@ -138,7 +211,7 @@ def evaluate(model: nn.Module, loader: Iterable, precision: Precision, sharded: 
     model.eval()
     device = precision.device
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1 hits, top-5 hits, loss sum, samples
-    for images, targets in progress(loader, len(loader), "evaluate"):
+    for images, targets in progress_bar(loader, len(loader), "evaluate"):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with precision.autocast():
             logits = model(images)

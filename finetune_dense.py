@@ -11,10 +11,11 @@ from torch import nn
 import checkpoint
 import options
 import results
+import resuming
 import training
 from engine import evaluate
 from finetuning import Run, read_resumed, train
-from models import ViTDims, build_vit
+from models import ViTDims, build_vit, sparsity
 from models.pretrained import from_checkpoint
 from utils import Problems, is_main, make_folder, run_script, say, write_json
 
@@ -31,6 +32,10 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="folder of a pruning run, or a checkpoint (default: train --model itself, with --scratch)")
     group.add_argument("--scratch", action="store_true", help="keep the widths but not the weights (default: off)")
     group.add_argument("--eval", action="store_true", help="print top-1 and top-5 of --finetune and end")
+    group.add_argument("--use-ema", action="store_true",
+                       help="take the moving average of --finetune's weights instead of the weights (default: off)")
+    group.add_argument("--asp", action="store_true",
+                       help="also a 2:4 sparse result, ASP_checkpoint.pth; with --eval, of --finetune (default: off)")
     return parser
 
 
@@ -46,6 +51,8 @@ def run_folder(args: argparse.Namespace) -> Path:
     """As published: the arguments that matter are in the name."""
     kind = "scratch" if args.scratch else "ft_dense"
     name = f"{kind}_{args.epochs}_lr_{args.lr}_a_{args.distillation_alpha}_T_{args.distillation_tau}"
+    if args.asp:
+        name += "_asp"
     if not args.kl_loss_coeff:
         name += "_CNN_only"
     parent = checkpoint_path(args.finetune).parent if args.finetune else Path(args.output_dir)
@@ -79,7 +86,7 @@ def _model(args: argparse.Namespace, full: training.FullModel, parent: dict[str,
         return build_vit(full.arch, **full.kwargs | drops) if args.scratch else full.build(**drops)
     if args.scratch:
         return build_vit(full.arch, ViTDims.from_dict(parent["dims"]), **full.kwargs | drops)
-    return from_checkpoint(parent, checkpoint_path(args.finetune), **drops)
+    return from_checkpoint(parent, checkpoint_path(args.finetune), ema=args.use_ema, **drops)
 
 
 def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
@@ -114,6 +121,8 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
 
 
 def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
+    if args.use_ema and not args.finetune:
+        problems.add("--use-ema needs --finetune FILE_OR_FOLDER")
     if args.eval:
         if not args.finetune:
             problems.add("--eval needs --finetune FILE_OR_FOLDER")
@@ -133,7 +142,7 @@ def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[
     pruned = summary.get("pruned", {})
     dims = run.model.dims
     conditions = results.Conditions(**{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}
-                                     or dict(batch=args.batch_size))  # fmt: skip
+                                     or dict(batch=args.batch_size, compiled=args.compile))  # fmt: skip
     dense = dims == training.dims_of(run.full)
     measured = 1.0 if dense else results.measured_ratio(run.full, dims, conditions, run.device)
     predicted = 1.0 if dense else pruned.get("latency_predicted")
@@ -147,17 +156,44 @@ def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[
     return summary[name]
 
 
+def sparse(args: argparse.Namespace, run: Run, folder: Path) -> dict[str, Any]:
+    """Make the model 2:4 sparse, evaluate it and write ASP_checkpoint.pth; returns its stage of summary.json."""
+    model = run.model.to(run.device)
+    if odd := sparsity.sparsify_(model):
+        say(f"2:4 sparsity leaves out {', '.join(odd)}: their inputs are not a multiple of 4")
+    top1 = evaluate(model, run.data.val, training.precision(args, run.device), args.dist_eval)["acc1"]
+    conditions = results.Conditions(args.batch_size, dtype="bf16")
+    measured = results.measured_sparse_ratio(run.full, model, conditions, run.device)
+    dims = model.dims
+    result = results.stage(run.full, dims, top1, predicted=None, measured=measured, conditions=conditions,
+                           device=run.device)  # fmt: skip
+    if is_main():
+        checkpoint.save(folder / "ASP_checkpoint.pth", arch=run.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
+                        model=model.state_dict(), metrics=dict(acc1=top1),
+                        args=resuming.saved_args(args, run.origin))  # fmt: skip
+    speed = "no 2:4 kernels on this device" if measured is None else f"measured latency {measured:.3f} of dense"
+    say(f"{folder / 'ASP_checkpoint.pth'}: 2:4 sparse, top-1 {top1:.2f}, {speed}")
+    return result
+
+
 def main(args: argparse.Namespace) -> None:
     run, parent = check_args(args)
     if args.eval:
         result = evaluate(run.model.to(run.device), run.data.val, training.precision(args, run.device), args.dist_eval)
         say(f"{checkpoint_path(args.finetune)}: top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f}, "
             f"loss {result['loss']:.4f} on {int(result['samples'])} images")
+        if args.asp:
+            sparse(args, run, checkpoint_path(args.finetune).parent)
         return
     metrics = train(args, run)
     if is_main():
         result = finish(args, run, metrics)
         say(results.result_line(run.folder / "ft_checkpoint.pth", result))
+    if args.asp:
+        stage = sparse(args, run, run.folder)
+        if is_main():
+            summary = run.folder / "summary.json"
+            write_json(summary, json.loads(summary.read_text()) | dict(sparse=stage))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
 """Training a dense model to its end: epochs, checkpoints and log, shared by finetuning and training from scratch."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint
 import results
+import resuming
 import training
-from datasets import start_epoch
-from engine import Precision, evaluate, nothing, train_one_epoch
+from engine import Precision, Progress, evaluate, train_one_epoch
+from loaders import start_epoch
 from models.vit import TokenLogits
-from utils import append_log, is_main, naming_the_last_good, say, write_json
+from utils import append_log, is_main, say, write_json
+
+CHECKPOINT = "ft_checkpoint.pth"
 
 
 @dataclass
 class Run:
-    """What the arguments named, loaded and checked. origin: path of the dense weights; resumed: the checkpoint."""
+    """What the arguments named, loaded and checked. origin: path of the dense weights; resumed: the checkpoint;
+    teacher_tau: temperature of the teacher's KL where it is not --distillation-tau."""
 
     device: torch.device
     full: training.FullModel
@@ -31,6 +36,7 @@ class Run:
     cnn: nn.Module | None = None
     folder: Path = Path()
     origin: str = ""
+    teacher_tau: float | None = None
     resumed: dict[str, Any] | None = None
 
 
@@ -38,43 +44,37 @@ class Run:
 class State:
     """What training moves, and so what a checkpoint holds."""
 
-    model: nn.Module
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scheduler: Any
     precision: Precision
+    progress: Progress
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
-def save(name: str, run: Run, state: State, args: Any, epoch: int, metrics: dict[str, Any]) -> None:
+def save(name: str, args: Any, run: Run, state: State) -> None:
     if not is_main():
         return
     dims = run.model.dims
+    progress = state.progress.state_dict()
     checkpoint.save(
         run.folder / name, arch=run.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
         model=run.model.state_dict(), model_ema=state.ema.module.state_dict() if state.ema else None,
         optimizer=state.optimizer.state_dict(), lr_scheduler=state.scheduler.state_dict(),
-        scaler=state.precision.scaler.state_dict(), epoch=epoch, rng=checkpoint.rng_state(), metrics=metrics,
-        args=vars(args) | dict(initial_checkpoint=run.origin),
+        scaler=state.precision.scaler.state_dict(), epoch=progress["epoch"], step=progress["step"],
+        rng=checkpoint.rng_state(), metrics=state.metrics | progress["metrics"],
+        args=resuming.saved_args(args, run.origin),
     )  # fmt: skip
 
 
 def read_resumed(args: Any, run: Run, folder: Path) -> dict[str, Any] | None:
-    """The checkpoint that --resume names, None without it. Raises ValueError where it does not fit the arguments."""
-    if not args.resume:
-        return None
-    path = folder / "ft_checkpoint.pth" if args.resume == "auto" else Path(args.resume)
-    content = checkpoint.load(path)
-    if content["dims"] != run.model.dims.to_dict() or content["arch"] != run.full.record:
-        raise ValueError(f"--resume: {path} holds another architecture")
-    if content["optimizer"] is None or content["lr_scheduler"] is None:
-        raise ValueError(f"--resume: {path} is not of a finetuning run")
-    if args.start_epoch not in (None, content["epoch"] + 1):
-        raise ValueError(f"--start_epoch is {args.start_epoch} but {path} goes on with epoch {content['epoch'] + 1}")
-    return content
+    """The checkpoint to go on from, or None. Raises ValueError where it does not fit the arguments."""
+    fitting = dict(arch=run.full.record, dims=run.model.dims.to_dict())
+    return resuming.read(args, folder, CHECKPOINT, run="finetuning", fitting=fitting, needed="lr_scheduler")
 
 
-def restore(args: Any, run: Run, state: State) -> tuple[int, dict[str, Any]]:
-    """Go on from the resumed checkpoint; returns the next epoch and the metrics so far."""
+def restore(run: Run, state: State) -> None:
+    """Go on from the resumed checkpoint."""
     content = run.resumed
     run.model.load_state_dict(content["model"])
     if state.ema and content["model_ema"]:
@@ -82,55 +82,66 @@ def restore(args: Any, run: Run, state: State) -> tuple[int, dict[str, Any]]:
     state.optimizer.load_state_dict(content["optimizer"])
     state.scheduler.load_state_dict(content["lr_scheduler"])
     state.precision.scaler.load_state_dict(content["scaler"])
-    training.restore_random_state(args, content)
-    return content["epoch"] + 1, content["metrics"]
+    state.metrics = resuming.restore(content, state.progress, run.folder)
 
 
 def train(args: Any, run: Run) -> dict[str, Any]:
     """Train to the last epoch, or go on from a checkpoint; returns the last epoch's metrics. Raises RunFailed."""
     # ---------------------------------------------------------------- parts
     train_loader, val_loader = run.data.train, run.data.val
-    model = training.for_training(run.model, run.device)
+    progress = Progress(run.data.updates)
+    model = training.for_training(args, run.model, run.device)
     ema = ModelEmaV3(run.model, decay=args.model_ema_decay) if args.model_ema else None
-    follow = (lambda loss: ema.update(run.model)) if ema else nothing
     optimizer = training.make_optimizer(args, run.model)
-    scheduler = training.make_scheduler(args, optimizer, len(train_loader))
-    precision = training.precision(args, run.device)
-    state = State(model, ema, optimizer, scheduler, precision)
-    criterion = training.make_loss(args, run.cnn, run.teacher, tau=args.distillation_tau, per_token=True)
+    scheduler, epochs = training.make_scheduler(args, optimizer, progress.updates)
+    state = State(ema, optimizer, scheduler, training.precision(args, run.device), progress)
+    criterion = training.make_loss(args, run.cnn, run.teacher, tau=run.teacher_tau or args.distillation_tau,
+                                   per_token=True)  # fmt: skip
     mixup = training.make_mixup(args, run.data.classes)
     write_json(run.folder / "args.json", vars(args))
-    writer = SummaryWriter(run.folder) if is_main() else None
+    test = partial(evaluate, loader=val_loader, precision=state.precision, sharded=args.dist_eval)
     parameters = sum(p.numel() for p in run.model.parameters())
-    tested = TokenLogits(run.model)
+
+    if run.resumed:
+        restore(run, state)
+    else:
+        resuming.start_anew(run.folder, CHECKPOINT)
+        state.metrics = test(TokenLogits(run.model)) | dict(best=0.0)
+        say(f"before: top-1 {state.metrics['acc1']:.2f}, {parameters:,} parameters, widths {run.model.dims.to_dim()}")
+    writer = SummaryWriter(run.folder, purge_step=progress.epoch) if is_main() else None
+    keeper = resuming.Keeper(progress, run.folder / CHECKPOINT, args.recovery_interval,
+                             partial(save, CHECKPOINT, args, run, state))  # fmt: skip
+
+    def after_step(loss: Tensor) -> None:
+        if ema:
+            ema.update(run.model)
+        keeper.after_step()
 
     # ---------------------------------------------------------------- train
-    if run.resumed:
-        first, metrics = restore(args, run, state)
-    else:
-        training.clear_logs(run.folder)
-        before = evaluate(tested, val_loader, precision, args.dist_eval)
-        say(f"before: top-1 {before['acc1']:.2f}, {parameters:,} parameters, widths {run.model.dims.to_dim()}")
-        first, metrics = 0, before | dict(best=0.0)
-    for epoch in range(first, args.epochs):
-        start_epoch(train_loader, epoch)
-        model.train()
-        with naming_the_last_good(run.folder / "ft_checkpoint.pth"):
+    with keeper:
+        while progress.epoch < epochs:
+            model.train()
+            start_epoch(train_loader, progress.epoch, skip=progress.step * args.grad_accum_steps)
             stats = train_one_epoch(
-                model, criterion, train_loader, optimizer, precision, epoch, mixup=mixup, clip_grad=args.clip_grad,
-                before_step=scheduler.step_update, after_step=follow, log_interval=args.log_interval,
+                model, criterion, train_loader, optimizer, state.precision, progress, seed=args.seed,
+                accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,
+                before_step=scheduler.step_update, after_step=after_step, log_interval=args.log_interval,
             )  # fmt: skip
-            test = evaluate(tested, val_loader, precision, args.dist_eval)
-        line = results.log_line(stats, test)
-        if ema is not None:
-            line["test_ema_acc1"] = evaluate(TokenLogits(ema.module), val_loader, precision, args.dist_eval)["acc1"]
-        metrics = test | dict(best=max(metrics["best"], test["acc1"]))
-        if test["acc1"] >= metrics["best"]:
-            save("ft_best.pth", run, state, args, epoch, metrics)
-        save("ft_checkpoint.pth", run, state, args, epoch, metrics)
-        append_log(run.folder, **line, epoch=epoch, n_parameters=parameters)
-        for tag, value in line.items() if writer else ():
-            writer.add_scalar(tag.replace("_", "/", 1), value, epoch)
-        shown = f", EMA {line['test_ema_acc1']:.2f}" if ema is not None else ""
-        say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}{shown}, best {metrics['best']:.2f}")
-    return metrics
+            with keeper.evaluating():
+                tested = test(TokenLogits(run.model))
+                line = results.log_line(stats, tested)
+                if ema:
+                    line["test_ema_acc1"] = test(TokenLogits(ema.module))["acc1"]
+            epoch = progress.epoch
+            progress.next_epoch()
+            state.metrics = tested | dict(best=max(state.metrics["best"], tested["acc1"]))
+            append_log(run.folder, **line, epoch=epoch, n_parameters=parameters)
+            if tested["acc1"] >= state.metrics["best"]:
+                save("ft_best.pth", args, run, state)
+            save(CHECKPOINT, args, run, state)
+            for tag, value in line.items() if writer else ():
+                writer.add_scalar(tag.replace("_", "/", 1), value, epoch)
+            shown = f", EMA {line['test_ema_acc1']:.2f}" if ema else ""
+            say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {tested['acc1']:.2f}{shown}, "
+                f"best {state.metrics['best']:.2f}")  # fmt: skip
+    return state.metrics

@@ -4,31 +4,36 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-import checkpoint
+import one_shot
 import options
+import planning
 import results
+import resuming
 import training
-from datasets import start_epoch
-from engine import Precision, evaluate, train_one_epoch
+from engine import Precision, Progress, evaluate, train_one_epoch
 from latency.table import LatencyTable
-from models import Masks, compact
+from loaders import start_epoch
+from models import Masks, compact, left_alone
 from models.vit import TokenLogits
 from pruning.config import PruningConfig, load_config
 from pruning.global_latency import GlobalPruner
-from pruning_steps import PruningSteps, Setup
+from pruning.targets import targets_of
+from pruning_steps import CHECKPOINT, PruningSteps, Setup, State, read_resumed, restore, save
 from utils import (
+    FailedTogether,
     Problems,
     RunFailed,
     append_log,
     is_main,
     make_folder,
-    naming_the_last_good,
     run_script,
     say,
     warn,
@@ -52,8 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_distillation_args(parser)
     options.add_tau_arg(parser, "of soft CNN distillation; the full model's KL is at 3, as published")
     options.add_run_args(parser, "where the run's folder is made; required")
-    parser.add_argument("--resume", metavar="FILE", nargs="?", const="auto", default="",
-                        help="go on from FILE, or from checkpoint.pth of this run's folder (default: start anew)")
+    options.add_resume_args(parser, CHECKPOINT)
     group = parser.add_argument_group("pruning")
     group.add_argument("--pruning", action="store_true", help="prune; without it the dense model is evaluated")
     group.add_argument("--pruning_config", metavar="FILE", default="pruning_configs/group8_m23_m09.json",
@@ -77,8 +81,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--latency_target", metavar="RATIO", type=float, default=None,
                        help="stop at this share of the dense model's predicted latency, in (0, 1] (default: none)")
+    options.add_target_args(group)
     group.add_argument("--latency_look_up_table", metavar="FILE", default="latency_head.json",
                        help="from python -m latency.build_table (default: latency_head.json)")
+    group.add_argument("--dry-run", action="store_true",
+                       help="print the plan of events with an estimate of time and memory, and end (default: off)")
+    options.add_one_shot_args(parser)
     group = parser.add_argument_group("accepted, no effect")
     group.add_argument("--pruning_exit", action="store_true", help="the published code never reads it")
     return parser
@@ -86,9 +94,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, cap: int) -> Path:
     """As published: the arguments that matter are in the name."""
+    if args.one_shot:
+        name = f"one_shot_{args.data_set}_{full.arch}_calib_{args.calib_images}_target_{args.latency_target}"
+        return Path(args.output_dir) / name
     name = f"global_prune_{args.data_set}_{full.arch}_lr{args.lr}_{label}_{cap}"
     if args.latency_target is not None:
         name += f"_lat_{args.latency_regularization}_target_{args.latency_target}"
+    for target in ("latency_target_ms", "macs_target", "params_target"):
+        if (limit := getattr(args, target)) is not None:
+            name += f"_{target}_{limit:g}"
     return Path(args.output_dir) / f"{name}_ft_{args.epochs}"
 
 
@@ -113,26 +127,28 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add(f"--prune_per_iter {args.prune_per_iter} is less than one group of --group_size {args.group_size}")
     if len(args.interval_prune) != 1 or args.interval_prune[0] <= 0:
         problems.add(f"--interval_prune takes one number of steps above 0, not {args.interval_prune}")
-    if args.pruning and not args.original_loss_coeff:
+    if args.one_shot:
+        one_shot.check_flags(args, problems)
+    if args.pruning and not args.one_shot and not args.original_loss_coeff:
         problems.add("--original_loss_coeff must be above 0: until the first event the student equals the full model, "
                      "so that its KL ranks nothing")  # fmt: skip
     if not args.output_dir:
         problems.add("--output_dir is required")
+    if args.start_epoch and not args.resume:
+        problems.add("--start_epoch goes with --resume")
 
 
-def _make_pruner(args: argparse.Namespace, masks: Masks, table: LatencyTable, config: PruningConfig,
-                 cap: int) -> GlobalPruner:  # fmt: skip
-    """Raises ValueError for a table that does not reach down to the floors, or a target below them."""
-    pruner = GlobalPruner(
-        masks, table, config.group_sizes(masks.full), regularization=args.latency_regularization, cap=cap or None,
-        target=args.latency_target, per_event=args.prune_per_iter // args.group_size,
+def _make_pruner(args: argparse.Namespace, full: training.FullModel, masks: Masks, table: LatencyTable,
+                 config: PruningConfig, cap: int) -> GlobalPruner:  # fmt: skip
+    more = targets_of(
+        masks.full, table, full.arch, full.kwargs, latency_ms=args.latency_target_ms, macs_=args.macs_target,
+        params_=args.params_target,
     )  # fmt: skip
-    lowest = table.ratio(pruner.floor(), masks.full)
-    if args.latency_target is not None and args.latency_target < lowest:
-        raise ValueError(
-            f"--latency_target {args.latency_target} is below {lowest:.4f}, the least that the group sizes allow"
-        )
-    return pruner
+    sizes = config.group_sizes(masks.full, args.width_multiple, left_alone(full.arch, **full.kwargs))
+    return GlobalPruner(
+        masks, table, sizes, regularization=args.latency_regularization, cap=cap or None, target=args.latency_target,
+        targets=more, per_event=args.prune_per_iter // args.group_size,
+    )  # fmt: skip
 
 
 def check_args(args: argparse.Namespace) -> Setup:
@@ -148,60 +164,31 @@ def check_args(args: argparse.Namespace) -> Setup:
     data = problems.attempt(training.load_data, args, full) if full else None
     if full and not full.has_weights:
         problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
+    if data and args.one_shot:
+        problems.attempt(one_shot.check_calibration, args, len(data.train.dataset))
     problems.raise_if_any()
     problems.attempt(full.check_classifier)
     model = problems.attempt(full.build, **training.drop_rates(args))
     cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
     problems.raise_if_any()
     (config, dead), (label, cap) = config, named
-    pruner = problems.attempt(_make_pruner, args, Masks(model.dims, device), table, config, cap)
+    pruner = _make_pruner(args, full, Masks(model.dims, device), table, config, cap)
+    for target in () if args.one_shot else pruner.targets:  # one-shot goes below the floors of the groups
+        problems.attempt(target.check_reachable, pruner.floor())
     path = run_folder(args, full, label, cap)
-    resumed = problems.attempt(read_resumed, args, full, path)
+    resumed = problems.attempt(read_resumed, args, full, config, path)
     problems.raise_if_any()
-    folder = problems.attempt(make_folder, path)
+    folder = path if args.dry_run else problems.attempt(make_folder, path)
     problems.raise_if_any()
     if dead:
         warn(f"{args.pruning_config}: as in the published code, these keys have no effect: {', '.join(dead)}")
+    results.warn_of_other_conditions(table, device, training.precision(args, device).dtype)
+    for axis, reason in left_alone(full.arch, **full.kwargs).items():
+        say(f"{full.arch}: {axis} is left alone: {reason}")
     if (cleaned := table.monotone_report()).raised:
         say(f"latency table: {cleaned.raised} of {cleaned.values} values lie below that of a narrower layer, by up to "
             f"{cleaned.largest_change:.1%}; selection counts such a step as free")  # fmt: skip
     return Setup(device, full, data, model, cnn, table, config, pruner, folder, resumed)
-
-
-def save(name: str, setup: Setup, steps: PruningSteps, optimizer: torch.optim.Optimizer, precision: Precision,
-         args: argparse.Namespace, epoch: int, metrics: dict[str, Any]) -> None:  # fmt: skip
-    if not is_main():
-        return
-    dims = steps.masks.dims
-    checkpoint.save(
-        setup.folder / name, arch=setup.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
-        masks=steps.masks.state_dict(), model=setup.model.state_dict(), optimizer=optimizer.state_dict(),
-        scaler=precision.scaler.state_dict(), pruner=steps.state_dict(), epoch=epoch, step=steps.steps,
-        rng=checkpoint.rng_state(), metrics=metrics, args=vars(args) | dict(initial_checkpoint=setup.full.path),
-    )  # fmt: skip
-
-
-def read_resumed(args: argparse.Namespace, full: training.FullModel, folder: Path) -> dict[str, Any] | None:
-    """The checkpoint that --resume names, None without it. Raises ValueError where it does not fit the arguments."""
-    if not args.resume:
-        return None
-    path = folder / "checkpoint.pth" if args.resume == "auto" else Path(args.resume)
-    content = checkpoint.load(path)
-    if content["arch"] != full.record or content["pruner"] is None:
-        raise ValueError(f"--resume: {path} is not a pruning run of {full.arch} with these arguments")
-    return content
-
-
-def restore(args: argparse.Namespace, setup: Setup, steps: PruningSteps, optimizer: torch.optim.Optimizer,
-            precision: Precision) -> tuple[int, dict[str, Any]]:  # fmt: skip
-    """Go on from the resumed checkpoint; returns the next epoch and the metrics so far."""
-    content = setup.resumed
-    setup.model.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    precision.scaler.load_state_dict(content["scaler"])
-    steps.restore(content["pruner"], content["masks"])
-    training.restore_random_state(args, content)
-    return content["epoch"] + 1, content["metrics"]
 
 
 @torch.inference_mode()
@@ -218,7 +205,7 @@ def check_compact(model: nn.Module, masks: Masks) -> float:
 
 def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: float, top1: float) -> dict[str, Any]:
     """summary.json and dims.json of a finished run."""
-    conditions = results.Conditions.of(setup.table, setup.device, args.batch_size)
+    conditions = results.Conditions.of(setup.table, args.batch_size)
     common = dict(conditions=conditions, device=setup.device)
     dense = results.stage(setup.full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
     measured = results.measured_ratio(setup.full, masks.dims, conditions, setup.device)
@@ -231,58 +218,97 @@ def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: flo
     return summary
 
 
+def conclude(args: argparse.Namespace, setup: Setup, top1_dense: float, metrics: dict[str, Any],
+             write: Callable[[str], None]) -> None:  # fmt: skip
+    """Check and measure the compact model, and write the results; metrics go into the checkpoint that `write` makes."""
+    if not is_main():
+        return
+    masks = setup.pruner.masks
+    say(f"compact: widths {masks.dims.to_dim()}, relative difference to the masked model "
+        f"{check_compact(setup.model, masks):.1e}")
+    pruned = finish(args, setup, masks, top1_dense, metrics["acc1"])["pruned"]
+    metrics |= pruned
+    write("pruned_checkpoint.pth")
+    say(f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {metrics['acc1']:.2f}, latency predicted "
+        f"{pruned['latency_predicted']:.3f}, measured {pruned['latency_measured']:.3f} of dense")
+
+
+def prune_one_shot(args: argparse.Namespace, setup: Setup, precision: Precision, top1_dense: float) -> None:
+    """--one_shot from beginning to end."""
+    resuming.start_anew(setup.folder, CHECKPOINT)
+    write_json(setup.folder / "args.json", vars(args))
+    conditions = results.Conditions.of(setup.table, args.batch_size)
+    found = one_shot.prune_(args, setup, one_shot.calibration_images(args, setup.full),
+                            lambda dims: results.measured_ratio(setup.full, dims, conditions, setup.device))
+    metrics = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
+    append_log(setup.folder, epoch=0, **found, **results.log_line({}, metrics))
+    conclude(args, setup, top1_dense, metrics, lambda name: one_shot.save(name, args, setup, metrics))
+
+
 def main(args: argparse.Namespace) -> None:
     setup = check_args(args)
+    if args.dry_run:
+        planning.report(args, setup)
+        return
     precision = training.precision(args, setup.device)
     teacher = training.frozen(copy.deepcopy(setup.model), setup.device)
     top1_dense = evaluate(teacher, setup.data.val, precision, args.dist_eval)["acc1"]
     say(f"dense model: top-1 {top1_dense:.2f} on {len(setup.data.val.dataset)} images")
+    if args.one_shot:
+        prune_one_shot(args, setup, precision, top1_dense)
+        return
     if not args.pruning:
         say("no --pruning: nothing removed")
         return
 
     # ---------------------------------------------------------------- parts
-    student = training.for_training(setup.model, setup.device)
+    loader, progress = setup.data.train, Progress(setup.data.updates)
+    student = training.for_training(args, setup.model, setup.device)
     optimizer = training.make_optimizer(args, setup.model)
     criterion = training.make_loss(args, setup.cnn, teacher, tau=KL_TEMPERATURE, per_token=False)
     mixup = training.make_mixup(args, setup.data.classes)
+    if not setup.resumed:
+        resuming.start_anew(setup.folder, CHECKPOINT)
     steps = PruningSteps(args, setup, student, optimizer, criterion)
+    state = State(steps, optimizer, precision, progress, dict(acc1=top1_dense))
     if setup.resumed:
-        epoch, test = restore(args, setup, steps, optimizer, precision)
-    else:
-        epoch, test = 0, dict(acc1=top1_dense)
+        restore(setup, state)
     write_json(setup.folder / "args.json", vars(args))
+    keeper = resuming.Keeper(progress, setup.folder / CHECKPOINT, args.recovery_interval,
+                             partial(save, CHECKPOINT, args, setup, state))  # fmt: skip
+
+    def after_step(loss: Tensor) -> bool:
+        if steps.after_step(loss):
+            return True
+        keeper.after_step()
+        return False
 
     # ---------------------------------------------------------------- prune
-    while epoch < args.epochs and not steps.done:
-        start_epoch(setup.data.train, epoch)
-        steps.set_phase()
-        with naming_the_last_good(setup.folder / "checkpoint.pth"):
+    planning.say_targets(setup.pruner)
+    with keeper:
+        while progress.step or (progress.epoch < args.epochs and not steps.done):
+            start_epoch(loader, progress.epoch, skip=progress.step * args.grad_accum_steps)
+            steps.set_phase()
             stats = train_one_epoch(
-                student, criterion, setup.data.train, optimizer, precision, epoch, mixup=mixup,
-                clip_grad=args.clip_grad, after_backward=steps.after_backward, after_step=steps.after_step,
-                log_interval=args.log_interval,
+                student, criterion, loader, optimizer, precision, progress, seed=args.seed,
+                accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,
+                after_backward=steps.after_backward, after_step=after_step, log_interval=args.log_interval,
             )  # fmt: skip
-            test = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
-        ratio = setup.pruner.ratio
-        save("checkpoint.pth", setup, steps, optimizer, precision, args, epoch, test | dict(latency=ratio))
-        append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **results.log_line(stats, test))
-        say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f}")
-        epoch += 1
+            with keeper.evaluating():
+                test = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
+            epoch, ratio = progress.epoch, setup.pruner.ratio
+            progress.next_epoch()
+            state.metrics = test | dict(latency=ratio)
+            append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **results.log_line(stats, test))
+            save(CHECKPOINT, args, setup, state)
+            say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f}")
 
     # ---------------------------------------------------------------- result
-    if args.latency_target is not None and not setup.pruner.reached:
+    if setup.pruner.targets and not setup.pruner.reached:
         way = ("nothing more may be removed (floors, or the count in --prune_dict)" if steps.exhausted else
-               f"go on with --resume {setup.folder / 'checkpoint.pth'} and more --epochs")  # fmt: skip
-        raise RunFailed(f"target {args.latency_target} not reached, predicted {setup.pruner.ratio:.4f}: {way}")
-    if not is_main():
-        return
-    say(f"compact: widths {steps.masks.dims.to_dim()}, relative difference to the masked model "
-        f"{check_compact(setup.model, steps.masks):.1e}")
-    summary = finish(args, setup, steps.masks, top1_dense, test["acc1"])
-    save("pruned_checkpoint.pth", setup, steps, optimizer, precision, args, epoch - 1, test | summary["pruned"])
-    say(f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {test['acc1']:.2f}, latency predicted "
-        f"{summary['pruned']['latency_predicted']:.3f}, measured {summary['pruned']['latency_measured']:.3f} of dense")
+               f"go on with --resume {setup.folder / CHECKPOINT} and more --epochs")  # fmt: skip
+        raise FailedTogether(f"{setup.pruner.progress()}: {way}")
+    conclude(args, setup, top1_dense, state.metrics, lambda name: save(name, args, setup, state))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ def new_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
     )
 
 
-def add_model_args(parser: argparse.ArgumentParser) -> None:
+def add_model_args(parser: argparse.ArgumentParser, drops: bool = True) -> None:
+    """drops: with the flags that only training reads."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -53,6 +54,8 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
                             "replaces --pretrained (default: none)")
     group.add_argument("--pretrained", action="store_true",
                        help="take the dense weights that timm downloads for --model (default: off)")
+    if not drops:
+        return
     group.add_argument("--drop", metavar="RATE", type=float, default=0.0, help="dropout rate (default: 0)")
     group.add_argument("--drop-path", metavar="RATE", type=float, default=0.1,
                        help="stochastic depth rate of the last block; it grows linearly over depth (default: 0.1)")
@@ -110,6 +113,8 @@ def add_optimizer_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--momentum", metavar="F", type=float, default=0.9,
                        help="momentum, of optimizers that have one (default: 0.9)")
     group.add_argument("--weight-decay", metavar="F", type=float, default=0.05, help="(default: 0.05)")
+    group.add_argument("--grad-accum-steps", metavar="N", type=int, default=1,
+                       help="batches per update; the global batch grows with it (default: 1)")
     group.add_argument("--clip-grad", metavar="NORM", type=float, default=None,
                        help="largest gradient norm (default: no clipping)")
     group.add_argument("--lr", metavar="F", type=float, default=5e-4,
@@ -118,18 +123,27 @@ def add_optimizer_args(parser: argparse.ArgumentParser) -> None:
 
 def add_schedule_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("schedule")
-    group.add_argument("--sched", metavar="NAME", default="cosine", choices=("cosine", "tanh", "step", "poly"),
-                       help="timm's scheduler, stepped every update: cosine, tanh, step or poly (default: cosine)")
+    group.add_argument("--sched", default="cosine", choices=("cosine", "tanh", "step", "multistep", "poly"),
+                       help="timm's scheduler, stepped every update (default: cosine)")
     group.add_argument("--warmup-epochs", metavar="N", type=int, default=0, help="linear warm-up (default: 0)")
     group.add_argument("--warmup-lr", metavar="F", type=float, default=1e-6, help="where it starts (default: 1e-6)")
     group.add_argument("--min-lr", metavar="F", type=float, default=1e-5, help="where it ends (default: 1e-5)")
     group.add_argument("--decay-epochs", metavar="N", type=int, default=30,
                        help="epochs between steps of the step scheduler (default: 30)")
+    group.add_argument("--decay-milestones", metavar="E", type=int, nargs="+", default=[90, 180, 270],
+                       help="epochs at which the multistep scheduler steps (default: 90 180 270)")
+    group.add_argument("--cooldown-epochs", metavar="N", type=int, default=0,
+                       help="epochs at --min-lr after the schedule, besides --epochs (default: 0)")
+    group.add_argument("--lr-noise", metavar="F", type=float, nargs="+", default=None,
+                       help="share of the schedule from which (or between which two) noise is added (default: none)")
+    group.add_argument("--lr-noise-pct", metavar="F", type=float, default=0.67, help="its bound (default: 0.67)")
+    group.add_argument("--lr-noise-std", metavar="F", type=float, default=1.0, help="its deviation (default: 1)")
     group.add_argument("--decay-rate", "--dr", metavar="F", type=float, default=0.1,
-                       help="factor of each step of the step scheduler (default: 0.1)")
+                       help="factor of each step of the step and multistep schedulers, power of poly (default: 0.1)")
 
 
-def add_distillation_args(parser: argparse.ArgumentParser) -> None:
+def add_cnn_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Distillation from a CNN; returns the group, for what else distils."""
     group = parser.add_argument_group("distillation")
     group.add_argument("--distillation-type", choices=("none", "soft", "hard"), default="none",
                        help="how the distillation token learns from a CNN teacher (default: none)")
@@ -139,6 +153,11 @@ def add_distillation_args(parser: argparse.ArgumentParser) -> None:
                        help="timm name of the CNN teacher (default: regnety_160.deit_in1k, DeiT's)")
     group.add_argument("--teacher-path", metavar="FILE", default="",
                        help="its weights (default: what timm downloads)")
+    return group
+
+
+def add_distillation_args(parser: argparse.ArgumentParser) -> None:
+    group = add_cnn_args(parser)
     group.add_argument("--kl_loss_coeff", metavar="F", type=float, default=1000.0,
                        help="weight of the full model's KL, a thousandth of it per batch-mean KL (default: 1000)")
     group.add_argument("--original_loss_coeff", metavar="F", type=float, default=0.0,
@@ -157,23 +176,33 @@ def add_ema_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model-ema-decay", metavar="F", type=float, default=0.99996, help="(default: 0.99996)")
 
 
-def add_run_args(parser: argparse.ArgumentParser, output: str) -> None:
+def add_run_args(parser: argparse.ArgumentParser, output: str, trains: bool = True) -> None:
+    """trains: with the flags that only training reads."""
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", metavar="DIR", default="", help=output)
-    group.add_argument("--epochs", metavar="N", type=int, default=300, help="training epochs (default: 300)")
     group.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda, and cpu where there is no GPU)")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="seed of all randomness (default: 0)")
     group.add_argument("--amp", action="store_true", help="mixed precision (default: off)")
     group.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default=None,
                        help="its type (default: bfloat16 where the device has it, else float16)")
+    group.add_argument("--dist-timeout", metavar="SECONDS", type=float, default=1800,
+                       help="a process that does not answer for so long ends the run (default: 1800)")
     group.add_argument("--log-interval", metavar="STEPS", type=int, default=50,
                        help="steps between looks at the loss (default: 50)")
+    if not trains:
+        return
+    group.add_argument("--epochs", metavar="N", type=int, default=300, help="training epochs (default: 300)")
+    group.add_argument("--compile", action="store_true", help="torch.compile for training and measuring (default: off)")
+    group.add_argument("--grad-checkpointing", action="store_true",
+                       help="recompute each block in the backward pass: less memory, more time (default: off)")
+    group.add_argument("--recovery-interval", metavar="STEPS", type=int, default=0,
+                       help="updates between checkpoints inside an epoch (default: 0, at its end only)")
 
 
-def add_resume_args(parser: argparse.ArgumentParser) -> None:
+def add_resume_args(parser: argparse.ArgumentParser, name: str) -> None:
     group = parser.add_argument_group("resume")
     group.add_argument("--resume", metavar="FILE", nargs="?", const="auto", default="",
-                       help="go on from FILE, or from ft_checkpoint.pth of this run's folder (default: start anew)")
+                       help=f"go on from FILE, or from {name} of this run's folder (default: start anew)")
     group.add_argument("--start_epoch", metavar="E", type=int, default=None,
                        help="epoch to go on with; must agree with the checkpoint (default: the checkpoint's)")
 
@@ -189,12 +218,45 @@ def add_dense_training_args(parser: argparse.ArgumentParser, output: str) -> Non
     add_tau_arg(parser, "of the full model's KL and of soft CNN distillation")
     add_ema_args(parser)
     add_run_args(parser, output)
-    add_resume_args(parser)
+    add_resume_args(parser, "ft_checkpoint.pth")
+
+
+def amount(text: str) -> float:
+    """A number that may end in K, M or G, as in `4.2G`."""
+    factor = dict(K=1e3, M=1e6, G=1e9).get(text[-1:].upper(), 1)
+    return float(text[:-1] if factor > 1 else text) * factor
+
+
+def add_target_args(group: Any) -> None:
+    """Budgets beside the published --latency_target, and what widths come in."""
+    group.add_argument("--latency_target_ms", metavar="MS", type=float, default=None,
+                       help="stop at this predicted latency, in ms per batch of the table (default: none)")
+    group.add_argument("--macs_target", metavar="N", type=amount, default=None,
+                       help="stop at this share of the dense model's MACs, or above 1 at this number of one image's, "
+                            "e.g. 4.2G (default: none)")
+    group.add_argument("--params_target", metavar="N", type=amount, default=None,
+                       help="the same of parameters, e.g. 0.4 or 34M (default: none)")
+    group.add_argument("--width_multiple", metavar="N", type=int, default=1,
+                       help="groups of embedding, QK, V and MLP are multiples of this, so that the widths that are "
+                            "pruned end at multiples (default: 1)")
+
+
+def add_one_shot_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("one-shot pruning")
+    group.add_argument("--one_shot", action="store_true",
+                       help="prune to --latency_target without labels, gradients or training (default: off)")
+    group.add_argument("--calib_images", metavar="N", type=int, default=1024,
+                       help="training images that one-shot pruning looks at, over all processes (default: 1024)")
+    group.add_argument("--latency_measured", action="store_true",
+                       help="meet --latency_target as measured here, in a few rounds, not as predicted (default: off)")
 
 
 UNDERSCORED = {  # flags that the published commands spell so
     "num_workers", "kl_loss_coeff", "original_loss_coeff", "prune_per_iter", "group_size", "latency_regularization",
-    "latency_target",
+    "latency_target", "output_dir", "start_epoch", "student_eval", "prune_dict", "interval_prune", "pruning_config",
+    "pruning_exit", "latency_look_up_table", "latency_target_ms", "macs_target", "params_target", "width_multiple",
+    "pruning_feed_percent", "pruning_floor", "hessian_error", "hessian_embed", "one_shot", "calib_images",
+    "latency_measured",
 }  # fmt: skip
 RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that is None, passes
     "batch_size": ("above 0", lambda x: x > 0),
@@ -204,6 +266,9 @@ RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that
     "drop_path": ("in [0, 1)", lambda x: 0 <= x < 1),
     "distillation_alpha": ("in [0, 1]", lambda x: 0 <= x <= 1),
     "lr": ("from 0 up", lambda x: 0 <= x < math.inf),
+    "grad_accum_steps": ("above 0", lambda x: x > 0),
+    "dist_timeout": ("above 0", lambda x: 0 < x < math.inf),
+    "recovery_interval": ("from 0 up", lambda x: x >= 0),
     "num_workers": ("from 0 up", lambda x: x >= 0),
     "kl_loss_coeff": ("from 0 up", lambda x: 0 <= x < math.inf),
     "original_loss_coeff": ("from 0 up", lambda x: 0 <= x < math.inf),
@@ -213,7 +278,23 @@ RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that
     "group_size": ("above 0", lambda x: x > 0),
     "latency_regularization": ("from 0 up", lambda x: 0 <= x < math.inf),
     "latency_target": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "latency_target_ms": ("above 0", lambda x: 0 < x < math.inf),
+    "macs_target": ("above 0", lambda x: 0 < x < math.inf),
+    "params_target": ("above 0", lambda x: 0 < x < math.inf),
+    "width_multiple": ("above 0", lambda x: x > 0),
+    "pruning_feed_percent": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "pruning_floor": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "hessian_error": ("above 0", lambda x: 0 < x < math.inf),
+    "hessian_embed": ("above 0", lambda x: 0 < x < math.inf),
+    "distillation_alpha_full": ("above 0", lambda x: 0 < x < math.inf),
+    "distillation_tau_full": ("above 0", lambda x: 0 < x < math.inf),
+    "calib_images": ("above 0", lambda x: x > 0),
 }
+
+
+def flag(name: str) -> str:
+    """How an argument is spelt on the command line."""
+    return f"--{name}" if name in UNDERSCORED else f"--{name.replace('_', '-')}"
 
 
 def check_values(args: argparse.Namespace, problems: Problems) -> None:
@@ -221,11 +302,10 @@ def check_values(args: argparse.Namespace, problems: Problems) -> None:
     for name, value in vars(args).items():
         words, test = RANGES.get(name, ("", lambda x: True))
         if value is not None and not test(value):
-            flag = f"--{name}" if "_" in name and name in UNDERSCORED else f"--{name.replace('_', '-')}"
-            problems.add(f"{flag} must be {words}, not {value}")
+            problems.add(f"{flag(name)} must be {words}, not {value}")
     if args.amp_dtype and not args.amp:
         problems.add("--amp-dtype goes with --amp")
-    if not is_optimizer(args.opt):
+    if hasattr(args, "opt") and not is_optimizer(args.opt):
         closest = difflib.get_close_matches(args.opt, list_optimizers(), n=3)
         problems.add(f"--opt: timm knows no optimizer {args.opt!r}; closest: {', '.join(closest) or 'adamw'}")
     if not getattr(args, "eval", False):
@@ -234,9 +314,10 @@ def check_values(args: argparse.Namespace, problems: Problems) -> None:
 
 def _check_losses(args: argparse.Namespace, problems: Problems) -> None:
     kind = args.distillation_type
-    if not args.kl_loss_coeff and not args.original_loss_coeff:
+    original = getattr(args, "original_loss_coeff", 1.0)  # SAViT's scripts always have that loss
+    if not original and not args.kl_loss_coeff:
         problems.add("--kl_loss_coeff 0 and --original_loss_coeff 0 leave no loss")
-    elif kind != "none" and not args.original_loss_coeff:
+    elif kind != "none" and not original:
         problems.add(f"--distillation-type {kind} needs --original_loss_coeff above 0: it is a part of that loss")
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     if mixing and args.batch_size % 2:

@@ -1,7 +1,7 @@
-"""What pruning does inside the training loop, and what it holds."""
+"""What pruning does inside the training loop, what it holds, and how that is saved."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+import checkpoint
+import resuming
 import training
+from engine import Precision, Progress
 from latency.table import LatencyTable
 from pruning import debug
 from pruning.config import PruningConfig
 from pruning.global_latency import Event, GlobalPruner
 from pruning.saliency import Saliency
-from utils import RunFailed, is_main, say
+from utils import RunFailed, check_identical, is_main, say
+
+CHECKPOINT = "checkpoint.pth"
 
 
 @dataclass
@@ -41,12 +46,11 @@ class PruningSteps:
                  criterion: nn.Module) -> None:  # fmt: skip
         self.interval, self.student_eval, self.kl_coeff = args.interval_prune[0], args.student_eval, criterion.kl_coeff
         self.pruner, self.masks, self.folder = setup.pruner, setup.pruner.masks, setup.folder
-        self.criterion_name, self.criterion = setup.config.criterion, criterion
+        self.config, self.criterion = setup.config, criterion
         self.student, self.optimizer, self.model = student, optimizer, setup.model
         self.saliency = Saliency(setup.model, setup.model.dims, setup.config.criterion, setup.config.momentum)
-        if not setup.resumed:
-            training.clear_logs(setup.folder)
-        self.writer = SummaryWriter(setup.folder) if is_main() else None
+        purge = setup.resumed and setup.resumed["step"]
+        self.writer = SummaryWriter(setup.folder, purge_step=purge) if is_main() else None
         self.steps = self.events = 0
         self.exhausted = False  # no group may be removed any more
         self.set_phase()
@@ -70,9 +74,12 @@ class PruningSteps:
         if self.steps % self.interval:
             return False
         try:
-            event = self.pruner.event(self.saliency.close_window())
+            scores = self.saliency.close_window()
+            event = self.pruner.event(scores)
         except ValueError as error:
             raise RunFailed(f"pruning event {self.events + 1}: {error}") from None
+        kept = [t.numpy(force=True).tobytes() for t in (*scores.values(), *self.masks.state_dict().values())]
+        check_identical(f"pruning event {self.events + 1}: saliency or masks", b"".join(kept))
         self.masks.install_(self.model, self.optimizer)
         self.events += 1
         if self.events == 1:
@@ -85,7 +92,7 @@ class PruningSteps:
     def _report(self, event: Event, loss: Tensor) -> None:
         if not is_main():
             return
-        debug.write_event(self.folder / "debug", self.events, self.masks, event, self.criterion_name)
+        debug.write_event(self.folder / "debug", self.events, self.masks, event, self.config.criterion)
         tags = debug.scalars(self.masks.dims) | {"dimension/Estimated_Latency": event.ratio, "train/loss": loss.item()}
         for tag, value in tags.items():
             self.writer.add_scalar(tag, value, self.steps)
@@ -94,7 +101,8 @@ class PruningSteps:
 
     def state_dict(self) -> dict[str, Any]:
         return dict(
-            saliency=self.saliency.state_dict(), steps=self.steps, events=self.events, exhausted=self.exhausted
+            saliency=self.saliency.state_dict(), steps=self.steps, events=self.events, exhausted=self.exhausted,
+            config=asdict(self.config),
         )  # fmt: skip
 
     def restore(self, state: dict[str, Any], masks: dict[str, Tensor]) -> None:
@@ -103,3 +111,48 @@ class PruningSteps:
         self.masks.load_state_dict(masks)
         self.masks.install_(self.model)
         self.set_phase()
+
+
+@dataclass
+class State:
+    """What pruning moves, and so what a checkpoint holds."""
+
+    steps: PruningSteps
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    progress: Progress
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def save(name: str, args: Any, setup: Setup, state: State) -> None:
+    if not is_main():
+        return
+    steps, progress = state.steps, state.progress.state_dict()
+    dims = steps.masks.dims
+    checkpoint.save(
+        setup.folder / name, arch=setup.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
+        masks=steps.masks.state_dict(), model=setup.model.state_dict(), optimizer=state.optimizer.state_dict(),
+        scaler=state.precision.scaler.state_dict(), pruner=steps.state_dict(), epoch=progress["epoch"],
+        step=steps.steps, rng=checkpoint.rng_state(), metrics=state.metrics | progress["metrics"],
+        args=resuming.saved_args(args, setup.full.path),
+    )  # fmt: skip
+
+
+def read_resumed(args: Any, full: training.FullModel, config: PruningConfig, folder: Path) -> dict[str, Any] | None:
+    """The checkpoint to go on from, or None. Raises ValueError where it does not fit the arguments."""
+    content = resuming.read(args, folder, CHECKPOINT, run="pruning", fitting=dict(arch=full.record), needed="pruner",
+                            may_differ={"epochs"})  # the learning rate is constant  # fmt: skip
+    if content is not None and content["pruner"]["config"] != asdict(config):
+        raise ValueError(f"--resume: {args.pruning_config} is not the pruning config of that run")
+    return content
+
+
+def restore(setup: Setup, state: State) -> None:
+    """Go on from the resumed checkpoint."""
+    content = setup.resumed
+    setup.model.load_state_dict(content["model"])
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.precision.scaler.load_state_dict(content["scaler"])
+    state.steps.restore(content["pruner"], content["masks"])
+    state.metrics = resuming.restore(content, state.progress, setup.folder)
+    state.progress.ended = state.steps.done

@@ -1,21 +1,21 @@
 """What a finished run reports: one object per stage, with latency measured against the dense model."""
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-import checkpoint
-from latency.measure import device_name, interleaved, ratio
+from latency.measure import DTYPES, device_name, interleaved, ratio
 from latency.table import LatencyTable
-from models import ViTDims, build_vit, macs, params, skeleton
+from latency.whole import measured_ratios
+from models import ViTDims, build_vit, macs, params, sparsity
 from training import FullModel
 from utils import warn
 
-BUILDS = 5  # fresh pairs of models per measurement
+BUILDS, ROUNDS = 5, 15  # fresh pairs of models per measurement, and how often each is measured
 
 
 @dataclass(frozen=True)
@@ -27,32 +27,42 @@ class Conditions:
     compiled: bool = False
 
     @classmethod
-    def of(cls, table: LatencyTable, device: torch.device, batch: int) -> Conditions:
-        """A table's; `batch` where it does not say. Warns when it was measured on another device."""
-        meta, here = table.meta, device_name(device)
-        if meta.get("device", here) != here:
-            warn(f"the table was measured on {meta['device']}, this is {here}: the prediction is for the former")
+    def of(cls, table: LatencyTable, batch: int) -> Conditions:
+        """A table's; `batch` where it does not say."""
+        meta = table.meta
         return cls(int(meta.get("batch", batch)), meta.get("dtype", "fp32"), bool(meta.get("compile")))
 
 
-def measured_ratio(full: FullModel, dims: ViTDims, conditions: Conditions, device: torch.device) -> float:
-    """Measured latency of the compact model relative to the dense one: interleaved, the median of paired ratios.
+def warn_of_other_conditions(table: LatencyTable, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Warn where the run's device, or its type (None: fp32), is not what the table was measured with."""
+    here, computed = device_name(device), {v: k for k, v in DTYPES.items()}[dtype or torch.float32]
+    for what, theirs, ours in (("on", table.meta.get("device", here), here),
+                               ("in", table.meta.get("dtype", computed), computed)):  # fmt: skip
+        if theirs != ours:
+            warn(f"the latency table was measured {what} {theirs}, this run computes {what} {ours}: predictions and "
+                 "targets are for the former")  # fmt: skip
 
-    Latency does not depend on weights, so both are freshly built; on a CPU it does depend, by a few per cent, on where
-    in memory they lie, so they are built several times and the median is taken.
-    """
-    stem = skeleton(full.arch, **full.kwargs).patch_embed
-    state = checkpoint.rng_state()
+
+def measured_ratio(full: FullModel, dims: ViTDims, conditions: Conditions, device: torch.device) -> float:
+    """Measured latency of the compact model relative to the dense one, the median of `BUILDS` fresh pairs of models."""
+    ratios, _ = measured_ratios(
+        full.arch, full.kwargs, [dims], conditions.batch, device, conditions.dtype, conditions.compiled,
+        rounds=ROUNDS, builds=BUILDS,
+    )  # fmt: skip
+    return round(float(ratios[0]), 5)
+
+
+def measured_sparse_ratio(full: FullModel, model: nn.Module, conditions: Conditions,
+                          device: torch.device) -> float | None:  # fmt: skip
+    """As `measured_ratio`, of a 2:4 sparse model in bfloat16; None where the device has no kernels for it."""
+    if not sparsity.has_kernels(device):
+        return None
+    stem = model.patch_embed
     images = torch.randn(conditions.batch, stem.proj.in_channels, *stem.img_size, device=device)
-    kept, ratios = [], []
-    for _ in range(BUILDS):
-        models = dict(dense=build_vit(full.arch, **full.kwargs), compact=build_vit(full.arch, dims, **full.kwargs))
-        models = {name: model.to(device) for name, model in models.items()}
-        timings = interleaved(models, images, dtype=conditions.dtype, compiled=conditions.compiled)
-        ratios.append(ratio(timings["compact"], timings["dense"]).median)
-        kept.append(models)  # the next ones must lie elsewhere
-    checkpoint.set_rng_state(state)
-    return round(statistics.median(ratios), 5)
+    models = dict(dense=build_vit(full.arch, **full.kwargs).to(device),
+                  sparse=sparsity.accelerated(model, DTYPES[conditions.dtype]))  # fmt: skip
+    timings = interleaved(models, images, dtype=conditions.dtype)
+    return round(ratio(timings["sparse"], timings["dense"]).median, 5)
 
 
 def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | None, measured: float | None,

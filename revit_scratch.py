@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     metrics = train(args, run)
     if not is_main():
         return
-    conditions = results.Conditions(args.batch_size)
+    conditions = results.Conditions(args.batch_size, compiled=args.compile)
     measured = results.measured_ratio(run.full, run.model.dims, conditions, run.device)
     result = results.stage(run.full, run.model.dims, metrics["acc1"], predicted=None, measured=measured,
                             conditions=conditions, device=run.device)  # fmt: skip

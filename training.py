@@ -17,14 +17,14 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-import checkpoint
-from datasets import build_dataset, build_loader
+from datasets import build_dataset
 from engine import Precision
+from loaders import build_loader
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models import ViTDims, build_vit, skeleton
 from models.pretrained import load_initial_, read_initial
 from models.vit import TokenLogits
-from utils import init_distributed, is_main, rank, say, seed_everything, world_size
+from utils import init_distributed, rank, say, seed_everything, world_size
 
 DEFAULT_MODEL = "deit_base_distilled_patch16_224"
 
@@ -123,11 +123,12 @@ def dims_of(full: FullModel) -> ViTDims:
 
 @dataclass
 class Data:
-    """Loaders, and what the model needs to know of the data."""
+    """Loaders, what the model needs to know of the data, and the updates of an epoch."""
 
     train: Any
     val: Any
     classes: int
+    updates: int = 0
 
 
 def load_data(args: Any, full: FullModel, train: bool = True) -> Data:
@@ -137,8 +138,14 @@ def load_data(args: Any, full: FullModel, train: bool = True) -> Data:
     val, classes = build_dataset(False, sized)
     full.kwargs["num_classes"] = classes
     place = dict(rank=rank(), world_size=world_size())
-    train_loader = build_loader(build_dataset(True, sized)[0], args, is_train=True, **place) if train else None
-    return Data(train_loader, build_loader(val, args, is_train=False, **place), classes)
+    data = Data(None, build_loader(val, args, is_train=False, **place), classes)
+    if train:
+        data.train = build_loader(build_dataset(True, sized)[0], args, is_train=True, **place)
+        data.updates = len(data.train) // getattr(args, "grad_accum_steps", 1)  # a script that does not train has none
+        if not data.updates:
+            raise ValueError(f"--grad-accum-steps {args.grad_accum_steps} is more than the {len(data.train)} batches "
+                             "of an epoch")  # fmt: skip
+    return data
 
 
 def start(args: Any) -> torch.device:
@@ -148,10 +155,10 @@ def start(args: Any) -> torch.device:
         wanted = "cpu"
         say("no CUDA device here: running on the CPU")
     try:
-        device = init_distributed(wanted)
-        torch.empty(0, device=device)
+        torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} is not usable: {_first_line(error)}") from None
+    device = init_distributed(wanted, args.dist_timeout)
     seed_everything(args.seed)
     return device
 
@@ -162,13 +169,16 @@ def precision(args: Any, device: torch.device) -> Precision:
         return Precision(device, None)
     if args.amp_dtype:
         return Precision(device, getattr(torch, args.amp_dtype))
-    brain = device.type == "cpu" or torch.cuda.is_bf16_supported()
+    brain = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     return Precision(device, torch.bfloat16 if brain else torch.float16)
 
 
-def for_training(model: nn.Module, device: torch.device) -> nn.Module:
-    """Both tokens' logits, under DistributedDataParallel where there are several processes."""
+def for_training(args: Any, model: nn.Module, device: torch.device) -> nn.Module:
+    """Both tokens' logits, as --grad-checkpointing and --compile say, under DistributedDataParallel among several."""
+    model.set_grad_checkpointing(args.grad_checkpointing)
     both = TokenLogits(model).to(device)
+    if args.compile:
+        both.compile()
     if world_size() == 1:
         return both
     return nn.parallel.DistributedDataParallel(both, device_ids=[device] if device.type == "cuda" else None)
@@ -190,7 +200,7 @@ def make_mixup(args: Any, classes: int) -> Mixup | None:
 
 def scaled_lr(args: Any) -> float:
     """The published linear rule: --lr is for a global batch of 512."""
-    return args.lr * args.batch_size * world_size() / 512
+    return args.lr * args.batch_size * args.grad_accum_steps * world_size() / 512
 
 
 def make_optimizer(args: Any, model: nn.Module) -> torch.optim.Optimizer:
@@ -203,14 +213,15 @@ def make_optimizer(args: Any, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> Any:
-    """timm's, stepped every update; the cosine reaches --min-lr at the last epoch."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
-        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, step_on_epochs=False,
+def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> tuple[Any, int]:
+    """(timm's, stepped every update, epochs to train): --epochs of schedule and --cooldown-epochs at its end."""
+    return create_scheduler_v2(
+        optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
+        decay_milestones=args.decay_milestones, cooldown_epochs=args.cooldown_epochs, decay_rate=args.decay_rate,
+        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, noise=args.lr_noise,
+        noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed, step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
     )  # fmt: skip
-    return scheduler
 
 
 def cnn_teacher(args: Any, classes: int, device: torch.device) -> nn.Module | None:
@@ -259,18 +270,3 @@ def make_loss(args: Any, cnn: nn.Module | None, full: nn.Module | None, *, tau: 
         base_criterion(mixing, args.smoothing), cnn, kind, args.distillation_alpha, args.distillation_tau
     )
     return NViTLoss(original, args.original_loss_coeff, full, args.kl_loss_coeff, tau, per_token)
-
-
-def restore_random_state(args: Any, content: dict[str, Any]) -> None:
-    """The main rank goes on with the saved generators; the others, whose states are not saved, with fresh seeds."""
-    if rank() == 0:
-        checkpoint.set_rng_state(content["rng"])
-    else:
-        seed_everything(args.seed + 1_000_003 * (content["epoch"] + 1))
-
-
-def clear_logs(folder: Path) -> None:
-    """Remove what an earlier run left in the folder and a new one would add to."""
-    if is_main():
-        for old in (folder / "log.txt", *folder.glob("debug/debugOutput_*"), *folder.glob("events.out.tfevents.*")):
-            old.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import random
@@ -17,11 +18,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import elastic
 from checkpoint import write_atomically
 
 
 class RunFailed(RuntimeError):
     """A run that cannot go on through no mistake in its arguments; exit code 1 with this one line."""
+
+
+class FailedTogether(RunFailed):
+    """One that every rank comes to alike: said once."""
 
 
 class BadArguments(Exception):
@@ -57,39 +63,91 @@ class Problems:
 
 def run_script(main: Callable[[Any], None], args: Any) -> None:
     """Run a script's main; a user's mistake or a failed run ends in one line per problem, never in a traceback."""
+    reason = ""
     try:
         main(args)
     except BadArguments as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        reason = "; ".join(error.problems)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of this machine say the same
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
     except (RunFailed, OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        together = isinstance(error, FailedTogether)
+        line = " ".join(str(error).split())
+        reason = "" if together else line
+        _fail(line, said=is_main() or not together, reason=reason)
+    except RuntimeError as error:
+        if not _heartbeat or not (reason := _heartbeat.who_is_gone()):
+            reason = type(error).__name__
+            raise
+        _fail(reason, said=True, reason=reason)
     finally:
+        if _heartbeat:
+            _heartbeat.stop(failure=reason)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-@contextlib.contextmanager
-def naming_the_last_good(path: Path) -> Iterator[None]:
-    """A run that fails in here says which checkpoint is still good."""
-    try:
-        yield
-    except RunFailed as error:
-        good = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
-        raise RunFailed(f"{error}; {good}") from error
+def _fail(line: str, said: bool, reason: str) -> None:
+    """One line, and exit code 1; at once where other ranks may be waiting in a collective that never ends."""
+    if said:
+        print(f"error: {'' if is_main() else f'rank {rank()}: '}{line}", file=sys.stderr, flush=True)
+    if _heartbeat:
+        _heartbeat.stop(failure=reason)
+        os._exit(1)
+    sys.exit(1)
 
 
-def init_distributed(device: str) -> torch.device:
-    """Join the process group that torchrun (or launch --use_env) describes; without one, a single process."""
+_heartbeat: elastic.Heartbeat | None = None
+
+
+def init_distributed(device: str, timeout: float) -> torch.device:
+    """Join the process group that torchrun (or launch --use_env) describes; without one, a single process.
+
+    timeout: seconds after which a rank that does not answer ends the run. Raises ValueError for more processes on this
+    machine than it has GPUs.
+    """
+    global _heartbeat
     device = torch.device(device)
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device.type == "cuda":
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(f"--nproc_per_node is {here} but this machine has {gpus} GPUs (or --device cpu)")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    limit = datetime.timedelta(seconds=timeout + 60)  # the heartbeat is first, and knows names
+    try:
+        _heartbeat = _meet("nccl" if device.type == "cuda" else "gloo", timeout, limit)
+    except RuntimeError as error:
+        raise RunFailed(f"the processes did not find one another: {error}") from None
     return device
+
+
+def _meet(backend: str, timeout: float, limit: datetime.timedelta) -> elastic.Heartbeat:
+    store, number, processes = next(dist.rendezvous("env://", timeout=limit))
+    store = elastic.arrive(store, number)
+    dist.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=limit)
+    own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                        wait_for_workers=False, timeout=limit)  # fmt: skip
+    prefix = dist.PrefixStore(f"heartbeat_{elastic.restarts()}", own)  # a connection that no other thread waits on
+    heartbeat = elastic.Heartbeat(prefix, number, processes, timeout)
+    dist.barrier()
+    heartbeat.begin()
+    return heartbeat
+
+
+def check_identical(what: str, value: bytes) -> None:
+    """Raises RunFailed, naming the ranks, when `value` is not the same on all of them."""
+    if world_size() == 1:
+        return
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, hashlib.sha256(value).hexdigest())
+    if odd := [str(r) for r, digest in enumerate(found) if digest != found[0]]:
+        ranks = ", ".join(odd)
+        raise FailedTogether(f"{what} of rank {ranks} differ from rank 0's: the ranks no longer train one model")
 
 
 def world_size() -> int:
@@ -97,7 +155,7 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
@@ -116,11 +174,31 @@ def warn(line: str) -> None:
         print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch with seed + rank, so that ranks augment differently."""
-    random.seed(seed + rank())
-    np.random.seed((seed + rank()) % 2**32)
-    torch.manual_seed(seed + rank())
+def seed_generators(*numbers: int) -> None:
+    """Seed Python, numpy and torch's CPU generator with a function of all the numbers."""
+    python, numpy, torch_seed = np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(3).tolist()
+    random.seed(python)
+    np.random.seed(numpy)
+    torch.default_generator.manual_seed(torch_seed)
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed every generator of this process with a function of all the numbers and the rank: ranks draw differently."""
+    seed_generators(*numbers, rank())
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(torch.initial_seed())
+
+
+@contextlib.contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """What is drawn in here does not move the generators of this process's CPU."""
+    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
 
 
 def make_folder(path: Path) -> Path:
@@ -135,11 +213,15 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     """Whole or not at all, on the main rank."""
     if is_main():
-        text = json.dumps(value, indent=2) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all, on the main rank."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def append_log(folder: Path, **line: Any) -> None:

@@ -46,6 +46,7 @@ class Step:
     """A distillation step as the pruning script takes it; `extra` turns saliency and masking on."""
 
     def __init__(self, model: torch.nn.Module, device: torch.device, precision: Precision, batch: int) -> None:
+        before = memory(device)
         self.model, self.precision = model.to(device), precision
         self.both, self.masks = TokenLogits(self.model), Masks(model.dims, device)
         teacher = training.frozen(copy.deepcopy(model), device)
@@ -56,6 +57,7 @@ class Step:
         size, classes = model.patch_embed.img_size, model.num_classes
         self.images = torch.randn(batch, model.patch_embed.proj.in_channels, *size, device=device)
         self.targets = torch.randint(0, classes, (batch,), device=device)
+        self.resident = memory(device) - before
 
     def __call__(self, extra: bool) -> float:
         """Seconds of one step."""
@@ -74,6 +76,18 @@ class Step:
         return time.perf_counter() - begin
 
 
+    def peak_bytes(self, extra: bool) -> int:
+        """GPU memory that this step alone needs at most."""
+        before = memory(self.images.device)
+        torch.cuda.reset_peak_memory_stats()
+        self(extra)
+        return self.resident + torch.cuda.max_memory_allocated() - before
+
+
+def memory(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -88,6 +102,9 @@ def report(label: str, step: Step, plain: Step, rounds: int) -> None:
     milliseconds = 1e3 * statistics.median(b for _, b in pairs)
     print(f"{label}: {middle:.3f} x a step without pruning (quartiles {low:.3f} to {high:.3f}); that one takes "
           f"{milliseconds:.1f} ms")  # fmt: skip
+    if step.images.device.type == "cuda":
+        own, without = step.peak_bytes(True), plain.peak_bytes(False)
+        print(f"{label}: peak memory {own / 2**30:.2f} GiB, {own / without:.3f} x that without pruning")
 
 
 def report_selection(step: Step, plain: Step, interval: int, rounds: int) -> None:

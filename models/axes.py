@@ -35,6 +35,7 @@ BLOCK: dict[str, tuple[Dim, ...]] = {
     **{f"{norm}.{p}": (EMBED,) for norm in ("norm1", "norm2") for p in ("weight", "bias")},
     "attn.qkv.weight": (QKV, EMBED),
     "attn.qkv.bias": (QKV,),
+    **{f"attn.{norm}.{p}": (FIXED,) for norm in ("q_norm", "k_norm") for p in ("weight", "bias")},  # over all of qk
     "attn.proj.weight": (EMBED, HEADS_V),
     "attn.proj.bias": (EMBED,),
     "ls1.gamma": (EMBED,),

@@ -1,4 +1,4 @@
-"""From a masked full-size model to the dense model of the widths that are left."""
+"""From a masked full-size model to the dense model of the widths that are left, and back."""
 from __future__ import annotations
 
 import torch
@@ -21,3 +21,21 @@ def compact(model: VisionTransformer, masks: Masks) -> VisionTransformer:
         parameter.requires_grad_(source[name].requires_grad)
     reference = next(model.parameters())
     return small.to(device=reference.device, dtype=reference.dtype).train(model.training)
+
+
+@torch.inference_mode()
+def difference(model: VisionTransformer, small: VisionTransformer) -> float:
+    """Relative difference of the logits of a masked model and its compact one on random images, both in eval mode."""
+    shape = (4, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
+    masked = model(images)
+    return float((small(images) - masked).norm() / masked.norm().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def expand_(model: VisionTransformer, masks: Masks, small: VisionTransformer) -> None:
+    """Write a compact model's weights into the masked full-size `model`: the inverse of `compact`."""
+    compacted = dict(small.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(masks.paste(name, compacted[name], parameter)) if name in compacted else parameter.zero_()
+    masks.install_(model)

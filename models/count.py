@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 from timm.models.vision_transformer import VisionTransformer
 
 from models.axes import axes_of, branch_of
@@ -34,18 +36,51 @@ def params(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> int:
     return total
 
 
-def macs(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> int:
-    """Multiply-accumulates of one image through `build_vit(arch, dims, **kwargs)`.
+@dataclass(frozen=True)
+class MacsFormula:
+    """Multiply-accumulates of one image as a function of the widths, for many architectures at once.
 
     Counts what torch's counter counts: convolutions, linears and both attention products. Norms, softmax, GELU and
     residual additions are left out, as in the papers (NViT's DeiT-B figure of 17.66 G is reproduced).
+    stem, classifier: MACs per embedding channel; tokens: (L,) int64, one count per block.
     """
-    parent, dims = _parent(arch, dims, kwargs)
-    embed = dims.embed
-    patch = prod(parent.patch_embed.patch_size) * parent.patch_embed.proj.in_channels
-    total = parent.patch_embed.num_patches * patch * embed
-    for b in dims.blocks:
-        linears = embed * b.heads * (2 * b.qk + b.v) + b.heads * b.v * embed + 2 * embed * b.mlp
-        total += b.tokens * linears + b.tokens**2 * b.heads * (b.qk + b.v)
-    heads = sum(hasattr(parent, name) for name in ("head", "head_dist"))
-    return total + heads * embed * parent.num_classes
+
+    stem: int
+    classifier: int
+    tokens: np.ndarray
+
+    @classmethod
+    def of(cls, arch: str, dims: ViTDims, **kwargs: Any) -> MacsFormula:
+        """The formula of `build_vit(arch, dims, **kwargs)`: everything but the widths comes from the parent."""
+        parent = skeleton(arch, **kwargs | dict(depth=max(1, len(dims.blocks))))
+        patch = prod(parent.patch_embed.patch_size) * parent.patch_embed.proj.in_channels
+        heads = sum(hasattr(parent, name) for name in ("head", "head_dist"))
+        tokens = np.array([b.tokens for b in dims.blocks], dtype=np.int64)
+        return cls(parent.patch_embed.num_patches * patch, heads * parent.num_classes, tokens)
+
+    def parts(self, embed: np.ndarray, heads: np.ndarray, qk: np.ndarray, v: np.ndarray,
+              mlp: np.ndarray) -> dict[str, np.ndarray]:  # fmt: skip
+        """By part of the model. embed: (…,); heads, qk, v, mlp: (…, L), all int64; each result (…,)."""
+        e = np.asarray(embed)[..., None]
+        linears = e * heads * (2 * qk + v) + heads * v * e
+        attention = self.tokens * linears + self.tokens**2 * heads * (qk + v)
+        hidden = 2 * self.tokens * e * mlp
+        return dict(
+            patch_embed=self.stem * embed,
+            attention=attention.sum(-1),
+            mlp=hidden.sum(-1),
+            classifier=self.classifier * embed,
+        )
+
+
+def macs_by_part(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> dict[str, int]:
+    """What `macs` sums: patch_embed, attention, mlp, classifier."""
+    _, dims = _parent(arch, dims, kwargs)
+    widths = np.array([(b.heads, b.qk, b.v, b.mlp) for b in dims.blocks], dtype=np.int64).reshape(-1, 4).T
+    parts = MacsFormula.of(arch, dims, **kwargs).parts(np.int64(dims.embed), *widths)
+    return {name: int(count) for name, count in parts.items()}
+
+
+def macs(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> int:
+    """Multiply-accumulates of one image through `build_vit(arch, dims, **kwargs)`; see MacsFormula."""
+    return sum(macs_by_part(arch, dims, **kwargs).values())

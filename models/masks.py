@@ -23,6 +23,14 @@ class Masks:
         self.keep = {axis: torch.ones(n, dtype=torch.bool, device=device) for axis, n in dims.sizes().items()}
         self._alive = dims.sizes()  # survivors per axis, on the host: no device synchronisation to read a width
 
+    @classmethod
+    def first(cls, full: ViTDims, dims: ViTDims, device: torch.device | str = "cpu") -> Masks:
+        """Keep the first units of every axis: for a model whose units are sorted by importance."""
+        masks = cls(full, device)
+        for axis, alive in dims.sizes().items():
+            masks.remove(axis, torch.arange(alive, len(masks.keep[axis]), device=device))
+        return masks
+
     def remove(self, axis: str, units: Tensor) -> None:
         """Remove units (indices, int64) from an axis."""
         self.keep[axis][units] = False
@@ -68,12 +76,26 @@ class Masks:
                 shape = [-1 if i == position else 1 for i in range(tensor.dim())]
                 tensor.mul_(self._keep_along(dim).view(shape))
 
+    def kept(self, parameter: str, position: int) -> Tensor:
+        """Indices of the survivors along one dimension of a parameter, int64."""
+        return self._keep_along(axes_of(parameter)[position]).nonzero().flatten()
+
     def cut(self, parameter: str, tensor: Tensor) -> Tensor:
         """The surviving part of a parameter, as the compact model holds it."""
         for position, dim in enumerate(axes_of(parameter)):
             if self._is_cut(dim):
-                tensor = tensor.index_select(position, self._keep_along(dim).nonzero().flatten())
+                tensor = tensor.index_select(position, self.kept(parameter, position))
         return tensor
+
+    def paste(self, parameter: str, small: Tensor, full: Tensor) -> Tensor:
+        """The inverse of `cut`: `small` at the survivors' places in a tensor like `full`, zeros elsewhere."""
+        places = [
+            self.kept(parameter, position) if self._is_cut(dim) else torch.arange(length, device=full.device)
+            for position, (dim, length) in enumerate(zip(axes_of(parameter), full.shape, strict=True))
+        ]
+        pasted = torch.zeros_like(full)
+        pasted[torch.meshgrid(*places, indexing="ij")] = small
+        return pasted
 
     def zero_weights_(self, model: nn.Module) -> None:
         """Zero every removed weight: after each optimizer step, so that a removed unit stays removed."""

@@ -1,6 +1,7 @@
 """From files to models: this project's checkpoints, and the dense weights a run starts from."""
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,32 @@ def _fill(model: VisionTransformer, state: dict[str, torch.Tensor], path: str | 
         ) from None
 
 
-def from_checkpoint(content: dict[str, Any], path: str | Path, **overrides: Any) -> VisionTransformer:
-    """The compact model of a loaded checkpoint; `overrides` are timm kwargs (drop rates)."""
+def full_dims(dims: ViTDims, masks: dict[str, torch.Tensor]) -> ViTDims:
+    """Widths before pruning, from the lengths of the masks: the model that was pruned may have been a compact one."""
+    blocks = [
+        replace(b, **{a: len(masks[f"blocks.{i}.{a}"]) for a in ("heads", "qk", "v", "mlp")})
+        for i, b in enumerate(dims.blocks)
+    ]
+    return ViTDims(len(masks["embed"]), tuple(blocks))
+
+
+def from_checkpoint(
+    content: dict[str, Any], path: str | Path, ema: bool = False, **overrides: Any
+) -> VisionTransformer:
+    """The compact model of a loaded checkpoint; ema: its moving average; `overrides` are timm kwargs (drop rates)."""
+    weights = content["model_ema" if ema else "model"]
+    if weights is None:
+        raise CheckpointError(f"checkpoint {path} holds no moving average of the weights")
     try:
         arch = content["arch"]["name"]
         kwargs = content["arch"]["kwargs"] | overrides
         dims = ViTDims.from_dict(content["dims"])
         if content["masks"] is None:
             model = build_vit(arch, dims, **kwargs)
-            _fill(model, content["model"], path)
+            _fill(model, weights, path)
             return model
-        student = build_vit(arch, **kwargs)
-        _fill(student, content["model"], path)
+        student = build_vit(arch, full_dims(dims, content["masks"]), **kwargs)
+        _fill(student, weights, path)
         masks = Masks(student.dims)
         masks.load_state_dict(content["masks"])
         masks.install_(student)
@@ -47,12 +62,12 @@ def from_checkpoint(content: dict[str, Any], path: str | Path, **overrides: Any)
         raise CheckpointError(f"checkpoint {path} describes no model that can be built: {error}") from None
 
 
-def load_dense(path: str | Path, device: torch.device | str = "cpu") -> VisionTransformer:
+def load_dense(path: str | Path, device: torch.device | str = "cpu", ema: bool = False) -> VisionTransformer:
     """Any checkpoint of this project as a compact model in eval mode; `model.dims` is its ViTDims.
 
-    A pruned checkpoint is compacted first. Raises CheckpointError.
+    A pruned checkpoint is compacted first; ema takes the moving average of the weights. Raises CheckpointError.
     """
-    return from_checkpoint(checkpoint.load(path), path).to(device).eval()
+    return from_checkpoint(checkpoint.load(path), path, ema).to(device).eval()
 
 
 def read_initial(path: str | Path) -> tuple[str | None, dict[str, Any], dict[str, torch.Tensor]]:

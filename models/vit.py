@@ -20,6 +20,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from models.attention import attend
 from models.axes import axes_of
 from models.dims import BlockDims, ViTDims
 
@@ -31,70 +32,71 @@ class ModelError(ValueError):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm whose statistics run over the surviving channels only.
 
-    With no mask it is torch's. With a mask (True is keep) removed channels are filled with the survivors' mean mu:
-    then the mean over all E channels is mu and the variance is K/E of the survivors', so torch's fused kernel with eps
-    K/E and weights scaled by sqrt(K/E) gives exactly what a LayerNorm of width K computes, and no gradient reaches a
-    removed channel. Published NViT keeps statistics over all channels while masked, which makes masked and compact
+    With no mask it is torch's. With a mask (True is keep) of K of E channels, removed channels take the survivors' mean
+    mu and survivors are stretched around it by c = sqrt(E/K). Then mean and variance over all E channels are those of
+    the survivors, so torch's fused kernel with weights divided by c gives exactly what a LayerNorm of width K computes,
+    and no gradient reaches a removed channel. What depends on the mask is in tensors: a compiled model stays valid when
+    more is removed. Published NViT keeps statistics over all channels while masked, which makes masked and compact
     differ.
     """
 
-    keep: Tensor | None
+    averager: Tensor | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_buffer("keep", None, persistent=False)
-        self.register_buffer("averager", None, persistent=False)
-        self.fraction = 1.0  # K / E
+        for name in ("averager", "stretch", "shrink"):
+            self.register_buffer(name, None, persistent=False)
 
     def set_mask(self, keep: Tensor) -> None:
         """keep: (E,) bool, True is keep."""
-        self.fraction = int(keep.sum()) / keep.numel()
-        masked = self.fraction < 1
-        self.keep = keep.clone() if masked else None
-        self.averager = keep.to(self.weight.dtype).unsqueeze(1) / keep.sum() if masked else None
+        if keep.all():
+            self.averager = self.stretch = self.shrink = None
+            return
+        survivors = keep.to(self.weight.dtype)
+        self.shrink = survivors.mean().sqrt()  # 1 / c
+        self.stretch = survivors / self.shrink
+        self.averager = (survivors / survivors.sum()).unsqueeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.keep is None:
+        if self.averager is None:
             return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.averager.dtype)
-            x = torch.where(self.keep, x, x @ self.averager)  # removed channels take the survivors' mean
-            weight = self.weight * self.fraction**0.5
-            return F.layer_norm(x, self.normalized_shape, weight, self.bias, self.eps * self.fraction)
+            x = torch.lerp(x @ self.averager, x, self.stretch)  # mu + stretch (x - mu)
+            return F.layer_norm(x, self.normalized_shape, self.weight * self.shrink, self.bias, self.eps)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention with independent query/key and value widths.
 
-    The softmax scale is the parent's (`parent_head_dim ** -0.5`), whatever qk remains. The narrower of qk and v is
-    padded with zeros for the attention kernel alone, because unequal widths leave the fused kernel; `pad_to_equal =
-    False` shows the bare architecture to a counter.
+    The softmax scale is the parent's (`parent_head_dim ** -0.5`), whatever qk remains. `way` is the route through the
+    kernels (`models.attention`), None for the fastest; "fused" shows the bare architecture to a counter.
     """
 
-    pad_to_equal = True
+    way: str | None = None
 
     def __init__(self, embed: int, dims: BlockDims, scale: float, qkv_bias: bool, proj_bias: bool,
-                 attn_drop: float, proj_drop: float) -> None:  # fmt: skip
+                 attn_drop: float, proj_drop: float, head_norm: Any = nn.Identity) -> None:  # fmt: skip
         super().__init__()
         self.num_heads, self.qk, self.v, self.scale = dims.heads, dims.qk, dims.v, scale
         self.qkv = nn.Linear(embed, dims.heads * (2 * dims.qk + dims.v), bias=qkv_bias)
+        self.q_norm, self.k_norm = head_norm(dims.qk), head_norm(dims.qk)
         self.attn_drop = attn_drop
         self.proj = nn.Linear(dims.heads * dims.v, embed, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, N, _ = x.shape
+    def mix(self, qkv: Tensor) -> Tensor:
+        """What the heads pass on: the fused rows of q, k and v, (B, N, H(2 qk + v)) -> (B, N, H v)."""
+        B, N, _ = qkv.shape
         H, qk, v_dim = self.num_heads, self.qk, self.v
-        q, k, v = self.qkv(x).split([H * qk, H * qk, H * v_dim], dim=-1)
+        q, k, v = qkv.split([H * qk, H * qk, H * v_dim], dim=-1)
         q, k = (t.view(B, N, H, qk).transpose(1, 2) for t in (q, k))  # B H N qk
+        q, k = self.q_norm(q), self.k_norm(k)
         v = v.view(B, N, H, v_dim).transpose(1, 2)  # B H N v
-        if self.pad_to_equal and qk < v_dim:
-            q, k = (F.pad(t, (0, v_dim - qk)) for t in (q, k))
-        elif self.pad_to_equal and v_dim < qk:
-            v = F.pad(v, (0, qk - v_dim))
-        dropout = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)[..., :v_dim]
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, H * v_dim)))  # B N E
+        return attend(q, k, v, self.scale, self.attn_drop if self.training else 0.0, self.way)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj_drop(self.proj(self.mix(self.qkv(x))))  # B N E
 
 
 class Block(nn.Module):
@@ -106,13 +108,14 @@ class Block(nn.Module):
 
     def __init__(self, *, dims: BlockDims, scale: float, dim: int, norm_layer: Any, qkv_bias: bool = False,
                  proj_bias: bool = True, init_values: float | None = None, proj_drop: float = 0.0,
-                 attn_drop: float = 0.0, drop_path: float = 0.0, act_layer: Any = nn.GELU,
+                 attn_drop: float = 0.0, drop_path: float = 0.0, act_layer: Any = nn.GELU, qk_norm: bool = False,
                  **_: Any) -> None:  # fmt: skip
         super().__init__()
         self.dims = dims
         if dims.heads:
             self.norm1 = norm_layer(dim)
-            self.attn = Attention(dim, dims, scale, qkv_bias, proj_bias, attn_drop, proj_drop)
+            head_norm = partial(nn.LayerNorm, eps=self.norm1.eps) if qk_norm else nn.Identity
+            self.attn = Attention(dim, dims, scale, qkv_bias, proj_bias, attn_drop, proj_drop, head_norm)
             self.ls1 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
             self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if dims.mlp:
@@ -204,6 +207,13 @@ def skeleton(arch: str, **kwargs: Any) -> VisionTransformer:
         raise ModelError(f"{arch}: model arguments must be plain values ({error})") from None
 
 
+def left_alone(arch: str, **kwargs: Any) -> dict[str, str]:
+    """Axes of a model that cannot be pruned (`qk`, in every block), each with the reason."""
+    if isinstance(skeleton(arch, **kwargs).blocks[0].attn.q_norm, nn.LayerNorm):
+        return dict(qk="queries and keys are normalised over it")
+    return {}
+
+
 def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTransformer:
     """timm's model `arch` with the widths `dims` (default: its own), initialised as timm does.
 
@@ -214,7 +224,11 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
     parent = skeleton(arch, **kwargs)
     dims = dims or ViTDims.of(parent)
     blocks = iter(dims.blocks)
-    scale = parent.blocks[0].attn.head_dim ** -0.5
+    head_width = parent.blocks[0].attn.head_dim
+    scale = head_width**-0.5
+    for axis, reason in left_alone(arch, **kwargs).items():
+        if any(b.heads and getattr(b, axis) != head_width for b in dims.blocks):
+            raise ModelError(f"{arch}: {axis} must stay {head_width}: {reason}")
     model = timm.create_model(
         arch,
         pretrained=pretrained,

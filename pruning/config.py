@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,21 @@ class PruningConfig:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ConfigError(f"group_size of {axis} must be a whole number above 0, not {size!r}")
 
-    def group_sizes(self, dims: ViTDims) -> dict[str, int]:
-        """Units per group of every axis: at most an eighth of the axis, so that narrow models keep a choice."""
-        return {a: min(self.group_size[a.rsplit(".", 1)[-1]], max(1, n // 8)) for a, n in dims.sizes().items()}
+    def group_sizes(self, dims: ViTDims, multiple: int = 1, left_alone: Collection[str] = ()) -> dict[str, int]:
+        """Units per group of every axis: at most an eighth of the axis, so that narrow models keep a choice.
+
+        They are rounded up to multiples of `multiple` (of heads there are any number), so that widths end at multiples.
+        An axis that is left alone is one group, and the last group stays.
+        """
+
+        def size(axis: str, n: int) -> int:
+            kind = axis.rsplit(".", 1)[-1]
+            if kind in left_alone:
+                return n
+            step = 1 if kind == "heads" else multiple
+            return min(n, -(-min(self.group_size[kind], max(1, n // 8)) // step) * step)
+
+        return {axis: size(axis, n) for axis, n in dims.sizes().items()}
 
 
 def _from_published(data: dict[str, Any]) -> tuple[PruningConfig, list[str]]:

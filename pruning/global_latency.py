@@ -7,6 +7,7 @@ target as the lowest-ranked groups allow.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,9 +17,11 @@ from torch import Tensor
 from latency.table import LatencyTable
 from models.dims import ViTDims
 from models.masks import Masks
+from pruning.targets import Target, latency_share
 
 COLUMNS = ("embed", "heads", "qk", "v", "mlp")  # of LatencyTable.blocks_seconds
 LAST_CANDIDATES = 32  # lowest-ranked axes that the last group of a run may come from
+CLOSE = 0.002  # relative distance below a target at which a run may end while there is a choice
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,17 @@ class GlobalPruner:
     """Chooses what to remove at each event, and removes it from the masks.
 
     table, dense: predict the latency ratio; group_sizes: units per group and the floor of each axis (one group stays);
-    regularization: lambda, in squared loss per second; target: ratio to stop at, None for never; per_event: groups
-    removed by one event; cap: most units removed in all.
+    regularization: lambda, in squared loss per second; target: ratio to stop at, None for none; targets: further
+    budgets, all of which must be met; per_event: groups removed by one event; cap: most units removed in all.
     """
 
     def __init__(self, masks: Masks, table: LatencyTable, group_sizes: dict[str, int], *, regularization: float,
-                 target: float | None, per_event: int, cap: int | None = None) -> None:  # fmt: skip
+                 target: float | None, per_event: int, cap: int | None = None,
+                 targets: Sequence[Target] = ()) -> None:  # fmt: skip
         self.masks, self.table, self.dense = masks, table, masks.full
         self.group_sizes, self.regularization = group_sizes, regularization
-        self.target, self.per_event, self.cap = target, per_event, cap
+        self.per_event, self.cap = per_event, cap
+        self.targets = [*targets] if target is None else [latency_share(table, self.dense, target), *targets]
 
     @property
     def ratio(self) -> float:
@@ -97,8 +102,18 @@ class GlobalPruner:
 
     @property
     def reached(self) -> bool:
-        """Whether the target is met."""
-        return self.target is not None and self.ratio <= self.target
+        """Whether every target is met; False where there is none."""
+        return bool(self.targets) and self.excess(self.masks.dims) <= 1
+
+    def excess(self, dims: ViTDims) -> float:
+        """The largest of the targets' values over their limits: at most 1 where all are met. 0 without targets."""
+        return max((target.measure(dims) / target.limit for target in self.targets), default=0.0)
+
+    def progress(self) -> str:
+        """Every target that is not met, beside where it stands."""
+        now = self.masks.dims
+        return ", ".join(f"{t.flag} {t.limit:g} not reached, now {t.show(t.measure(now))}"
+                         for t in self.targets if t.measure(now) > t.limit)  # fmt: skip
 
     def floor(self) -> ViTDims:
         """The smallest architecture that pruning may reach: one group of every axis."""
@@ -136,28 +151,35 @@ class GlobalPruner:
         return [group for _, group in sorted(ranked, key=lambda pair: pair[0])]
 
     def event(self, scores: dict[str, Tensor]) -> Event:
-        """Remove the lowest groups. The event in which the target is met removes no group past it."""
-        ranked, gone = self.ranking(scores), []
-        for group in ranked[: self.per_event]:
+        """Remove the lowest groups. The event in which the targets are met removes no group past them.
+
+        A group that would land further below than `CLOSE` waits while narrower ones can still go.
+        """
+        left, gone = self.ranking(scores), []
+        while left and len(gone) < self.per_event:
+            first: dict[str, Group] = {}
+            for g in left:
+                first.setdefault(g.axis, g)
+            group, reached = self._next(list(first.values()))
             if self.cap is not None and self.removed + len(group.units) > self.cap:
                 break
-            if self.target is not None and self._ratio_without(group) <= self.target:
-                last = self._closest_below(ranked[len(gone) :])
-                self.masks.remove(last.axis, last.units.to(self.masks.keep[last.axis].device))
-                return Event([*gone, last], self.ratio, True)
             self.masks.remove(group.axis, group.units.to(self.masks.keep[group.axis].device))
             gone.append(group)
+            left = [g for g in left if g is not group]
+            if reached:
+                return Event(gone, self.ratio, True)
         return Event(gone, self.ratio, False)
 
-    def _ratio_without(self, group: Group) -> float:
-        return self.table.ratio(narrowed(self.masks.dims, group.axis, len(group.units)), self.dense)
+    def _next(self, ranked: list[Group]) -> tuple[Group, bool]:
+        """What goes next, of the next group of every axis, lowest first; and whether the targets are met without it."""
+        if not self.targets or self._excess_without(ranked[0]) > 1:
+            return ranked[0], False
+        excess = [self._excess_without(group) for group in ranked]
+        meeting = [i for i in range(len(ranked)) if excess[i] <= 1]
+        closest = max(meeting[:LAST_CANDIDATES], key=lambda i: excess[i])
+        if excess[closest] < 1 - CLOSE and len(meeting) < len(ranked):
+            return next(group for group, e in zip(ranked, excess, strict=True) if e > 1), False
+        return ranked[closest], True
 
-    def _closest_below(self, ranked: list[Group]) -> Group:
-        """Of the lowest-ranked axes' next groups, the one that lands closest at or below the target."""
-        first: dict[str, Group] = {}
-        for group in ranked:
-            first.setdefault(group.axis, group)
-        candidates = list(first.values())[:LAST_CANDIDATES]
-        return max(
-            (g for g in candidates if self._ratio_without(g) <= self.target), key=self._ratio_without
-        )  # not empty: the group whose removal crossed the target is the first of its axis
+    def _excess_without(self, group: Group) -> float:
+        return self.excess(narrowed(self.masks.dims, group.axis, len(group.units)))

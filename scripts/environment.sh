@@ -15,3 +15,9 @@ if [ -z "${PYTHON:-}" ]; then
         cp requirements.txt .venv/requirements.installed
     fi
 fi
+
+# launch N SCRIPT FLAGS…: on N processes of this machine, N GPUs where there are any; 1 needs no launcher.
+launch() {
+    if [ "$1" = 1 ]; then exec "$PYTHON" "${@:2}"; fi
+    exec "$PYTHON" -m torch.distributed.run --nproc_per_node="$1" "${@:2}"
+}

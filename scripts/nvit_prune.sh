@@ -7,7 +7,7 @@ set -euo pipefail
 target=$1 data_path=$(realpath "$2")
 shift 2
 source "$(dirname "$0")/environment.sh"
-exec "$PYTHON" -m torch.distributed.run --nproc_per_node="${GPUS:-4}" main_full_global_latency.py \
+launch "${GPUS:-4}" main_full_global_latency.py \
     --model deit_base_distilled_patch16_224 --epochs 50 --num_workers 10 --batch-size 128 --data-path "$data_path" \
     --data-set IMNET --lr 1e-4 --output_dir save/path --amp --input-size 224 --seed 1 \
     --pruning_config=pruning_configs/group8_m23_m09.json --prune_per_iter=32 --kl_loss_coeff=100000 \

@@ -6,7 +6,7 @@ set -euo pipefail
 embed=$1 data_path=$(realpath "$2")
 shift 2
 source "$(dirname "$0")/environment.sh"
-exec "$PYTHON" -m torch.distributed.run --nproc_per_node="${GPUS:-8}" revit_scratch.py \
+launch "${GPUS:-8}" revit_scratch.py \
     --model deit_base_distilled_patch16_224 --epochs 300 --num_workers 4 --batch-size 32 --data-path "$data_path" \
     --data-set IMNET --output_dir save/path --amp --input-size 224 --seed 1 --kl_loss_coeff=0 \
     --original_loss_coeff=1.0 --dist-eval --pretrained --distillation-type hard --distillation-alpha 0.5 \

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jobs import PRUNE, TRAIN, TUNE, run, table_file
 from PIL import Image
 from torch import Tensor, nn
 
+import finetune_dense
+import main_full_global_latency
 from models import Masks
 
 torch.set_num_threads(1)  # models are too small to share out: on a busy machine two threads take eight times as long
@@ -27,6 +30,7 @@ FAMILIES = {
     "pre_norm_quick_gelu": dict(arch="vit_base_patch16_clip_quickgelu_224"),
     "no_class_token": dict(arch="vit_tiny_patch16_224", **NO_CLS),
     "no_embed_class": dict(arch="deit3_small_patch16_224"),
+    "dinov2_registers": dict(arch="vit_small_patch14_reg4_dinov2", reg_tokens=4),
     "bare": dict(
         arch="vit_tiny_patch16_224", qkv_bias=False, proj_bias=False, final_norm=False, pos_embed="none", **NO_CLS
     ),
@@ -123,3 +127,18 @@ def image_folder() -> Callable[..., Path]:
         return root
 
     return write
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a dense, a pruning and a finetuning run, and the latency table."""
+    root = tmp_path_factory.mktemp("runs")
+    run(finetune_dense, *TRAIN, "--output_dir", root / "dense")
+    (dense,) = (root / "dense").glob("scratch_*")
+    table = table_file(root / "table.json")
+    run(main_full_global_latency, *PRUNE, "--initial-checkpoint", dense / "ft_checkpoint.pth", "--output_dir", root,
+        "--latency_look_up_table", table)  # fmt: skip
+    (pruned,) = root.glob("global_prune_*")
+    run(finetune_dense, *TUNE, "--finetune", pruned)
+    (tuned,) = pruned.glob("ft_dense_*")
+    return dict(root=root, dense=dense, pruned=pruned, tuned=tuned, table=table)

@@ -12,6 +12,7 @@ import checkpoint
 import finetune_dense
 import losses
 import main_full_global_latency as prune
+from latency.measure import device_name
 from latency.table import LatencyTable
 from models import build_vit
 from utils import BadArguments, RunFailed, run_script
@@ -113,6 +114,29 @@ def test_targets_outside_the_unit_interval(place, target):
 
 def test_a_target_below_the_floors_names_the_lowest(place):
     assert "least that the group sizes allow" in one(prune_problems(place, "--latency_target", "0.0001"))
+    for flag, limit, unit in (("--latency_target_ms", "1e-4", "ms per batch of"), ("--macs_target", "1e-4", "MACs"),
+                              ("--params_target", "20", "parameters")):  # fmt: skip
+        problem = one(prune_problems(place, flag, limit))
+        assert flag in problem and unit in problem and "least that the group sizes allow" in problem
+
+
+def test_targets_that_are_no_amounts(place):
+    for flag in ("--latency_target_ms", "--macs_target", "--params_target", "--width_multiple"):
+        assert f"{flag} must be above 0" in one(prune_problems(place, flag, "-1"))
+
+
+def test_a_table_of_other_conditions_warns_with_both(place, tmp_path, capsys):
+    table = json.loads((place / "table.json").read_text()) | dict(_meta=dict(device="Tesla V100", dtype="bf16"))
+    (tmp_path / "t.json").write_text(json.dumps(table))
+    args = prune.get_args_parser().parse_args([
+        "--data-set", "DIGITS", "--initial-checkpoint", str(place / "dense.pth"), "--device", "cpu",
+        "--latency_look_up_table", str(tmp_path / "t.json"), "--output_dir", str(tmp_path), "--num_workers", "0",
+        "--original_loss_coeff", "1"])  # fmt: skip
+    prune.check_args(args)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 2
+    assert "Tesla V100" in warnings[0] and device_name("cpu") in warnings[0]
+    assert "bf16" in warnings[1] and "fp32" in warnings[1]
 
 
 class Evil:

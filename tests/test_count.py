@@ -1,5 +1,6 @@
 """Closed-form MACs and parameters against torch's own counts, and the published figures."""
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import BlockDims, ViTDims, build_vit, macs, params
+from models.count import macs_by_part
 from models.vit import Attention
 
 
@@ -20,7 +22,7 @@ def random_dims(tokens: int, depth: int) -> ViTDims:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_counts_are_torchs(monkeypatch, family, images, seed):
-    monkeypatch.setattr(Attention, "pad_to_equal", False)
+    monkeypatch.setattr(Attention, "way", "fused")
     random.seed(seed)
     tokens = build_vit(**family).dims.blocks[0].tokens
     dims = random_dims(tokens, depth=1 + seed) if seed else None
@@ -43,7 +45,7 @@ def test_published_figures(arch, giga_macs, mega_params, digits):
 
 
 def test_counts_follow_classes_image_size_and_channels(monkeypatch, tiny):
-    monkeypatch.setattr(Attention, "pad_to_equal", False)
+    monkeypatch.setattr(Attention, "way", "fused")
     kwargs = tiny | dict(num_classes=7, img_size=24, in_chans=1)
     model = build_vit(**kwargs).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -55,6 +57,27 @@ def test_counts_follow_classes_image_size_and_channels(monkeypatch, tiny):
 def test_padding_is_not_counted(tiny, images):
     """MACs are the architecture's; what the kernel really multiplies is more where qk and v differ."""
     dims = ViTDims(32, (BlockDims(4, 2, 8, 16, 18),))
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # with gradients: the padded route
         build_vit(**tiny, dims=dims).eval()(images[:1])
     assert 2 * macs(**tiny, dims=dims) < counter.get_total_flops()
+
+
+@pytest.mark.parametrize("size, heads, mlp, embed, before, after", [
+    ("base", 26, 9441, 285, (6.2935, 11.1555, 17.5675), (3.461, 5.219, 8.756)),
+    ("small", 7, 3157, 80, (1.7524, 2.7891, 4.6007), (1.320, 1.830, 3.197)),
+    ("tiny", 3, 1828, 27, (0.5276, 0.6974, 1.2546), (0.439, 0.480, 0.9448)),
+])  # fmt: skip
+def test_savits_published_logs(size, heads, mlp, embed, before, after):
+    """Given what its logs say was removed; they count norms and put the classifier into each part's line."""
+    arch = f"deit_{size}_patch16_224"
+    dims = ViTDims.of(build_vit(arch))
+    gone = {"heads": heads, "mlp": mlp}
+    blocks = [
+        replace(b, **{axis: getattr(b, axis) - (n * (i + 1) // 12 - n * i // 12) for axis, n in gone.items()})
+        for i, b in enumerate(dims.blocks)
+    ]
+    for widths, logged in ((dims, before), (ViTDims(dims.embed - embed, tuple(blocks)), after)):
+        parts = macs_by_part(arch, widths)
+        found = (parts["attention"], parts["mlp"], macs(arch, widths))
+        for ours, theirs in zip(found, logged, strict=True):
+            assert ours / 1e9 == pytest.approx(theirs, rel=0.005)

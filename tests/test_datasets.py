@@ -12,7 +12,8 @@ from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import datasets
-from datasets import CorruptImage, DataError, Digits, build_dataset, build_loader, build_transform, start_epoch
+from datasets import CorruptImage, DataError, Digits, build_dataset, build_transform
+from loaders import Reproducible, build_loader, start_epoch
 
 
 def data_args(**changes):
@@ -227,35 +228,38 @@ class TestLoaders:
         resumed = build_loader(numbers(12), data_args(), True)
         assert order(start_epoch(resumed, 2) or resumed) == first[2]
 
-    @pytest.mark.parametrize("workers", [0, 2])
-    def test_augmentation_can_be_repeated(self, workers):
-        """With workers from seed and epoch alone; without, from the global generators."""
-        args = data_args(num_workers=workers, batch_size=64)
-        dataset = Subset(build_dataset(True, args)[0], range(192))
+    def test_augmentation_depends_on_seed_epoch_and_place_alone(self):
+        def epoch(number, seed=0, workers=0, skip=0, world=1):
+            args = data_args(num_workers=workers, batch_size=64 // world, repeated_aug=False, seed=seed)
+            dataset = Subset(build_dataset(True, args)[0], range(192))
+            torch.manual_seed(workers)
+            random.seed(workers)
+            shares = []
+            for rank in range(world):
+                loader = build_loader(dataset, args, True, rank, world)
+                start_epoch(loader, number, skip)
+                shares.append(torch.stack([images for images, _ in loader]))  # batches, images of one, 3, S, S
+            return torch.stack(shares, 2).flatten(1, 2).flatten(0, 1)
 
-        def epoch(number, disturb):
-            loader = build_loader(dataset, args, True)
-            torch.manual_seed(disturb if workers else 0)
-            random.seed(disturb if workers else 0)
-            start_epoch(loader, number)
-            return torch.cat([images for images, _ in loader])
+        whole = epoch(3)
+        assert len(whole) == 192 and torch.equal(whole, epoch(3, workers=2))
+        assert torch.equal(whole[64:], epoch(3, workers=2, skip=1))
+        assert torch.equal(whole, epoch(3, world=2))
+        for other in (epoch(4), epoch(3, seed=1)):
+            assert not torch.equal(whole, other)
 
-        assert torch.equal(epoch(3, 1), epoch(3, 2))
-        assert not torch.equal(epoch(3, 1), epoch(4, 1))
-
-    def test_ranks_and_workers_augment_differently(self):
-        def seeds(rank, epoch):
-            loader = build_loader(numbers(16), data_args(repeated_aug=False), True, rank, 2)
-            start_epoch(loader, epoch)
-            return loader.generator.initial_seed()
-
-        assert len({seeds(rank, epoch) for rank in (0, 1) for epoch in (0, 1, 2)}) == 6
+    def test_an_image_read_twice_is_augmented_differently(self):
+        dataset = Reproducible(build_dataset(True, data_args())[0], seed=0)
+        first, again = dataset[5, 0, 10], dataset[5, 0, 11]
+        assert first[1] == again[1] and not torch.equal(first[0], again[0])
+        assert torch.equal(first[0], dataset[5, 0, 10][0]) and not torch.equal(first[0], dataset[5, 1, 10][0])
 
     def test_loading_leaves_the_global_generator_alone(self):
-        loader = build_loader(numbers(12), data_args(), True)
-        before = torch.get_rng_state()
-        order(loader)
-        assert torch.equal(torch.get_rng_state(), before)
+        loader = build_loader(build_dataset(True, data_args())[0], data_args(), True)
+        before = torch.get_rng_state(), np.random.get_state()[2], random.getstate()
+        next(iter(loader))
+        after = torch.get_rng_state(), np.random.get_state()[2], random.getstate()
+        assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
     def test_training_batches_are_whole_and_too_few_images_are_an_error(self):
         assert [len(b[0]) for b in build_loader(numbers(11), data_args(), True)] == [4, 4]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import FiniteGuard, Precision, evaluate, train_one_epoch
+from engine import FiniteGuard, Precision, Progress, evaluate, train_one_epoch
 from utils import RunFailed
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def test_an_epoch_is_the_plain_loop(parts):
         loss.backward()
         plain.step()
         losses.append(loss.item())
-    stats = train_one_epoch(model, criterion, loader, optimizer, Precision(CPU, None), 0)
+    stats = train_one_epoch(model, criterion, loader, optimizer, Precision(CPU, None), Progress(4))
     assert torch.equal(model.linear.weight, reference.linear.weight)
     assert stats["loss"] == pytest.approx(sum(losses) / 4) and stats["part"] == pytest.approx(sum(losses) / 2)
 
@@ -69,7 +69,7 @@ def test_hooks_see_gradients_before_and_weights_after_the_step(parts):
         loader,
         optimizer,
         Precision(CPU, None),
-        0,
+        Progress(4),
         after_backward=after_backward,
         after_step=after_step,
     )
@@ -83,7 +83,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(parts):
     weights = []
     loader = DataLoader(TensorDataset(images, torch.randint(0, 3, (20,))), batch_size=5)
     with pytest.raises(RunFailed, match="step 2"):
-        train_one_epoch(model, criterion, loader, optimizer, Precision(CPU, None), 0,
+        train_one_epoch(model, criterion, loader, optimizer, Precision(CPU, None), Progress(4),
                         after_step=lambda loss: weights.append(model.linear.weight.clone()))  # fmt: skip
     assert len(weights) == 2 and torch.equal(model.linear.weight, weights[-1])
 
@@ -112,7 +112,7 @@ def test_bfloat16_autocast_trains(parts):
     model, loader, optimizer = parts
     precision = Precision(CPU, torch.bfloat16)
     assert not precision.scaler.is_enabled()
-    first = train_one_epoch(model, criterion, loader, optimizer, precision, 0)["loss"]
+    first = train_one_epoch(model, criterion, loader, optimizer, precision, Progress(4))["loss"]
     for epoch in range(1, 10):
-        last = train_one_epoch(model, criterion, loader, optimizer, precision, epoch)["loss"]
+        last = train_one_epoch(model, criterion, loader, optimizer, precision, Progress(4, epoch))["loss"]
     assert last < first and model.linear.weight.dtype == torch.float32

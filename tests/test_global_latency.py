@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from latency.table import LatencyTable
-from models import BlockDims, Masks, ViTDims
+from models import BlockDims, Masks, ViTDims, macs, params
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner, latency_per_unit, narrowed
+from pruning.targets import targets_of
 
 DENSE = ViTDims(32, (BlockDims(4, 8, 8, 128, 18),) * 2)
 
@@ -120,6 +121,51 @@ def test_the_last_group_is_the_closest_of_the_lowest_ranked(table):
         table.ratio(narrowed(DENSE, axis, size), DENSE) for axis, size in run.group_sizes.items()
     ]
     assert event.reached and event.ratio == pytest.approx(max(r for r in possible if r <= 0.999))
+
+
+def test_a_group_that_would_overshoot_waits_for_narrower_ones(table):
+    """Removing embedding alone would land 3 % below the target; the MLP gets there exactly enough."""
+    scores = {axis: torch.full((n,), 1.0, dtype=torch.float64) for axis, n in DENSE.sizes().items()}
+    scores["embed"].zero_()
+    run = pruner(table, target=0.86, per_event=1)
+    while not (event := run.event(scores)).reached:
+        assert event.groups
+    assert run.masks.alive("embed") == 28 and 0.86 * 0.99 < event.ratio <= 0.86
+
+
+KWARGS = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
+
+
+@pytest.mark.parametrize("limits", [dict(latency_ms=9.0), dict(macs_=0.5), dict(params_=0.4), dict(params_=9000.0),
+                                    dict(macs_=0.6, params_=0.3, latency_ms=14.0)])  # fmt: skip
+def test_every_kind_of_target_is_met_from_above(table, limits):
+    arch = "deit_tiny_distilled_patch16_224"
+    targets = targets_of(DENSE, table, arch, KWARGS, **limits)
+    run = pruner(table, targets=targets, per_event=2)
+    for seed in range(1000):
+        before = run.masks.dims
+        if run.event(random_scores(seed)).reached:
+            break
+    assert run.reached and run.excess(before) > 1 and 0.9 < run.excess(run.masks.dims) <= 1
+    counts = dict(latency_ms=1e3 * table.model_seconds(run.masks.dims), macs_=macs(arch, run.masks.dims, **KWARGS),
+                  params_=params(arch, run.masks.dims, **KWARGS))  # fmt: skip
+    dense = dict(latency_ms=1, macs_=macs(arch, DENSE, **KWARGS), params_=params(arch, DENSE, **KWARGS))
+    for name, limit in limits.items():
+        assert counts[name] <= limit * (dense[name] if limit <= 1 else 1)
+
+
+def test_a_target_below_the_floors_says_what_can_be_reached(table):
+    run = pruner(table)
+    (target,) = targets_of(DENSE, table, "deit_tiny_distilled_patch16_224", KWARGS, params_=500.0)
+    lowest = params("deit_tiny_distilled_patch16_224", run.floor(), **KWARGS)
+    with pytest.raises(ValueError, match=rf"--params_target 500 is below {lowest} parameters"):
+        target.check_reachable(run.floor())
+
+
+def test_widths_end_at_multiples():
+    sizes = PruningConfig().group_sizes(DENSE, multiple=6)
+    assert (sizes["embed"], sizes["blocks.0.heads"], sizes["blocks.1.qk"], sizes["blocks.1.mlp"]) == (6, 1, 6, 18)
+    assert PruningConfig().group_sizes(DENSE, multiple=100)["blocks.0.qk"] == 8  # the whole axis: it stays
 
 
 def test_the_cap_limits_what_is_removed(table):

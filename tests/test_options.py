@@ -8,14 +8,19 @@ import pytest
 
 import finetune_dense
 import main_full_global_latency
+import main_savit
+import main_savit_deploy
 import revit_scratch
 from options import boolean
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = dict(
-    main_full_global_latency=main_full_global_latency, finetune_dense=finetune_dense, revit_scratch=revit_scratch
-)
-NO_EFFECT = {"pruning_exit"}
+    main_full_global_latency=main_full_global_latency, finetune_dense=finetune_dense, revit_scratch=revit_scratch,
+    main_savit=main_savit, main_savit_deploy=main_savit_deploy,
+)  # fmt: skip
+NO_EFFECT = {
+    "pruning_exit", "finetune_op", "pruning_per_iteration", "pruning_flops_threshold",
+}  # fmt: skip
 PRUNE = (
     "--model deit_base_distilled_patch16_224 --epochs 50 --num_workers 10 --batch-size 128 --data-path D "
     "--data-set IMNET "
@@ -39,6 +44,18 @@ REVIT = (
     "--distillation-tau 1.0 --lr 0.0005 --scratch --EMB 176 --warmup-epochs 5"
 )
 
+SAVIT_PRUNE = (
+    "--finetune=C --batch-size=32 --num_workers=16 --data-path=D --model=deit_base_patch16_224 "
+    "--pruning_per_iteration=100 --pruning_feed_percent=0.1 --pruning_method=2 --pruning_layers=3 "
+    "--pruning_flops_percentage=0.50 --pruning_flops_threshold=0.0001 --need_hessian --finetune_op=2 --epochs=1 "
+    "--output_dir=O"
+)
+SAVIT_FINETUNE = (
+    "--dist-eval --resume= --masked_model=M --teacher-path=T --batch-size=128 --num_workers=16 --data-path=D "
+    "--model=deit_base_patch16_224_deploy --pruning_flops_percentage=0 --finetune_op=1 --epochs=300 "
+    "--warmup-epochs=0 --cooldown-epochs=0 --output_dir=O"
+)
+
 
 def parse(script, line):
     return SCRIPTS[script].get_args_parser().parse_args(shlex.split(line))
@@ -54,6 +71,12 @@ def test_published_commands_parse_to_what_they_say():
         assert (args.resume, args.start_epoch) == expected and args.scratch == ("scratch" in extra)
     args = parse("revit_scratch", REVIT)
     assert (args.EMB, args.scratch, args.warmup_epochs, args.kl_loss_coeff) == (176, True, 5, 0.0)
+    for extra, folder in (("", ""), (" --pruning_pickle_from=F", "F")):
+        args = parse("main_savit", SAVIT_PRUNE + extra)
+        assert (args.pruning_flops_percentage, args.need_hessian, args.pruning_pickle_from) == (0.5, True, folder)
+        assert (args.pruning_layers, args.pruning_method) == (("heads", "mlp", "embed"), 2)
+    args = parse("main_savit_deploy", SAVIT_FINETUNE)
+    assert (args.masked_model, args.resume, args.epochs, args.dist_eval, args.model_ema) == ("M", "", 300, True, False)
     args = parse("finetune_dense", "--eval --finetune C --data-path D --batch-size 256")
     assert args.eval and args.finetune == "C"
 
@@ -80,8 +103,11 @@ def test_every_flag_is_declared_once():
 
 
 def test_what_has_no_effect_is_said_to_have_none():
-    text = main_full_global_latency.get_args_parser().format_help()
-    assert "accepted, no effect" in text and "--pruning_exit" in text.split("accepted, no effect")[1]
+    for script in (main_full_global_latency, main_savit, main_savit_deploy):
+        parser = script.get_args_parser()
+        text = parser.format_help().split("accepted, no effect:")[1]
+        ours = NO_EFFECT & {action.dest for action in parser._actions}
+        assert ours and all(f"--{name}" in text or f"--{name.replace('_', '-')}" in text for name in ours)
 
 
 def test_booleans_are_real():
@@ -91,6 +117,16 @@ def test_booleans_are_real():
 
 
 def test_resume_takes_nothing_a_path_or_the_empty_string():
-    for script in SCRIPTS:
+    for script in SCRIPTS.keys() - {"main_savit"}:  # one pass, nothing to resume
         found = [parse(script, line).resume for line in ("", "--resume", "--resume=", "--resume x.pth")]
         assert found == ["", "auto", "", "x.pth"]
+
+
+def test_savit_components():
+    values = {"3": ("heads", "mlp", "embed"), "0": ("heads",), "1": ("mlp",), "2": ("embed",),
+              "embed,qk,heads": ("heads", "embed", "qk"), "0,2": ("heads", "embed")}  # fmt: skip
+    assert {text: main_savit.components(text) for text in values} == values
+    for text in ("4", "patch", "heads,heads", "", "0,3"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            main_savit.components(text)
+    assert parse("main_savit", "--pruning_protect False").pruning_protect is False

@@ -9,14 +9,22 @@ import pytest
 
 import finetune_dense
 import main_full_global_latency
+import main_savit
+import main_savit_deploy
 import revit_scratch
-from latency import build_table
-from tools import report
+import run_with_submitit
+from benchmarks import savit as savit_benchmark
+from latency import build_table, compare, validate
+from tools import convert, convert_importance, report
 
 ROOT = Path(__file__).parent.parent
 PARSERS = {
     "main_full_global_latency.py": main_full_global_latency, "finetune_dense.py": finetune_dense,
-    "revit_scratch.py": revit_scratch, "latency.build_table": build_table, "tools.report": report,
+    "revit_scratch.py": revit_scratch, "latency.build_table": build_table,
+    "latency.validate": validate, "latency.compare": compare, "tools.report": report,
+    "tools.convert": convert, "run_with_submitit.py": run_with_submitit,
+    "main_savit.py": main_savit, "main_savit_deploy.py": main_savit_deploy, "benchmarks.savit": savit_benchmark,
+    "tools.convert_importance": convert_importance,
 }  # fmt: skip
 OTHERS = {"--disable-pip-version-check", "--version", "--nproc_per_node"}  # of pip, python and torchrun
 
@@ -33,7 +41,7 @@ def test_the_command_is_understood(line):
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
         return
-    assert words[0] == "python"
+    assert words[0] in ("python", "torchrun")
     script = next(i for i, word in enumerate(words) if word in PARSERS)
     PARSERS[words[script]].get_args_parser().parse_args(words[script + 1 :])
 
@@ -68,3 +76,39 @@ def test_a_published_variant_passes_flags_that_parse(variant, tmp_path):
     targets = dict(nvit_b=0.54, nvit_h=0.5, nvit_s=0.39, nvit_t=0.19)
     assert getattr(args, "latency_target", None) == targets.get(variant)
     assert getattr(args, "EMB", None) == dict(revit_t=176, revit_s=384).get(variant)
+
+
+def flag_rows():
+    """(flags, scripts, here) of the table that compares the published flags with ours."""
+    section = (ROOT / "TRAINING.md").read_text().split("## Published flags and ours")[1].split("\n## ")[0]
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0].startswith("`--"):
+            yield re.findall(r"`(--[\w-]+)`", cells[0]), cells[1], cells[2]
+
+
+def test_the_table_of_flags_is_true():
+    scripts = dict(P=main_full_global_latency, F=finetune_dense, R=revit_scratch)
+    options = {k: {o for a in m.get_args_parser()._actions for o in a.option_strings} for k, m in scripts.items()}
+    seen = set()
+    for flags, where, here in flag_rows():
+        assert here in ("same", "accepted", "absent", "accepted, no effect")
+        for flag in flags:
+            assert flag not in seen, f"{flag} stands twice"
+            seen.add(flag)
+            for script, known in options.items():
+                assert (flag in known) == (here != "absent" and script in where), (flag, script)
+    assert len(seen) > 80
+
+
+@pytest.mark.parametrize("size, share", [("base", 0.5), ("small", 0.3), ("tiny", 0.235)])
+def test_a_published_savit_variant_passes_flags_that_parse(size, share, tmp_path):
+    (fake := tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    for script, place in ((f"savit_{size}", "main_savit.py"), (f"savit_{size}_finetune", "main_savit_deploy.py")):
+        command = ["bash", ROOT / "scripts" / f"{script}.sh", tmp_path, tmp_path, "--seed", "7"]
+        words = subprocess.run(command, env=dict(os.environ, PYTHON=str(fake)), capture_output=True, text=True,
+                               check=True).stdout.splitlines()  # fmt: skip
+        args = PARSERS[place].get_args_parser().parse_args(words[words.index(place) + 1 :])
+        assert args.seed == 7 and args.model.startswith(f"deit_{size}_patch16_224") and args.data_path == str(tmp_path)
+        assert args.pruning_flops_percentage == (share if place == "main_savit.py" else 0)

@@ -1,4 +1,4 @@
-"""Prune, compact and finetune end to end on the digits with a two-block model: files, figures, resume."""
+"""Prune, compact and finetune end to end on the digits with a two-block model: files and figures."""
 
 import json
 import re
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import PLAIN, PRUNE, run
 
 import finetune_dense
-import finetuning
 import main_full_global_latency
 from checkpoint import KEYS
 from models import Masks, ViTDims, build_vit, load_dense
@@ -17,60 +17,6 @@ from tools import report
 from utils import BadArguments
 
 ROOT = Path(__file__).parent.parent
-MODEL = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs",
-         "img_size=16", "patch_size=4", "embed_dim=32", "depth=2", "num_heads=4"]  # fmt: skip
-PLAIN = ["--data-set", "DIGITS", "--num_workers", "0", "--device", "cpu", "--mixup", "0", "--cutmix", "0", "--aa", "",
-         "--color-jitter", "0", "--reprob", "0", "--drop-path", "0.1", "--batch-size", "64"]  # fmt: skip
-TRAIN = [
-    "--scratch",
-    *MODEL,
-    *PLAIN,
-    "--epochs",
-    "3",
-    "--lr",
-    "1e-2",
-    "--kl_loss_coeff",
-    "0",
-    "--original_loss_coeff",
-    "1",
-]
-PRUNE = [*PLAIN, "--pruning", "--latency_target", "0.6", "--latency_regularization", "1e-4", "--prune_per_iter", "64",
-         "--interval_prune", "2", "--student_eval=True", "--epochs", "5", "--lr", "4e-3", "--kl_loss_coeff", "10000",
-         "--original_loss_coeff", "1"]  # fmt: skip
-TUNE = [*PLAIN, "--epochs", "2", "--lr", "4e-3", "--kl_loss_coeff", "10000", "--original_loss_coeff", "1"]
-
-
-def run(script, *flags):
-    script.main(script.get_args_parser().parse_args([str(f) for f in flags]))
-
-
-def table_file(path):
-    """Seconds that follow the widths; the real table is tested with its own script."""
-    data = {
-        f"EMB_{e}": {
-            f"QK_{h}_{q}": {f"V_{v}": {f"MLP_{m}": 1e-6 * e * (h * 2 * (q + v) + 2 * m + 20) for m in (1, 128)}
-                            for v in (1, 8)} for h in (1, 4) for q in (1, 8)
-        } for e in (4, 32)
-    }  # fmt: skip
-    path.write_text(json.dumps(data | dict(_meta=dict(batch=16))))
-    return path
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of a dense, a pruning and a finetuning run."""
-    root = tmp_path_factory.mktemp("runs")
-    run(finetune_dense, *TRAIN, "--output_dir", root / "dense")
-    (dense,) = (root / "dense").glob("scratch_*")
-    table = table_file(root / "table.json")
-    run(main_full_global_latency, *PRUNE, "--initial-checkpoint", dense / "ft_checkpoint.pth", "--output_dir", root,
-        "--latency_look_up_table", table)  # fmt: skip
-    (pruned,) = root.glob("global_prune_*")
-    run(finetune_dense, *TUNE, "--finetune", pruned)
-    (tuned,) = pruned.glob("ft_dense_*")
-    return dict(root=root, dense=dense, pruned=pruned, tuned=tuned, table=table)
-
-
 def files(folder):
     return sorted(p.name for p in folder.iterdir() if not p.name.startswith("events.") and not p.is_dir())
 
@@ -91,6 +37,20 @@ def test_a_pruning_run_leaves_the_files_of_the_contract(runs):
         dims.embed, *(getattr(b, a) for a in ("heads", "qk", "v", "mlp") for b in dims.blocks)
     ]  # fmt: skip
     assert list(runs["pruned"].glob("events.*"))
+
+
+def test_a_dry_run_plans_and_writes_nothing(runs, tmp_path, capsys):
+    """Every event of the plan is narrower than the one before, and the last meets the targets."""
+    run(main_full_global_latency, *PRUNE, "--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth", "--output_dir",
+        tmp_path / "out", "--latency_look_up_table", runs["table"], "--dry-run", "--params_target", "0.8")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    printed = capsys.readouterr().out
+    assert re.search(r"--latency_target: 0.6 of the dense latency; dense 1 of the dense latency, lowest reachable 0\.",
+                     printed)  # fmt: skip
+    rows = [line.split() for line in printed.splitlines() if re.match(r" *\d+ +\d+ ", line)]
+    ratios = [float(row[3]) for row in rows]
+    assert ratios == sorted(ratios, reverse=True) and ratios[-1] <= 0.6 and int(rows[-1][1]) == 2 * int(rows[-1][0])
+    assert "every target met" in printed and re.search(r"estimate: \d+\.\d\d s a step, .* GiB of memory", printed)
 
 
 def test_the_target_is_met_and_the_summary_says_so(runs):
@@ -155,68 +115,6 @@ def test_evaluation_prints_what_was_saved(runs, capsys):
     assert f"top-1 {content['metrics']['acc1']:.2f}" in printed and "360 images" in printed
     run(finetune_dense, *PLAIN, "--eval", "--finetune", runs["pruned"])
     assert re.search(r"top-1 \d+\.\d\d", capsys.readouterr().out)
-
-
-def same(a, b):
-    """Equal tensors and values, all the way down."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_after(monkeypatch, script, epochs):
-    """Make the script's `save` raise after it has written the given number of epochs."""
-    original, count = script.save, []
-
-    def save(name, *rest):
-        original(name, *rest)
-        count.append(name)
-        if count.count("ft_checkpoint.pth") + count.count("checkpoint.pth") == epochs:
-            raise Stop
-
-    monkeypatch.setattr(script, "save", save)
-
-
-def test_finetuning_resumes_bit_for_bit(runs, tmp_path, monkeypatch):
-    flags = [*TUNE, "--finetune", tmp_path / "pruned", "--epochs", "2"]
-    (tmp_path / "pruned").mkdir()
-    for name in ("pruned_checkpoint.pth", "summary.json"):
-        (tmp_path / "pruned" / name).write_bytes((runs["pruned"] / name).read_bytes())
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, finetuning, 1)
-        run(finetune_dense, *flags)
-    with pytest.raises(BadArguments, match="--start_epoch is 0 .* epoch 1"):
-        run(finetune_dense, *flags, "--resume", "--start_epoch", "0")
-    run(finetune_dense, *flags, "--resume", "--start_epoch", "1")
-    (folder,) = (tmp_path / "pruned").glob("ft_dense_*")
-    resumed, straight = (torch.load(f / "ft_checkpoint.pth", weights_only=True) for f in (folder, runs["tuned"]))
-    for key in ("model", "model_ema", "optimizer", "lr_scheduler", "rng", "metrics"):
-        assert same(resumed[key], straight[key]), key
-
-
-def test_pruning_resumes_bit_for_bit(runs, tmp_path, monkeypatch):
-    flags = [*PRUNE, "--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth", "--output_dir", tmp_path,
-             "--latency_look_up_table", runs["table"], "--prune_per_iter", "16", "--interval_prune", "6"]  # fmt: skip
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(main_full_global_latency, *flags, "--output_dir", whole)
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        stop_after(patch, main_full_global_latency, 1)
-        run(main_full_global_latency, *flags, "--output_dir", broken)
-    run(main_full_global_latency, *flags, "--output_dir", broken, "--resume")
-    straight, resumed = (
-        torch.load(next(f.glob("global_*")) / "pruned_checkpoint.pth", weights_only=True) for f in (whole, broken)
-    )
-    assert straight["step"] > 22  # the run went on past the epoch after which it was broken off
-    for key in ("model", "masks", "optimizer", "pruner", "step", "dims"):
-        assert same(straight[key], resumed[key]), key
 
 
 def test_both_heads_are_averaged_in_evaluation(tiny, images):

@@ -1,10 +1,14 @@
 """timm's function at full width, the right function at every other width, and refusals that help."""
+from argparse import Namespace
+
 import pytest
 import timm
 import torch
 from torch import nn
 
-from models import BlockDims, ModelError, TokenLogits, ViTDims, build_vit
+import training
+from models import BlockDims, Masks, ModelError, TokenLogits, ViTDims, build_vit
+from models.attention import ROUTES
 from models.vit import Attention, LayerNorm
 
 TOKENS = 18
@@ -48,10 +52,10 @@ def test_a_model_carries_its_architecture(tiny):
     rebuilt.load_state_dict(model.state_dict())
 
 
-@pytest.mark.parametrize("pad", [True, False], ids=["padded", "unpadded"])
+@pytest.mark.parametrize("way", [None, *ROUTES])
 @pytest.mark.parametrize("qk, v", [(5, 11), (11, 5), (8, 8), (1, 7)])
-def test_attention_of_any_widths_keeps_the_parents_scale(monkeypatch, randomise, qk, v, pad):
-    monkeypatch.setattr(Attention, "pad_to_equal", pad)
+def test_attention_of_any_widths_keeps_the_parents_scale(monkeypatch, randomise, qk, v, way):
+    monkeypatch.setattr(Attention, "way", way)
     scale = 8**-0.5
     attention = randomise(Attention(24, BlockDims(3, qk, v, 1, TOKENS), scale, True, True, 0.0, 0.0)).double()
     x = torch.randn(2, TOKENS, 24, dtype=torch.float64)
@@ -63,6 +67,8 @@ def test_attention_of_any_widths_keeps_the_parents_scale(monkeypatch, randomise,
         heads.append((q_h @ k_h.mT * scale).softmax(-1) @ v_h)  # B N v
     expected = attention.proj(torch.cat(heads, -1))
     assert relative_error(attention(x), expected) <= 1e-12
+    with torch.inference_mode():
+        assert relative_error(attention(x), expected) <= 1e-12
 
 
 def test_the_scale_comes_from_the_parent(tiny):
@@ -163,10 +169,37 @@ def test_unknown_names_come_with_the_closest(arch, closest):
     ("vit_base_patch16_siglip_224", {}, "pools by attention"),
     ("vit_giant_patch14_dinov2", {}, "blocks are not plain"),
     ("vit_base_patch16_xp_224", {}, "ParallelScalingBlock"),
-    ("vit_tiny_patch16_224", dict(qk_norm=True), "q_norm"),
+    ("vit_tiny_patch16_224", dict(scale_attn_norm=True), "attn.norm"),
     ("vit_tiny_patch16_224", dict(colour=3), "unexpected keyword argument 'colour'"),
     ("vit_tiny_patch16_224", dict(num_heads=5), "divisible"),
 ])  # fmt: skip
 def test_models_that_cannot_be_built_are_refused_with_the_reason(arch, kwargs, reason):
     with pytest.raises(ModelError, match=f"{arch}.*{reason}"):
         build_vit(arch, **kwargs)
+
+
+def test_gradients_are_the_same_with_checkpointed_blocks(tiny, images):
+    model = build_vit(**tiny)
+    grads = []
+    for on in (False, True):
+        model.zero_grad()
+        both = training.for_training(Namespace(grad_checkpointing=on, compile=False), model, torch.device("cpu"))
+        sum(t.square().sum() for t in both(images)).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert model.grad_checkpointing
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.slow
+def test_a_compiled_student_stays_compiled_while_more_is_removed(tiny, images):
+    model = build_vit(**tiny).train()
+    masks = Masks(model.dims)
+    both = training.for_training(Namespace(grad_checkpointing=False, compile=True), model, torch.device("cpu"))
+    for round in range(4):
+        for axis in ("embed", "blocks.0.mlp", "blocks.1.heads"):
+            masks.remove(axis, torch.tensor([round] if round < 3 else [], dtype=torch.long))
+        masks.install_(model)
+        with torch.compiler.set_stance("default" if round < 2 else "fail_on_recompile"):
+            compiled = both(images)
+        torch.testing.assert_close(compiled, TokenLogits(model)(images), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,131 @@
+"""Batches for one process of many: what it reads in which order, and what that may depend on."""
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from datasets import DataError
+from utils import preserved_random_state, seed_generators
+
+
+class ShardSampler(Sampler[int]):
+    """Samples rank, rank + world_size, …: every sample on exactly one process, with no padding."""
+
+    def __init__(self, length: int, rank: int, world_size: int) -> None:
+        self.indices = range(rank, length, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class Reproducible(Dataset):
+    """A training set whose augmentation is a function of seed, epoch and place in the epoch's order alone.
+
+    So what the model sees depends neither on the number of workers, nor on where a run was broken off, nor, at an equal
+    global batch, on the number of processes. Keys are (index, epoch, place).
+    """
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Any, int]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int, int]]) -> list[tuple[Any, int]]:
+        with preserved_random_state():
+            return [self._augmented(*key) for key in keys]
+
+    def _augmented(self, index: int, epoch: int, place: int) -> tuple[Any, int]:
+        seed_generators(self.seed, epoch, place)
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class EpochOrder(Sampler[tuple[int, int, int]]):
+    """What one process reads in an epoch, as the keys of `Reproducible`; `skip` leaves out what it has read already."""
+
+    def __init__(self, sampler: Sampler, rank: int, world_size: int) -> None:
+        self.sampler, self.rank, self.world_size = sampler, rank, world_size
+        self.epoch = self.skip = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        self.sampler.set_epoch(self.epoch)
+        for place, index in enumerate(self.sampler):
+            if place >= self.skip:
+                yield index, self.epoch, place * self.world_size + self.rank
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class RepeatedAugSampler(RepeatAugSampler):
+    """timm's (three augmented views of a third of the images per epoch), in an order that the seed changes as well."""
+
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int) -> None:
+        rounding = 256 if len(dataset) >= 256 else 0  # older timm would round a smaller data set to nothing
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, selected_round=rounding)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(self.seed + epoch)
+
+
+def build_loader(
+    dataset: Dataset, args: Any, is_train: bool, rank: int = 0, world_size: int = 1
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches of images (B, 3, S, S) and targets (B,) for one of `world_size` processes.
+
+    Training: shuffled, shared out among the processes, only whole batches of args.batch_size; repeated augmentation
+    with several processes and args.repeated_aug. Call `start_epoch` before each epoch. Validation: in order, 1.5 times
+    the batch, every sample once: on each process, or with args.dist_eval on one of them. Loading never draws from this
+    process's generators. Raises DataError when a process has fewer training images than one batch.
+    """
+    batch = args.batch_size if is_train else int(1.5 * args.batch_size)
+    sampler = (_train_sampler if is_train else _val_sampler)(dataset, args, rank, world_size)
+    if is_train and len(sampler) < batch:
+        raise DataError(f"{len(sampler)} training images per process are fewer than one batch of {batch}; "
+                        f"--batch-size can be at most {len(sampler)}")  # fmt: skip
+    return DataLoader(
+        Reproducible(dataset, args.seed) if is_train else dataset,
+        batch_size=batch,
+        sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and torch.cuda.is_available(),
+        drop_last=is_train,
+        generator=torch.Generator(),  # else a loader draws the seeds of its workers from this process's
+        worker_init_fn=_outlive_sigterm,
+    )
+
+
+def _outlive_sigterm(_: int) -> None:
+    """Launchers send SIGTERM to whole process groups; the main process stops its workers when it has stopped."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _train_sampler(dataset: Dataset, args: Any, rank: int, world_size: int) -> Sampler:
+    if args.repeated_aug and world_size > 1:
+        inner = RepeatedAugSampler(dataset, world_size, rank, args.seed)
+    else:
+        inner = DistributedSampler(dataset, world_size, rank, shuffle=True, seed=args.seed, drop_last=True)
+    return EpochOrder(inner, rank, world_size)
+
+
+def _val_sampler(dataset: Dataset, args: Any, rank: int, world_size: int) -> Sampler[int]:
+    return ShardSampler(len(dataset), rank, world_size) if args.dist_eval else ShardSampler(len(dataset), 0, 1)
+
+
+def start_epoch(loader: DataLoader, epoch: int, skip: int = 0) -> None:
+    """Make a training loader's next pass that of `epoch`, without its first `skip` batches."""
+    loader.sampler.epoch, loader.sampler.skip = epoch, skip * loader.batch_size

@@ -1,0 +1,42 @@
+"""The job that tests train, prune and finetune: a two-block model on the digits, seconds long."""
+import json
+
+import torch
+
+MODEL = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs",
+         "img_size=16", "patch_size=4", "embed_dim=32", "depth=2", "num_heads=4"]  # fmt: skip
+PLAIN = ["--data-set", "DIGITS", "--num_workers", "0", "--device", "cpu", "--mixup", "0", "--cutmix", "0", "--aa", "",
+         "--color-jitter", "0", "--reprob", "0", "--drop-path", "0.1", "--batch-size", "64"]  # fmt: skip
+TRAIN = ["--scratch", *MODEL, *PLAIN, "--epochs", "3", "--lr", "1e-2", "--kl_loss_coeff", "0",
+         "--original_loss_coeff", "1"]  # fmt: skip
+PRUNE = [*PLAIN, "--pruning", "--latency_target", "0.6", "--latency_regularization", "1e-4", "--prune_per_iter", "64",
+         "--interval_prune", "2", "--student_eval=True", "--epochs", "5", "--lr", "4e-3", "--kl_loss_coeff", "10000",
+         "--original_loss_coeff", "1"]  # fmt: skip
+TUNE = [*PLAIN, "--epochs", "2", "--lr", "4e-3", "--kl_loss_coeff", "10000", "--original_loss_coeff", "1"]
+
+
+def run(script, *flags):
+    script.main(script.get_args_parser().parse_args([str(f) for f in flags]))
+
+
+def table_file(path):
+    """Seconds that follow the widths; the real table is tested with its own script."""
+    data = {
+        f"EMB_{e}": {
+            f"QK_{h}_{q}": {f"V_{v}": {f"MLP_{m}": 1e-6 * e * (h * 2 * (q + v) + 2 * m + 20) for m in (1, 128)}
+                            for v in (1, 8)} for h in (1, 4) for q in (1, 8)
+        } for e in (4, 32)
+    }  # fmt: skip
+    path.write_text(json.dumps(data | dict(_meta=dict(batch=16))))
+    return path
+
+
+def same(a, b):
+    """Equal tensors and values, all the way down."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

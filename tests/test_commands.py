@@ -1,0 +1,99 @@
+"""Every published command, in its own shell script and as users paste it, runs to its end: shrunk, on the digits."""
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from jobs import MODEL, PLAIN, table_file
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+BASE = "deit_base_distilled_patch16_224"
+KWARGS = MODEL[3:]  # of --model-kwargs
+SMALL = [*PLAIN, "--input-size", "16", "--lr", "1e-3", "--log-interval", "5"]  # later flags win over the recipe's
+PRUNE = ["--interval_prune", "2", "--prune_per_iter", "128", "--latency_regularization", "1e-3"]
+
+
+def execute(words, **environment):
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | dict(OMP_NUM_THREADS="1", PYTHON=sys.executable) | environment)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Dense weights of a small DeiT-B, a CNN teacher, a latency table; what the published commands download."""
+    root = tmp_path_factory.mktemp("commands")
+    execute([sys.executable, "finetune_dense.py", "--scratch", "--model", BASE, "--model-kwargs", *KWARGS, *PLAIN,
+             "--epochs", "2", "--lr", "1e-2", "--kl_loss_coeff", "0", "--original_loss_coeff", "1", "--output_dir",
+             root / "dense"])  # fmt: skip
+    (dense,) = (root / "dense").glob("*/ft_checkpoint.pth")
+    shutil.copy(dense, root / "dense.pth")
+    torch.save(dict(model=timm.create_model("resnet10t", num_classes=10).state_dict()), root / "cnn.pth")
+    table_file(root / "table.json")
+    return root
+
+
+def local(place):
+    """In place of downloads."""
+    return ["--initial-checkpoint", place / "dense.pth", "--teacher-model", "resnet10t", "--teacher-path",
+            place / "cnn.pth"]  # fmt: skip
+
+
+def prune_flags(place, output):
+    return [*SMALL, *local(place), "--model-kwargs", *KWARGS, *PRUNE, "--epochs", "4", "--latency_look_up_table",
+            place / "table.json", "--output_dir", output]  # fmt: skip
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("variant", ["b", "h", "s", "t"])
+def test_pruning_and_finetuning(place, tmp_path, variant, processes):
+    """The target of T lies below the small model's floors: it takes the lowest that it has."""
+    flags = prune_flags(place, tmp_path) + (["--latency_target", "0.3"] if variant == "t" else [])
+    out = execute(["bash", f"scripts/nvit_{variant}.sh", tmp_path, *flags], GPUS=processes)
+    (pruned,) = tmp_path.glob("global_prune_*")
+    target = dict(b=0.54, h=0.5, s=0.39, t=0.3)[variant]
+    assert json.loads((pruned / "summary.json").read_text())["pruned"]["latency_predicted"] <= target
+    assert "pruned: " in out.splitlines()[-1]
+    if variant == "b":
+        tune = ["bash", "scripts/nvit_finetune.sh", pruned, tmp_path, *SMALL, "--epochs", "2", *local(place)]
+        assert "measured latency" in execute(tune, GPUS=processes).splitlines()[-1]
+        execute([*tune, "--scratch"], GPUS=processes)
+        execute([*tune, "--resume", "--start_epoch", "2"], GPUS=processes)
+        (tuned,) = pruned.glob("ft_dense_*")
+        evaluation = ["--eval", "--finetune", tuned / "ft_checkpoint.pth", "--batch-size", "256", *PLAIN[:2]]
+        out = execute([sys.executable, "finetune_dense.py", *evaluation])
+        assert "top-1" in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("variant", ["revit_t", "revit_s"])
+def test_revit(place, tmp_path, variant, processes):
+    flags = [*SMALL, "--model-kwargs", "img_size=16", "patch_size=8", "--epochs", "1", "--warmup-epochs", "0",
+             "--batch-size", "16",
+             "--output_dir", tmp_path, "--teacher-model", "resnet10t", "--teacher-path", place / "cnn.pth"]  # fmt: skip
+    out = execute(["bash", f"scripts/{variant}.sh", tmp_path, *flags], GPUS=processes)
+    (folder,) = tmp_path.glob("scratch_revit_EMB_*_CNN_only")
+    assert str(folder / "ft_checkpoint.pth") in out.splitlines()[-1]
+
+
+def test_the_command_as_published(place, tmp_path):
+    """Under the deprecated launcher, as it is pasted."""
+    pasted = (
+        "-m torch.distributed.launch --nproc_per_node=2 --use_env main_full_global_latency.py "
+        f"--model {BASE} --epochs 50 --num_workers 10 --batch-size 128 --data-path D --data-set IMNET --lr 1e-4 "
+        "--output_dir save/path --amp --input-size 224 --seed 1 "
+        "--pruning_config=pruning_configs/group8_m23_m09.json --prune_per_iter=32 --kl_loss_coeff=100000 "
+        "--original_loss_coeff=1.0 --student_eval=True --dist-eval --pruning --prune_dict '{\"Global\":39000}' "
+        "--interval_prune 100 --pretrained --distillation-type hard --latency_regularization 5e-4 "
+        "--latency_target 0.54 --latency_look_up_table latency_head.json --pruning_exit"
+    )
+    execute([sys.executable, *shlex.split(pasted), *prune_flags(place, tmp_path)])
+    assert list(tmp_path.glob("global_prune_*/pruned_checkpoint.pth"))

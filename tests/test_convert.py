@@ -1,0 +1,78 @@
+"""Checkpoints of the published NViT code become this project's."""
+import argparse
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jobs import run
+from torch import nn
+
+from models import ViTDims, build_vit, load_dense
+from tools import convert
+from utils import BadArguments
+
+DIM = dict(EMB=32, head=[2] * 12, QK=[8, 4] * 6, V=[8] * 12, MLP=[16] * 12)
+
+
+@pytest.fixture
+def ours(randomise):
+    """A narrow DeiT-B with the widths of DIM."""
+    return randomise(build_vit(convert.ARCH, ViTDims.from_dim(DIM, 198), num_classes=10)).eval()
+
+
+def published_state(model):
+    """The published layout: separate Q, K, V, a 1 x 1 stem over (row, column, colour), a token mask per block."""
+    state = {}
+    for name, value in model.state_dict().items():
+        if ".attn.qkv." in name:
+            block = model.blocks[int(name.split(".")[1])].attn
+            rows = [block.num_heads * w for w in (block.qk, block.qk, block.v)]
+            for letter, part in zip("QKV", value.split(rows), strict=True):
+                state[name.replace("qkv", letter)] = part
+        elif name == "patch_embed.proj.weight":
+            state[name] = value.permute(0, 2, 3, 1).reshape(len(value), -1, 1, 1)
+        else:
+            state[name] = value
+    return state | {f"blocks.{i}.attn.token_mask.weight": torch.ones(198, 1) for i in range(12)}
+
+
+def test_the_stem_computes_the_same(ours):
+    """Independent of the converter: patches cut out by hand, row, column, colour."""
+    weight = published_state(ours)["patch_embed.proj.weight"].flatten(1)
+    images = torch.randn(1, 3, 224, 224)
+    patches = images.unfold(2, 16, 16).unfold(3, 16, 16)  # 1 3 14 14 16 16
+    patches = patches.permute(0, 2, 3, 4, 5, 1).reshape(1, 196, -1)
+    expected = F.linear(patches, weight, ours.patch_embed.proj.bias)
+    torch.testing.assert_close(ours.patch_embed(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_converted_checkpoint_is_the_same_function(ours, tmp_path, capsys):
+    content = dict(model=published_state(ours), dim=DIM, epoch=299, args=argparse.Namespace(lr=1e-4))
+    torch.save(content, tmp_path / "published.pth")
+    run(convert, tmp_path / "published.pth", tmp_path / "ours.pth")
+    assert "widths {'EMB': 32" in capsys.readouterr().out
+    images = torch.randn(2, 3, 224, 224)
+    converted = load_dense(tmp_path / "ours.pth")
+    assert converted.dims.to_dim() == DIM and torch.equal(converted(images), ours(images))
+
+
+def test_token_masks_that_matter_are_reported(ours, tmp_path, capsys):
+    state = published_state(ours)
+    state["blocks.3.attn.token_mask.weight"][7] = 0.75
+    torch.save(dict(model=state, dim=DIM), tmp_path / "published.pth")
+    run(convert, tmp_path / "published.pth", tmp_path / "ours.pth")
+    assert "token masks are up to 0.250 from 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, message", [
+    (dict(model={}, channels=[197] * 12), "is a Prune-and-Merge checkpoint"),
+    (dict(model={}), "is no dense checkpoint of the published NViT code"),
+    (dict(model={"head.bias": torch.zeros(10)}, dim=DIM | dict(QK=[8])), "QK"),
+    (dict(model={"head.bias": torch.zeros(10), "blocks.0.attn.Q.weight": torch.zeros(16, 32)}, dim=DIM), "lacks K, V"),
+    (dict(model=nn.Linear(2, 2)), "needs unpickling of code"),
+])  # fmt: skip
+def test_what_is_not_one_is_refused(content, message, tmp_path):
+    torch.save(content, tmp_path / "published.pth")
+    with pytest.raises(BadArguments, match=message):
+        run(convert, tmp_path / "published.pth", tmp_path / "ours.pth")
+    assert not (tmp_path / "ours.pth").exists()
