@@ -1,6 +1,7 @@
 """Fixtures for every test: tiny models of every plain ViT family, random weights, random pruning, generated images."""
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ import finetune_dense
 import main_full_global_latency
 from models import Masks
 
-torch.set_num_threads(1)  # models are too small to share out: on a busy machine two threads take eight times as long
+# models are too small to share out: on a busy machine two threads take eight times as long, and they round differently
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+torch.set_num_threads(1)
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
 NO_CLS = dict(class_token=False, global_pool="avg")

@@ -22,7 +22,7 @@ PRUNE = ["--interval_prune", "2", "--prune_per_iter", "128", "--latency_regulari
 
 def execute(words, **environment):
     done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | dict(OMP_NUM_THREADS="1", PYTHON=sys.executable) | environment)  # fmt: skip
+                          env=os.environ | dict(PYTHON=sys.executable) | environment)  # fmt: skip
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     return done.stdout
 

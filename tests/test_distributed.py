@@ -23,7 +23,7 @@ EXACT = ["--drop-path", "0", "--no-repeated-aug"]  # with those, the ranks see t
 
 
 def environment(**more):
-    return os.environ | dict(OMP_NUM_THREADS="1") | more
+    return os.environ | more
 
 
 def launcher(ranks, *options):
