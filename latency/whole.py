@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from latency.measure import interleaved, ratio
 from models.dims import ViTDims
+from models.tokens import layers
 from models.vit import build_vit, skeleton
 
 BUILDS, ROUNDS = 3, 7
@@ -29,6 +30,8 @@ def fresh(arch: str, dims: ViTDims | None, kwargs: dict[str, Any], device: torch
     model.to_empty(device=device)
     for parameter in model.parameters():
         parameter.uniform_(-0.04, 0.04)
+    for _, tokens in layers(model):
+        tokens.reset()
     return model.eval()
 
 

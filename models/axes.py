@@ -44,6 +44,8 @@ BLOCK: dict[str, tuple[Dim, ...]] = {
     "mlp.fc2.weight": (EMBED, MLP),
     "mlp.fc2.bias": (EMBED,),
     "ls2.gamma": (EMBED,),
+    **{f"tokens.{p}": (FIXED,) for p in ("merge", "reconstruct")},
+    **{f"tokens.{p}": (FIXED, FIXED) for p in ("merge_matrix", "reconstruct_matrix")},
 }
 BRANCH = dict(norm1="heads", attn="heads", ls1="heads", norm2="mlp", mlp="mlp", ls2="mlp")
 _IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -62,6 +64,7 @@ def axes_of(parameter: str) -> tuple[Dim, ...]:
 
 
 def branch_of(parameter: str) -> str | None:
-    """The axis whose emptiness removes this parameter's whole branch (`blocks.3.heads`); None outside the blocks."""
+    """The axis whose emptiness removes this parameter's whole branch (`blocks.3.heads`); None where there is none."""
     match = _IN_BLOCK.fullmatch(parameter)
-    return match and f"blocks.{match[1]}.{BRANCH[match[2].split('.')[0]]}"
+    branch = match and BRANCH.get(match[2].split(".")[0])  # token compression stays when both branches go
+    return branch and f"blocks.{match[1]}.{branch}"

@@ -5,6 +5,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from models.masks import Masks
+from models.tokens import layers
 from models.vit import build_vit
 
 
@@ -19,6 +20,8 @@ def compact(model: VisionTransformer, masks: Masks) -> VisionTransformer:
     for name, parameter in small.named_parameters():
         parameter.copy_(masks.cut(name, source[name]))
         parameter.requires_grad_(source[name].requires_grad)
+    for i, tokens in layers(small):
+        tokens.load_state_dict(model.blocks[i].tokens.state_dict())
     reference = next(model.parameters())
     return small.to(device=reference.device, dtype=reference.dtype).train(model.training)
 

@@ -7,10 +7,12 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from models.axes import axes_of, branch_of
 from models.dims import ViTDims
+from models.tokens import merging
 from models.vit import skeleton
 
 
@@ -33,7 +35,14 @@ def params(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> int:
                 sum(prod(sizes[axis] for axis in segment) for segment in dim) if dim else length
                 for dim, length in zip(axes_of(name), parameter.shape, strict=True)
             )
-    return total
+    return total + sum(_token_params(parent, b.tokens, kwargs.get("dense_merge", False)) for b in dims.blocks)
+
+
+def _token_params(parent: VisionTransformer, tokens: int, dense: bool) -> int:
+    prefix = parent.num_prefix_tokens
+    with torch.device("meta"):
+        compression = merging(tokens, parent.patch_embed.num_patches + prefix, prefix, dense)
+    return sum(p.numel() for p in compression.parameters()) if compression else 0
 
 
 @dataclass(frozen=True)
@@ -41,13 +50,15 @@ class MacsFormula:
     """Multiply-accumulates of one image as a function of the widths, for many architectures at once.
 
     Counts what torch's counter counts: convolutions, linears and both attention products. Norms, softmax, GELU and
-    residual additions are left out, as in the papers (NViT's DeiT-B figure of 17.66 G is reproduced).
-    stem, classifier: MACs per embedding channel; tokens: (L,) int64, one count per block.
+    residual additions are left out, as in the papers (NViT's DeiT-B figure of 17.66 G is reproduced). Merging and
+    reconstructing tokens count as the two matrix products that they are (without gradients less is computed).
+    stem, classifier: MACs per embedding channel; tokens: (L,) int64, one count per block; total: of the model.
     """
 
     stem: int
     classifier: int
     tokens: np.ndarray
+    total: int
 
     @classmethod
     def of(cls, arch: str, dims: ViTDims, **kwargs: Any) -> MacsFormula:
@@ -56,7 +67,8 @@ class MacsFormula:
         patch = prod(parent.patch_embed.patch_size) * parent.patch_embed.proj.in_channels
         heads = sum(hasattr(parent, name) for name in ("head", "head_dist"))
         tokens = np.array([b.tokens for b in dims.blocks], dtype=np.int64)
-        return cls(parent.patch_embed.num_patches * patch, heads * parent.num_classes, tokens)
+        patches = parent.patch_embed.num_patches
+        return cls(patches * patch, heads * parent.num_classes, tokens, patches + parent.num_prefix_tokens)
 
     def parts(self, embed: np.ndarray, heads: np.ndarray, qk: np.ndarray, v: np.ndarray,
               mlp: np.ndarray) -> dict[str, np.ndarray]:  # fmt: skip
@@ -65,16 +77,18 @@ class MacsFormula:
         linears = e * heads * (2 * qk + v) + heads * v * e
         attention = self.tokens * linears + self.tokens**2 * heads * (qk + v)
         hidden = 2 * self.tokens * e * mlp
+        compression = 2 * self.tokens[self.tokens < self.total] * self.total * e
         return dict(
             patch_embed=self.stem * embed,
             attention=attention.sum(-1),
             mlp=hidden.sum(-1),
+            tokens=compression.sum(-1),
             classifier=self.classifier * embed,
         )
 
 
 def macs_by_part(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> dict[str, int]:
-    """What `macs` sums: patch_embed, attention, mlp, classifier."""
+    """What `macs` sums: patch_embed, attention, mlp, tokens (their compression), classifier."""
     _, dims = _parent(arch, dims, kwargs)
     widths = np.array([(b.heads, b.qk, b.v, b.mlp) for b in dims.blocks], dtype=np.int64).reshape(-1, 4).T
     parts = MacsFormula.of(arch, dims, **kwargs).parts(np.int64(dims.embed), *widths)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from models.attention import attend
 from models.axes import axes_of
 from models.dims import BlockDims, ViTDims
+from models.tokens import merging
 
 
 class ModelError(ValueError):
@@ -102,16 +103,16 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """timm's pre-norm block with the widths of `dims`. A branch of width 0 is not built.
 
-    Takes the arguments timm passes to its `block_fn`; those that a plain ViT leaves at their default are ignored here
+    tokens: the compression that the block works inside of (`models.tokens`), None for all tokens. Takes the arguments timm passes to its `block_fn`; those that a plain ViT leaves at their default are ignored here
     because `skeleton` has refused any other value.
     """
 
     def __init__(self, *, dims: BlockDims, scale: float, dim: int, norm_layer: Any, qkv_bias: bool = False,
                  proj_bias: bool = True, init_values: float | None = None, proj_drop: float = 0.0,
                  attn_drop: float = 0.0, drop_path: float = 0.0, act_layer: Any = nn.GELU, qk_norm: bool = False,
-                 **_: Any) -> None:  # fmt: skip
+                 tokens: nn.Module | None = None, **_: Any) -> None:  # fmt: skip
         super().__init__()
-        self.dims = dims
+        self.dims, self.tokens = dims, tokens
         if dims.heads:
             self.norm1 = norm_layer(dim)
             head_norm = partial(nn.LayerNorm, eps=self.norm1.eps) if qk_norm else nn.Identity
@@ -125,6 +126,12 @@ class Block(nn.Module):
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.tokens is None:
+            return self.branches(x)
+        return self.tokens.restore(self.branches(self.tokens.compress(x)), x)
+
+    def branches(self, x: Tensor) -> Tensor:
+        """Attention and MLP, on all tokens or on those that compression leaves."""
         if self.dims.heads:
             x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
         if self.dims.mlp:
@@ -196,13 +203,18 @@ def _skeleton(arch: str, kwargs_json: str) -> VisionTransformer:
     return model
 
 
+def _timm(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments without ours: dense_merge, which says how token compression is stored."""
+    return {k: v for k, v in kwargs.items() if k != "dense_merge"}
+
+
 def skeleton(arch: str, **kwargs: Any) -> VisionTransformer:
     """timm's model at full width without storage (meta device), cached: for names, shapes and counts.
 
     Raises ModelError for a name timm does not know and for a model that is not a plain ViT.
     """
     try:
-        return _skeleton(arch, json.dumps(kwargs, sort_keys=True))
+        return _skeleton(arch, json.dumps(_timm(kwargs), sort_keys=True))
     except TypeError as error:
         raise ModelError(f"{arch}: model arguments must be plain values ({error})") from None
 
@@ -218,23 +230,34 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
     """timm's model `arch` with the widths `dims` (default: its own), initialised as timm does.
 
     kwargs are timm's (img_size, num_classes, drop_path_rate, …) and describe the *parent*: the softmax scale comes from
-    its head width, whatever `dims` says. The result carries `dims`, `arch` and `arch_kwargs`. Raises ModelError.
+    its head width, whatever `dims` says. dense_merge=True stores token compression as full matrices. The result carries `dims`, `arch` and `arch_kwargs`. Raises ModelError.
     """
     pretrained = kwargs.pop("pretrained", False)
     parent = skeleton(arch, **kwargs)
     dims = dims or ViTDims.of(parent)
     blocks = iter(dims.blocks)
+    prefix = parent.num_prefix_tokens
+    total = parent.patch_embed.num_patches + prefix
     head_width = parent.blocks[0].attn.head_dim
     scale = head_width**-0.5
     for axis, reason in left_alone(arch, **kwargs).items():
         if any(b.heads and getattr(b, axis) != head_width for b in dims.blocks):
             raise ModelError(f"{arch}: {axis} must stay {head_width}: {reason}")
+
+    def block(**timm_kwargs: Any) -> Block:
+        dims = next(blocks)
+        tokens = merging(dims.tokens, total, prefix, kwargs.get("dense_merge", False))
+        return Block(dims=dims, scale=scale, tokens=tokens, **timm_kwargs)
+
+    if odd := [b.tokens for b in dims.blocks if not prefix < b.tokens <= total]:
+        raise ModelError(f"a block computes on {odd[0]} tokens, but {arch} has {total}, of which {prefix} are never "
+                         f"merged: {prefix + 1} to {total} are possible")  # fmt: skip
     model = timm.create_model(
         arch,
         pretrained=pretrained,
-        **kwargs | dict(embed_dim=dims.embed, depth=len(dims.blocks)),
+        **_timm(kwargs) | dict(embed_dim=dims.embed, depth=len(dims.blocks)),
         norm_layer=partial(LayerNorm, eps=parent.blocks[0].norm1.eps),
-        block_fn=lambda **timm_kwargs: Block(dims=next(blocks), scale=scale, **timm_kwargs),
+        block_fn=block,
     )
     model.dims, model.arch, model.arch_kwargs = dims, arch, kwargs
     return model

@@ -1,0 +1,180 @@
+"""Token compression of one block that keeps position: merge, block, reconstruct (Prune and Merge, arXiv 2503.23455).
+
+    z = M x;  z = block(z);  out = R z + s x
+
+M (K x T) merges the T tokens of an image into K, R (T x K) puts K back in T places, and s (T,) is 1 for patches that
+skip the block. All three belong to the layer, not to the image, so shapes are static. Prefix tokens (class,
+distillation, registers) come first and pass through M and R untouched. Legend: B batch, T tokens of the model, P of
+them prefix, N = T - P patches, K tokens that the block computes on, E embed.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SKIPPED = -1
+
+
+def evenly(patches: int, groups: int) -> Tensor:
+    """Owners (N,) of `groups` runs of neighbours as equal as can be: a structure before any is chosen."""
+    return torch.arange(patches) * groups // patches
+
+
+class TokenMerge(nn.Module):
+    """M and R whose rows have disjoint support: every patch is in one group, or skips the block.
+
+    `owner` (N,) int64 is the token that a patch goes into, P <= owner < K, or SKIPPED; `merge` and `reconstruct` (N,)
+    are its entries of M and R. Entries outside that support do not exist, so finetuning cannot fill them.
+
+    Without gradients M and R are gathers and one small product over the patches that are no group's first; with them,
+    and where `way` says "products" (a counter shall see them), the two matrix products that they stand for.
+    """
+
+    way: str | None = None
+
+    def __init__(self, tokens: int, total: int, prefix: int) -> None:
+        super().__init__()
+        self.tokens, self.total, self.prefix = tokens, total, prefix
+        patches = total - prefix
+        self.merge, self.reconstruct = (nn.Parameter(torch.empty(patches)) for _ in range(2))
+        self.register_buffer("owner", torch.empty(patches, dtype=torch.int64))
+        self.register_load_state_dict_post_hook(lambda module, _: module._plan())
+        self.reset()
+
+    def reset(self) -> None:
+        """Means of evenly spread groups of neighbours."""
+        if self.owner.is_meta:
+            return
+        owner = self.prefix + evenly(self.total - self.prefix, self.tokens - self.prefix).to(self.owner.device)
+        sizes = torch.bincount(owner, minlength=self.tokens)
+        self.set(owner, 1 / sizes[owner], torch.ones(len(owner)))
+
+    @torch.no_grad()
+    def set(self, owner: Tensor, merge: Tensor, reconstruct: Tensor) -> None:
+        """The structure: owner (N,) int64, merge and reconstruct (N,). Raises ValueError for an empty group."""
+        self.owner.copy_(owner)
+        self.merge.copy_(merge)
+        self.reconstruct.copy_(reconstruct)
+        self._plan()
+
+    def _plan(self) -> None:
+        """Indices of the gathers, from the owners."""
+        owner = self.owner.cpu()
+        groups = self.tokens - self.prefix
+        allowed = (owner == SKIPPED) | ((owner >= self.prefix) & (owner < self.tokens))
+        if not allowed.all() or len(owner[owner >= 0].unique()) != groups:
+            raise ValueError(f"the owners of {len(owner)} patches are no {groups} groups after {self.prefix} tokens")
+        patches = torch.arange(len(owner))
+        first = torch.full((self.tokens,), len(owner)).scatter_reduce(0, owner.clamp_min(0), torch.where(
+            owner == SKIPPED, len(owner), patches), "amin")[self.prefix :]  # fmt: skip
+        rest = patches[(owner != SKIPPED) & ~torch.isin(patches, first)]
+        skipped = patches[owner == SKIPPED]
+        source = owner.clone()
+        source[skipped] = self.tokens + torch.arange(len(skipped))
+        plan = dict(
+            first=first, rest=rest, skipped=self.prefix + skipped,
+            heads=torch.cat([torch.arange(self.prefix), self.prefix + first]), others=self.prefix + rest,
+            belongs=(owner[rest] == torch.arange(self.tokens)[:, None]), passing=owner == SKIPPED,
+            source=torch.cat([torch.arange(self.prefix), source]),
+        )  # fmt: skip
+        for name, index in plan.items():
+            self.register_buffer(f"_{name}", index.to(self.owner.device), persistent=False)
+
+    # ------------------------------------------------------------------------------------------------ as matrices
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(M, R, s): (K, T), (T, K) and (T,)."""
+        rows = torch.arange(self.tokens, device=self.owner.device)
+        member = self.owner[:, None] == rows  # N K
+        untouched = torch.eye(self.prefix, self.tokens, device=rows.device, dtype=self.merge.dtype)
+        M = torch.cat([untouched, self.merge[:, None] * member]).T
+        R = torch.cat([untouched, self.reconstruct[:, None] * member])
+        s = torch.cat([untouched.new_zeros(self.prefix), (self.owner == SKIPPED).to(untouched.dtype)])
+        return M, R, s
+
+    def _products(self) -> bool:
+        return self.way == "products" or torch.is_grad_enabled()
+
+    # ------------------------------------------------------------------------------------------------ forward
+    def compress(self, x: Tensor) -> Tensor:
+        """M x: (B, T, E) -> (B, K, E)."""
+        with torch.autocast(x.device.type, enabled=False):
+            if self._products():
+                return self.matrices()[0].to(x.dtype) @ x
+            merge = self.merge.to(x.dtype)
+            weight = torch.cat([merge.new_ones(self.prefix), merge[self._first]])
+            z = x.index_select(1, self._heads) * weight[:, None]
+            if not len(self._rest):
+                return z
+            weight = (self._belongs * merge[self._rest]).expand(len(x), -1, -1)
+            return torch.baddbmm(z, weight, x.index_select(1, self._others))
+
+    def restore(self, z: Tensor, x: Tensor) -> Tensor:
+        """R z + s x: (B, K, E), (B, T, E) -> (B, T, E)."""
+        with torch.autocast(x.device.type, enabled=False):
+            z = z.to(x.dtype)
+            if self._products():
+                _, R, s = (t.to(x.dtype) for t in self.matrices())
+                return torch.baddbmm(s[:, None] * x, R.expand(len(z), -1, -1), z)
+            if len(self._skipped):
+                z = torch.cat([z, x.index_select(1, self._skipped)], 1)
+            weight = torch.where(self._passing, 1, self.reconstruct.to(x.dtype))
+            weight = torch.cat([weight.new_ones(self.prefix), weight])
+            return z.index_select(1, self._source) * weight[:, None]
+
+
+class DenseTokenMerge(nn.Module):
+    """M and R as the published code trains them: full matrices without a support to keep (`--dense_merge`).
+
+    `skip` (T,) bool marks the patches that pass by.
+    """
+
+    def __init__(self, tokens: int, total: int, prefix: int) -> None:
+        super().__init__()
+        self.tokens, self.total, self.prefix = tokens, total, prefix
+        self.merge_matrix = nn.Parameter(torch.empty(tokens, total))
+        self.reconstruct_matrix = nn.Parameter(torch.empty(total, tokens))
+        self.register_buffer("skip", torch.empty(total, dtype=torch.bool))
+        self.reset()
+
+    def reset(self) -> None:
+        """Means of evenly spread groups of neighbours."""
+        if not self.skip.is_meta:
+            self.set(TokenMerge(self.tokens, self.total, self.prefix).to(self.skip.device))
+
+    @torch.no_grad()
+    def set(self, sparse: TokenMerge) -> None:
+        """The matrices of a structure with support."""
+        M, R, s = sparse.matrices()
+        self.merge_matrix.copy_(M)
+        self.reconstruct_matrix.copy_(R)
+        self.skip.copy_(s.bool())
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(M, R, s): (K, T), (T, K) and (T,)."""
+        return self.merge_matrix, self.reconstruct_matrix, self.skip.to(self.merge_matrix.dtype)
+
+    def compress(self, x: Tensor) -> Tensor:
+        """M x: (B, T, E) -> (B, K, E)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.merge_matrix.to(x.dtype) @ x
+
+    def restore(self, z: Tensor, x: Tensor) -> Tensor:
+        """R z + s x: (B, K, E), (B, T, E) -> (B, T, E)."""
+        with torch.autocast(x.device.type, enabled=False):
+            R, s = self.reconstruct_matrix.to(x.dtype), self.skip.to(x.dtype)
+            return torch.baddbmm(s[:, None] * x, R.expand(len(z), -1, -1), z.to(x.dtype))
+
+
+def merging(tokens: int, total: int, prefix: int, dense: bool) -> nn.Module | None:
+    """The compression of a block that computes on `tokens` of `total`, or None for all of them."""
+    if tokens == total:
+        return None
+    return (DenseTokenMerge if dense else TokenMerge)(tokens, total, prefix)
+
+
+def layers(model: nn.Module) -> Iterator[tuple[int, Any]]:
+    """(index, compression) of every block that has one."""
+    return ((i, block.tokens) for i, block in enumerate(model.blocks) if block.tokens is not None)
