@@ -256,7 +256,8 @@ UNDERSCORED = {  # flags that the published commands spell so
     "latency_target", "output_dir", "start_epoch", "student_eval", "prune_dict", "interval_prune", "pruning_config",
     "pruning_exit", "latency_look_up_table", "latency_target_ms", "macs_target", "params_target", "width_multiple",
     "pruning_feed_percent", "pruning_floor", "hessian_error", "hessian_embed", "one_shot", "calib_images",
-    "latency_measured",
+    "latency_measured", "prune_mode", "prune_iter", "prune_rate", "keep_rate", "merge_list", "merge_entries",
+    "per_image", "depth_factor", "dense_merge", "freeze_param", "freeze_matrix",
 }  # fmt: skip
 RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that is None, passes
     "batch_size": ("above 0", lambda x: x > 0),
@@ -289,6 +290,9 @@ RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that
     "distillation_alpha_full": ("above 0", lambda x: 0 < x < math.inf),
     "distillation_tau_full": ("above 0", lambda x: 0 < x < math.inf),
     "calib_images": ("above 0", lambda x: x > 0),
+    "prune_iter": ("from 0 up", lambda x: x >= 0),
+    "prune_rate": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "keep_rate": ("in (0, 1]", lambda x: 0 < x <= 1),
 }
 
 

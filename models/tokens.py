@@ -1,11 +1,14 @@
 """Token compression of one block that keeps position: merge, block, reconstruct (Prune and Merge, arXiv 2503.23455).
 
-    z = M x;  z = block(z);  out = R z + s x
+    z = M x;  out = R block(z) + s x
 
 M (K x T) merges the T tokens of an image into K, R (T x K) puts K back in T places, and s (T,) is 1 for patches that
 skip the block. All three belong to the layer, not to the image, so shapes are static. Prefix tokens (class,
-distillation, registers) come first and pass through M and R untouched. Legend: B batch, T tokens of the model, P of
-them prefix, N = T - P patches, K tokens that the block computes on, E embed.
+distillation, registers) come first and pass through M and R untouched.
+
+Beyond the paper, s may also be 1 for patches that are merged: they keep what tells them from their group,
+out = x + R (block(z) - z), where the paper rebuilds them from the group alone.
+Legend: B batch, T tokens of the model, P of them prefix, N = T - P patches, K tokens of the block, E embed.
 """
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ class TokenMerge(nn.Module):
     """M and R whose rows have disjoint support: every patch is in one group, or skips the block.
 
     `owner` (N,) int64 is the token that a patch goes into, P <= owner < K, or SKIPPED; `merge` and `reconstruct` (N,)
-    are its entries of M and R. Entries outside that support do not exist, so finetuning cannot fill them.
+    are its entries of M and R, `shortcut` (N,) bool its s. Entries outside that support do not exist, so finetuning
+    cannot fill them.
 
     Without gradients M and R are gathers and one small product over the patches that are no group's first; with them,
     and where `way` says "products" (a counter shall see them), the two matrix products that they stand for.
@@ -41,6 +45,7 @@ class TokenMerge(nn.Module):
         patches = total - prefix
         self.merge, self.reconstruct = (nn.Parameter(torch.empty(patches)) for _ in range(2))
         self.register_buffer("owner", torch.empty(patches, dtype=torch.int64))
+        self.register_buffer("shortcut", torch.empty(patches, dtype=torch.bool))
         self.register_load_state_dict_post_hook(lambda module, _: module._plan())
         self.reset()
 
@@ -50,40 +55,42 @@ class TokenMerge(nn.Module):
             return
         owner = self.prefix + evenly(self.total - self.prefix, self.tokens - self.prefix).to(self.owner.device)
         sizes = torch.bincount(owner, minlength=self.tokens)
-        self.set(owner, 1 / sizes[owner], torch.ones(len(owner)))
+        self.set(owner, 1 / sizes[owner], torch.ones(len(owner)), owner == SKIPPED)
 
     @torch.no_grad()
-    def set(self, owner: Tensor, merge: Tensor, reconstruct: Tensor) -> None:
-        """The structure: owner (N,) int64, merge and reconstruct (N,). Raises ValueError for an empty group."""
-        self.owner.copy_(owner)
-        self.merge.copy_(merge)
-        self.reconstruct.copy_(reconstruct)
+    def set(self, owner: Tensor, merge: Tensor, reconstruct: Tensor, shortcut: Tensor) -> None:
+        """The structure, all (N,). Raises ValueError for a token without patches, and where groups are divided about
+        their shortcut."""
+        for own, value in zip((self.owner, self.merge, self.reconstruct, self.shortcut),
+                              (owner, merge, reconstruct, shortcut), strict=True):  # fmt: skip
+            own.copy_(value)
         self._plan()
 
     def _plan(self) -> None:
         """Indices of the gathers, from the owners."""
-        owner = self.owner.cpu()
-        groups = self.tokens - self.prefix
-        allowed = (owner == SKIPPED) | ((owner >= self.prefix) & (owner < self.tokens))
-        if not allowed.all() or len(owner[owner >= 0].unique()) != groups:
-            raise ValueError(f"the owners of {len(owner)} patches are no {groups} groups after {self.prefix} tokens")
-        patches = torch.arange(len(owner))
-        first = torch.full((self.tokens,), len(owner)).scatter_reduce(0, owner.clamp_min(0), torch.where(
-            owner == SKIPPED, len(owner), patches), "amin")[self.prefix :]  # fmt: skip
-        rest = patches[(owner != SKIPPED) & ~torch.isin(patches, first)]
-        skipped = patches[owner == SKIPPED]
-        source = owner.clone()
-        source[skipped] = self.tokens + torch.arange(len(skipped))
+        owner, shortcut, P = self.owner.cpu(), self.shortcut.cpu(), self.prefix
+        skipped, rows = owner == SKIPPED, torch.arange(self.tokens)
+        member = owner[:, None] == rows  # N K
+        sizes, shortcuts = member.sum(0), (member & shortcut[:, None]).sum(0)
+        if not (member.any(1) | skipped).all() or not sizes[P:].all() or sizes[:P].any() or not shortcut[skipped].all():
+            raise ValueError(f"the owners of {len(owner)} patches are no {self.tokens - P} groups after {P} tokens")
+        if not ((shortcuts == 0) | (shortcuts == sizes)).all():
+            raise ValueError("some patches of a group have the shortcut and some have not")
+        first = member[:, P:].int().argmax(0)
+        rest = (~skipped).index_fill(0, first, False).nonzero().flatten()
+        passing = skipped.nonzero().flatten()
+        source = owner.index_copy(0, passing, self.tokens + torch.arange(len(passing)))
+        prefix = torch.arange(P)
         plan = dict(
-            first=first, rest=rest, skipped=self.prefix + skipped,
-            heads=torch.cat([torch.arange(self.prefix), self.prefix + first]), others=self.prefix + rest,
-            belongs=(owner[rest] == torch.arange(self.tokens)[:, None]), passing=owner == SKIPPED,
-            source=torch.cat([torch.arange(self.prefix), source]),
+            first=first, firsts=torch.cat([prefix, P + first]), rest=rest, others=P + rest, belongs=member[rest].T,
+            passing=P + passing, source=torch.cat([prefix, source]), weightless=skipped,
+            divided=(shortcuts > 0)[:, None], shortcuts=torch.cat([prefix > P, shortcut]),
+            belated=torch.cat([prefix > P, shortcut & ~skipped])[:, None],
         )  # fmt: skip
         for name, index in plan.items():
             self.register_buffer(f"_{name}", index.to(self.owner.device), persistent=False)
+        self._pulls_back = bool(shortcuts.any())
 
-    # ------------------------------------------------------------------------------------------------ as matrices
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """(M, R, s): (K, T), (T, K) and (T,)."""
         rows = torch.arange(self.tokens, device=self.owner.device)
@@ -91,13 +98,11 @@ class TokenMerge(nn.Module):
         untouched = torch.eye(self.prefix, self.tokens, device=rows.device, dtype=self.merge.dtype)
         M = torch.cat([untouched, self.merge[:, None] * member]).T
         R = torch.cat([untouched, self.reconstruct[:, None] * member])
-        s = torch.cat([untouched.new_zeros(self.prefix), (self.owner == SKIPPED).to(untouched.dtype)])
-        return M, R, s
+        return M, R, self._shortcuts.to(M.dtype)
 
     def _products(self) -> bool:
         return self.way == "products" or torch.is_grad_enabled()
 
-    # ------------------------------------------------------------------------------------------------ forward
     def compress(self, x: Tensor) -> Tensor:
         """M x: (B, T, E) -> (B, K, E)."""
         with torch.autocast(x.device.type, enabled=False):
@@ -105,24 +110,27 @@ class TokenMerge(nn.Module):
                 return self.matrices()[0].to(x.dtype) @ x
             merge = self.merge.to(x.dtype)
             weight = torch.cat([merge.new_ones(self.prefix), merge[self._first]])
-            z = x.index_select(1, self._heads) * weight[:, None]
+            z = x.index_select(1, self._firsts) * weight[:, None]
             if not len(self._rest):
                 return z
             weight = (self._belongs * merge[self._rest]).expand(len(x), -1, -1)
             return torch.baddbmm(z, weight, x.index_select(1, self._others))
 
-    def restore(self, z: Tensor, x: Tensor) -> Tensor:
-        """R z + s x: (B, K, E), (B, T, E) -> (B, T, E)."""
+    def restore(self, out: Tensor, z: Tensor, x: Tensor) -> Tensor:
+        """R out + s x, less R z of groups with a shortcut: out, z (B, K, E), x (B, T, E) -> (B, T, E)."""
         with torch.autocast(x.device.type, enabled=False):
-            z = z.to(x.dtype)
+            out = out.to(x.dtype)
+            if self._pulls_back:
+                out = out - self._divided * z
             if self._products():
                 _, R, s = (t.to(x.dtype) for t in self.matrices())
-                return torch.baddbmm(s[:, None] * x, R.expand(len(z), -1, -1), z)
-            if len(self._skipped):
-                z = torch.cat([z, x.index_select(1, self._skipped)], 1)
-            weight = torch.where(self._passing, 1, self.reconstruct.to(x.dtype))
+                return torch.baddbmm(s[:, None] * x, R.expand(len(x), -1, -1), out)
+            if len(self._passing):
+                out = torch.cat([out, x.index_select(1, self._passing)], 1)
+            weight = torch.where(self._weightless, 1, self.reconstruct.to(x.dtype))
             weight = torch.cat([weight.new_ones(self.prefix), weight])
-            return z.index_select(1, self._source) * weight[:, None]
+            out = out.index_select(1, self._source) * weight[:, None]
+            return torch.addcmul(out, x, self._belated) if self._pulls_back else out
 
 
 class DenseTokenMerge(nn.Module):
@@ -146,7 +154,7 @@ class DenseTokenMerge(nn.Module):
 
     @torch.no_grad()
     def set(self, sparse: TokenMerge) -> None:
-        """The matrices of a structure with support."""
+        """The matrices of a structure with support, in which only skipped patches have a shortcut."""
         M, R, s = sparse.matrices()
         self.merge_matrix.copy_(M)
         self.reconstruct_matrix.copy_(R)
@@ -161,11 +169,11 @@ class DenseTokenMerge(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.merge_matrix.to(x.dtype) @ x
 
-    def restore(self, z: Tensor, x: Tensor) -> Tensor:
-        """R z + s x: (B, K, E), (B, T, E) -> (B, T, E)."""
+    def restore(self, out: Tensor, z: Tensor, x: Tensor) -> Tensor:
+        """R out + s x: out (B, K, E), x (B, T, E) -> (B, T, E)."""
         with torch.autocast(x.device.type, enabled=False):
             R, s = self.reconstruct_matrix.to(x.dtype), self.skip.to(x.dtype)
-            return torch.baddbmm(s[:, None] * x, R.expand(len(z), -1, -1), z.to(x.dtype))
+            return torch.baddbmm(s[:, None] * x, R.expand(len(x), -1, -1), out.to(x.dtype))
 
 
 def merging(tokens: int, total: int, prefix: int, dense: bool) -> nn.Module | None:

@@ -103,8 +103,9 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """timm's pre-norm block with the widths of `dims`. A branch of width 0 is not built.
 
-    tokens: the compression that the block works inside of (`models.tokens`), None for all tokens. Takes the arguments timm passes to its `block_fn`; those that a plain ViT leaves at their default are ignored here
-    because `skeleton` has refused any other value.
+    tokens: the compression that the block works inside of (`models.tokens`), None for all tokens. Takes the arguments
+    timm passes to its `block_fn`; those that a plain ViT leaves at their default are ignored here because `skeleton`
+    has refused any other value.
     """
 
     def __init__(self, *, dims: BlockDims, scale: float, dim: int, norm_layer: Any, qkv_bias: bool = False,
@@ -128,7 +129,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.tokens is None:
             return self.branches(x)
-        return self.tokens.restore(self.branches(self.tokens.compress(x)), x)
+        z = self.tokens.compress(x)
+        return self.tokens.restore(self.branches(z), z, x)
 
     def branches(self, x: Tensor) -> Tensor:
         """Attention and MLP, on all tokens or on those that compression leaves."""
@@ -230,7 +232,8 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
     """timm's model `arch` with the widths `dims` (default: its own), initialised as timm does.
 
     kwargs are timm's (img_size, num_classes, drop_path_rate, …) and describe the *parent*: the softmax scale comes from
-    its head width, whatever `dims` says. dense_merge=True stores token compression as full matrices. The result carries `dims`, `arch` and `arch_kwargs`. Raises ModelError.
+    its head width, whatever `dims` says. dense_merge=True stores token compression as full matrices. The result
+    carries `dims`, `arch` and `arch_kwargs`. Raises ModelError.
     """
     pretrained = kwargs.pop("pretrained", False)
     parent = skeleton(arch, **kwargs)

@@ -1,0 +1,282 @@
+"""Prune and Merge (IEEE TMM 2025, arXiv 2503.23455): which patches a block skips, merges and keeps.
+
+One pass over training images scores every patch of every layer; two global thresholds make each a *centre* (a token of
+its own), *merged* into a centre near it, or *skipped* by the block. Weights do not move while scoring.
+Legend: L layers, N patches, B batch, H heads, T tokens, P of them prefix, K tokens of a compressed block.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models import ViTDims, build_vit
+from models.tokens import SKIPPED, TokenMerge
+from models.vit import Attention, Block
+from utils import world_size
+
+MODES = ("attn", "head", "head_entropy", "random", "seq", "clus")
+DEPTH_FACTOR = 0.025  # late layers lose more tokens
+
+
+class CompressionError(ValueError):
+    """Rates or layers that leave no structure; the message says what would do."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What becomes of the patches of the compressed layers: layers[i] is a block index, and row i is its patches.
+
+    centres, skipped: (L, N) bool; weights: (L, N), scores in units that are comparable between layers.
+    """
+
+    layers: tuple[int, ...]
+    centres: Tensor
+    skipped: Tensor
+    weights: Tensor
+
+
+# -------------------------------------------------------------------------------------------------------------- scores
+def received(attention: Attention, qkv: Tensor, prefix: int, mode: str) -> Tensor:
+    """What one attention layer says of each key: (B, T') per image, before absolute values; T' patches or groups.
+
+    qkv: the layer's fused rows with their gradient, (B, T, H(2 qk + v)). `attn` is the published sum over heads and
+    queries of A x dLoss/dA. With g_i the gradient of a query's output, dLoss/dA_ij = g_i . v_j and dLoss/dv_j is the
+    sum over i of A_ij g_i, so that sum is v_j . dLoss/dv_j: no attention map is needed, and any kernel may compute it.
+    `head` takes absolute values per head, so that heads do not cancel; `head_entropy` is the attention that a key
+    receives, heads weighted by 1 / entropy: no labels.
+    """
+    B, T, _ = qkv.shape
+    H, qk, width = attention.num_heads, attention.qk, attention.v
+    if mode == "head_entropy":
+        q, k, _ = qkv.detach().float().split([H * qk, H * qk, H * width], -1)
+        q, k = attention.q_norm(q.view(B, T, H, qk)), attention.k_norm(k.view(B, T, H, qk))
+        maps = torch.einsum("bihd,bjhd->bhij", attention.scale * q, k).softmax(-1)
+        entropy = torch.special.entr(maps).sum(-1).mean(-1)  # B H
+        return torch.einsum("bhij,bh->bj", maps, 1 / entropy.clamp_min(1e-6))[:, prefix:] / (H * T)
+    v, gradient = (t[..., -H * width :].float().view(B, T, H, width) for t in (qkv.detach(), qkv.grad))
+    heads = (v * gradient).sum(-1)[:, prefix:]  # B T' H
+    return (heads.abs() if mode == "head" else heads).sum(-1) / (H * T)
+
+
+@contextmanager
+def recorded(model: VisionTransformer, layers: Sequence[int]):
+    """A list of the fused qkv rows of `layers`, with their gradients after a backward pass. Weights get none."""
+    rows: list[Tensor] = []
+    frozen = [p for p in model.parameters() if p.requires_grad]
+
+    def note(_: nn.Module, __: Any, out: Tensor) -> None:
+        if out.requires_grad:
+            out.retain_grad()
+        rows.append(out)
+
+    with ExitStack() as stack:
+        for p in frozen:
+            p.requires_grad_(False)
+            stack.callback(p.requires_grad_, True)
+        for i in layers:
+            stack.callback(model.blocks[i].attn.qkv.register_forward_hook(note).remove)
+        yield rows
+
+
+def on_patches(block: Block, scores: Tensor) -> Tensor:
+    """Scores of a block's tokens, (…, K - P), on the patches they stand for: R s, (…, N). Skipped patches have none."""
+    if block.tokens is None:
+        return scores
+    _, R, _ = block.tokens.matrices()
+    prefix = block.tokens.prefix
+    return scores @ R[prefix:, prefix:].T.to(scores)
+
+
+def measured(model: VisionTransformer, layers: Sequence[int], batches: Iterable[tuple[Tensor, Tensor]],
+             loss: Callable[[Tensor, Tensor], Tensor], mode: str = "attn",
+             per_image: bool = False) -> Tensor:  # fmt: skip
+    """Scores of every patch of `layers`, (L, N) float64, summed over batches and processes: S_l[j] of the paper.
+
+    loss(images, targets) runs the model, which must be in eval mode. As published the absolute value is taken of each
+    global batch's mean, in which images cancel; per_image takes it of every image.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros(len(layers), model.patch_embed.num_patches, dtype=torch.float64, device=device)
+    with recorded(model, layers) as rows:
+        for images, targets in batches:
+            rows.clear()
+            images = images.to(device)
+            if mode == "head_entropy":
+                with torch.no_grad():
+                    loss(images, targets.to(device))
+            else:
+                loss(images.requires_grad_(), targets.to(device)).backward()
+            found = [
+                on_patches(model.blocks[i], received(model.blocks[i].attn, qkv, model.num_prefix_tokens, mode))
+                for i, qkv in zip(layers, rows, strict=True)
+            ]
+            found = torch.stack(found).double()  # L B N
+            batch = (found.abs() if per_image else found).mean(1)
+            if world_size() > 1:
+                dist.all_reduce(batch)
+            total += batch.abs() / world_size()
+    return total
+
+
+def spread(layers: Sequence[int], grid: tuple[int, int]) -> Tensor:
+    """Ranks (L, N), without data, of which the highest n of a layer are spread evenly over the grid, for every n.
+
+    Patches rank in the order in which the R2 low-discrepancy sequence (Roberts 2018) visits them; layers start at
+    different points of it.
+    """
+    rows, columns = grid
+    plastic = 1.32471795724474602596
+    ranks = torch.zeros(len(layers), rows * columns, dtype=torch.float64)
+    for row, layer in enumerate(layers):
+        steps = torch.arange(64 * rows * columns, dtype=torch.float64) + 1000 * layer
+        y, x = ((0.5 + steps / plastic**power) % 1 for power in (1, 2))
+        visited = ((y * rows).long() * columns + (x * columns).long()).tolist()
+        order = torch.tensor(list(dict.fromkeys([*visited, *range(rows * columns)])))
+        ranks[row, order] = torch.linspace(1, 0.5, rows * columns, dtype=torch.float64)
+    return ranks
+
+
+# ----------------------------------------------------------------------------------------------------------- structure
+def comparable(scores: Tensor, layers: Sequence[int], depth_factor: float = DEPTH_FACTOR) -> Tensor:
+    """Scores in units that layers share: each row over its norm, times 1 - factor x block index. (L, N) -> (L, N)."""
+    norms = scores.norm(dim=1, keepdim=True) + 1e-8
+    depth = torch.tensor(layers, dtype=scores.dtype, device=scores.device)[:, None]
+    return scores.abs() / norms * (1 - depth_factor * depth)
+
+
+def chosen(ranks: Tensor, layers: Sequence[int], prune_rate: float, keep_rate: float,
+           passing: Tensor | None = None) -> Structure:  # fmt: skip
+    """Centres are the L floor(N keep_rate) highest ranks of all layers, skipped the L floor(N prune_rate) lowest.
+
+    ranks: (L, N); equal ranks go by layer and place. passing: (L, N) bool, patches that are skipped already and stay
+    so, instead of prune_rate. A layer without a centre gets its best patch, from the layer with most, so the total is
+    exact. Raises CompressionError.
+    """
+    L, N = ranks.shape
+    keep, prune = L * int(N * keep_rate + 1e-9), L * int(N * prune_rate + 1e-9)
+    if prune_rate + keep_rate > 1 + 1e-9:
+        raise CompressionError(f"prune rate {prune_rate:g} and keep rate {keep_rate:g} sum to more than 1")
+    if keep < L:
+        raise CompressionError(f"keep rate {keep_rate:g} of {N} patches leaves a layer no centre: {1 / N:.3g} would")
+    skipped = torch.zeros(L * N, dtype=torch.bool) if passing is None else passing.flatten().cpu().clone()
+    if passing is None:
+        skipped[ranks.flatten().cpu().argsort(stable=True)[:prune]] = True
+    elif (~skipped).sum() < keep:
+        left = (~skipped).float().mean()
+        raise CompressionError(f"keep rate {keep_rate:g} is above the {left:.3f} of all patches that are not skipped")
+    order = ranks.flatten().cpu().masked_fill(skipped, -1).argsort(descending=True, stable=True)
+    centres = torch.zeros(L * N, dtype=torch.bool)
+    centres[order[:keep]] = True
+    centres, skipped = centres.view(L, N), skipped.view(L, N)
+    found = ranks.cpu()
+    while not (counts := centres.sum(1)).all():
+        empty, richest = int(counts.argmin()), int(counts.argmax())
+        best = int(found[empty].argmax())
+        centres[richest, int(found[richest].masked_fill(~centres[richest], torch.inf).argmin())] = False
+        centres[empty, best], skipped[empty, best] = True, False
+    return Structure(tuple(layers), centres, skipped, found)
+
+
+def nearest_in_raster(centres: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The published assignment, its row ends mended: the nearest centre of the same row, else along the raster line.
+
+    centres: (N,) bool -> index among the centres, (N,). A tie goes to the centre that follows.
+    """
+    places = torch.arange(len(centres))
+    at = centres.nonzero().flatten()
+    distance = (places[:, None] - at).abs() * 2 - (at > places[:, None]).long()
+    other_row = places[:, None] // grid[1] != at // grid[1]
+    return (distance + other_row * 4 * len(centres)).argmin(1)
+
+
+def nearest_on_grid(centres: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The nearest centre in two dimensions; a tie goes to the first. (N,) bool -> index among the centres, (N,)."""
+    places = torch.arange(len(centres))
+    points = torch.stack([places // grid[1], places % grid[1]], 1)
+    squares = (points[:, None] - points[centres]).square().sum(-1)  # exact: whole numbers
+    return squares.argmin(1)
+
+
+ASSIGN = dict(raster=nearest_in_raster, grid=nearest_on_grid)
+
+
+def skipped_patches(model: VisionTransformer, layers: Sequence[int]) -> Tensor:
+    """Patches that skip a block already, (L, N) bool, False everywhere in blocks that are not compressed."""
+    found = torch.zeros(len(layers), model.patch_embed.num_patches, dtype=torch.bool)
+    for row, i in enumerate(layers):
+        if (tokens := model.blocks[i].tokens) is not None:
+            merge, _, shortcut = tokens.matrices()
+            found[row] = ((merge == 0).all(0) & (shortcut > 0))[tokens.prefix :].cpu()
+    return found
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How patches are merged. where: a key of ASSIGN; published: M's entries as published, the centre's 1 and the
+    others' score over the centre's, else those over their sum, so that a group's token is a mean and what the block
+    adds to it reaches its patches undiminished; shortcut: merged patches keep what tells them from their group.
+    """
+
+    where: str = "grid"
+    published: bool = False
+    shortcut: bool = True
+
+
+def assigned(structure: Structure, row: int, grid: tuple[int, int], prefix: int,
+             merging: Merging) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(owner, merge, reconstruct, shortcut) of one layer, as `TokenMerge.set` takes them.
+
+    M[k, j] is proportional to the patch's score, and R the pseudo-inverse of M, which disjoint rows give in closed
+    form: R[j, k] = M[k, j] / sum_i M[k, i]^2.
+    """
+    centres, skipped, scores = structure.centres[row], structure.skipped[row], structure.weights[row]
+    group = ASSIGN[merging.where](centres, grid)
+
+    def total(values: Tensor) -> Tensor:
+        """Sums over groups, at every patch: (N,) -> (N,)."""
+        return values.new_zeros(int(centres.sum())).index_add_(0, group, values)[group]
+
+    own = scores[centres][group]
+    merge = torch.where(own > 0, scores / own.clamp_min(torch.finfo(scores.dtype).tiny), 1.0).masked_fill(skipped, 0)
+    if not merging.published:
+        merge = merge / total(merge)
+    alone = total((~skipped).long()) == 1
+    shortcut = skipped | ~alone if merging.shortcut else skipped
+    return torch.where(skipped, SKIPPED, prefix + group), merge, merge / total(merge.square()), shortcut
+
+
+def compressed_dims(dims: ViTDims, structure: Structure, prefix: int) -> ViTDims:
+    """The architecture with the tokens that are left in each layer."""
+    counts = dict(zip(structure.layers, structure.centres.sum(1).tolist(), strict=True))
+    blocks = [replace(b, tokens=prefix + counts[i]) if i in counts else b for i, b in enumerate(dims.blocks)]
+    return ViTDims(dims.embed, tuple(blocks))
+
+
+@torch.no_grad()
+def compressed(model: VisionTransformer, structure: Structure, merging: Merging,
+               dense_merge: bool = False) -> VisionTransformer:  # fmt: skip
+    """`model` with its tokens compressed as `structure` says, its weights unchanged, on its device and in its mode.
+
+    dense_merge: M and R as full matrices, which the shortcut of merged patches does not go with.
+    """
+    prefix, grid = model.num_prefix_tokens, model.patch_embed.grid_size
+    dims = compressed_dims(model.dims, structure, prefix)
+    kwargs = model.arch_kwargs | (dict(dense_merge=True) if dense_merge else {})
+    small = build_vit(model.arch, dims, **kwargs)
+    small.load_state_dict({k: v for k, v in model.state_dict().items() if ".tokens." not in k}, strict=False)
+    for row, i in enumerate(structure.layers):
+        if (tokens := small.blocks[i].tokens) is None:
+            continue
+        sparse = TokenMerge(tokens.tokens, tokens.total, prefix) if dense_merge else tokens
+        sparse.set(*assigned(structure, row, grid, prefix, merging))
+        if dense_merge:
+            tokens.set(sparse)
+    reference = next(model.parameters())
+    return small.to(device=reference.device, dtype=reference.dtype).train(model.training)
