@@ -2,38 +2,27 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import checkpoint
 import options
+import pm_vit_steps as steps
 import results
 import resuming
 import training
-from engine import evaluate, progress_bar
+from engine import evaluate
 from finetuning import CHECKPOINT, Run, read_resumed, train
 from latency.measure import device_name
 from latency.whole import measured_ratios
-from loaders import start_epoch
 from models import ViTDims, macs, params, skeleton
-from models.pretrained import from_checkpoint, read_initial
-from models.vit import ModelError, TokenLogits
 from pruning import pm_vit
 from utils import Problems, append_log, is_main, make_folder, run_script, say, write_json
-
-ALIASES = {
-    f"{name}_{size}_patch16_224": f"deit_{size}_patch16_224"
-    for name, size in itertools.product(("tmvit", "tmit"), ("tiny", "small", "base"))
-}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -95,120 +84,10 @@ def _add_token_args(parser: argparse.ArgumentParser) -> None:
     add("--final_finetune", metavar="N", type=int, dest="epochs", help="epochs of finetuning (default: 100)")
 
 
-@dataclass
-class Model:
-    """The model that --resume names, or the dense one, and where its dense weights are."""
-
-    full: training.FullModel
-    content: dict[str, Any] | None  # of a checkpoint of this project
-    origin: str = ""
-
-    def build(self, args: argparse.Namespace) -> nn.Module:
-        drops = training.drop_rates(args)
-        if self.content is None:
-            return self.full.build(**drops)
-        return from_checkpoint(self.content, args.resume, **drops)
-
-    def check_classes(self, args: argparse.Namespace, classes: int) -> None:
-        if self.content is None:
-            return self.full.check_classifier()
-        if (own := self.content["arch"]["kwargs"].get("num_classes", 1000)) != classes:
-            raise ValueError(f"{args.resume} has {own} classes, the data has {classes}")
-
-    @property
-    def dims(self) -> ViTDims:
-        return training.dims_of(self.full) if self.content is None else ViTDims.from_dict(self.content["dims"])
-
-
-def read_model(args: argparse.Namespace) -> Model:
-    """Raises ValueError, whatever is wrong with the files."""
-    name = ALIASES.get(args.model, args.model)
-    content = checkpoint.read(args.resume) if args.resume else None
-    if content is None or "format" not in content:
-        source = args.resume or args.initial_checkpoint
-        full = training.full_model(argparse.Namespace(**vars(args) | dict(model=name, initial_checkpoint=source)))
-        return Model(full, None, full.path)
-    content = checkpoint.load(args.resume)
-    arch, kwargs = content["arch"]["name"], content["arch"]["kwargs"]
-    if name not in (None, arch):
-        raise ValueError(f"--model is {args.model} but {args.resume} holds {arch}")
-    size = skeleton(arch, **kwargs).patch_embed.img_size[0]
-    if args.input_size not in (None, size):
-        raise ValueError(f"--input-size is {args.input_size} but {args.resume} is for images of {size}")
-    full = training.full_model(argparse.Namespace(
-        model=arch, model_kwargs=training.structural(kwargs) | args.model_kwargs, input_size=None,
-        initial_checkpoint="", pretrained=False,
-    ))  # fmt: skip
-    full.kwargs["num_classes"] = kwargs.get("num_classes", skeleton(arch, **kwargs).num_classes)
-    return Model(full, content, content["args"].get("initial_checkpoint", ""))
-
-
-def is_compressed(full: training.FullModel, dims: ViTDims) -> bool:
-    return any(b.tokens < training.dims_of(full).blocks[0].tokens for b in dims.blocks)
-
-
-def merge_list(args: argparse.Namespace, dims: ViTDims) -> tuple[int, ...]:
-    """The blocks to compress: those asked for, or all that have attention to score by. Raises ValueError."""
-    scored = args.prune_mode not in ("random", "seq")
-    if args.merge_list is None:
-        return tuple(i for i, b in enumerate(dims.blocks) if b.heads or not scored)
-    found = args.merge_list
-    if sorted(set(found)) != found or found[0] < 0:
-        raise ValueError(f"--merge_list must be block indices in ascending order, not {' '.join(map(str, found))}")
-    if found[-1] >= len(dims.blocks):
-        raise ValueError(f"--merge_list names block {found[-1]}, the model has blocks 0 to {len(dims.blocks) - 1}")
-    if odd := [i for i in found if scored and not dims.blocks[i].heads]:
-        raise ValueError(f"--merge_list: block {odd[0]} has no attention to score by; --prune_mode seq needs none")
-    return tuple(found)
-
-
 # --------------------------------------------------------------------------------------------------------------- prune
-def scoring_batches(loader: Any, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """`count` batches, over as many epochs as they take; 0 for one epoch."""
-    count = count or len(loader)
-    for epoch in itertools.count():
-        start_epoch(loader, epoch)
-        yield from itertools.islice(loader, count - epoch * len(loader))
-        if (epoch + 1) * len(loader) >= count:
-            return
-
-
-def scores(args: argparse.Namespace, run: Run, layers: Sequence[int]) -> Tensor:
-    """Of every patch of `layers`: (L, N) on the CPU."""
-    model, (rows, columns) = run.model, run.model.patch_embed.grid_size
-    if args.prune_mode == "seq":
-        return pm_vit.spread(layers, (rows, columns))
-    if args.prune_mode == "random":
-        generator = torch.Generator().manual_seed(args.seed)
-        return torch.rand(len(layers), rows * columns, generator=generator, dtype=torch.float64)
-    precision, logits = training.precision(args, run.device), TokenLogits(model)
-
-    def loss(images: Tensor, targets: Tensor) -> Tensor:
-        with precision.autocast():
-            cls, dist = logits(images)
-        return F.cross_entropy((cls + dist).float() / 2, targets)
-
-    batches = scoring_batches(run.data.train, args.prune_iter)
-    batches = progress_bar(batches, args.prune_iter or len(run.data.train), "score")
-    mode = "attn" if args.prune_mode == "clus" else args.prune_mode
-    return pm_vit.measured(model, layers, batches, loss, mode, args.per_image).cpu()
-
-
-def structure(args: argparse.Namespace, run: Run) -> pm_vit.Structure:
-    """What becomes of every patch. Raises ValueError (CompressionError) for rates that leave nothing."""
-    layers = merge_list(args, run.model.dims)
-    found = scores(args, run, layers)
-    passing = pm_vit.skipped_patches(run.model, layers) if args.prune_mode == "clus" else None
-    if args.prune_mode not in ("random", "seq"):
-        return pm_vit.chosen(pm_vit.comparable(found, layers, args.depth_factor), layers, args.prune_rate,
-                             args.keep_rate, passing)  # fmt: skip
-    chosen = pm_vit.chosen(found, layers, args.prune_rate, args.keep_rate)
-    return replace(chosen, weights=torch.ones_like(chosen.weights))  # no patch matters more than another
-
-
 def prune(args: argparse.Namespace, run: Run) -> None:
     model = run.model.to(run.device).eval()
-    found = structure(args, run)
+    found = steps.structure(args, run)
     merging = pm_vit.Merging(args.merge, args.merge_entries == "published", args.shortcut == "merged")
     small = pm_vit.compressed(model, found, merging, args.dense_merge)
     precision = training.precision(args, run.device)
@@ -246,53 +125,6 @@ def summarise(args: argparse.Namespace, run: Run, path: Path, dims: ViTDims, **t
 
 
 # ------------------------------------------------------------------------------------------------------------ finetune
-class MeanLogits(nn.Module):
-    """One set of logits, (B, classes), of a model that gives those of two tokens."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return sum(self.model(images)) / 2
-
-
-def with_losses(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with the shared loss's own weights.
-
-    Published: base + alpha x distillation, not DeiT's mix. `soft` is the KL at temperature tau, times tau^2, over batch
-    x 1000 classes; `hard` the cross-entropy with the teacher's label.
-    """
-    alpha, kind = args.distillation_alpha, args.distillation_type
-    if kind == "soft":
-        own = dict(kl_loss_coeff=alpha * args.distillation_tau**2, original_loss_coeff=1.0, distillation_type="none")
-    elif kind == "hard":  # (1 + alpha) ((1 - a) base + a hard)
-        own = dict(kl_loss_coeff=0.0, original_loss_coeff=1 + alpha, distillation_alpha=alpha / (1 + alpha))
-    else:
-        own = dict(kl_loss_coeff=0.0, original_loss_coeff=1.0)
-    return argparse.Namespace(**vars(args) | own)
-
-
-def teacher(args: argparse.Namespace, run: Run) -> nn.Module:
-    """The dense model to distil from: --teacher-path, else what was compressed. Raises ValueError."""
-    path, name = args.teacher_path or run.origin, ALIASES.get(args.teacher_model, args.teacher_model)
-    if not path:
-        raise ValueError("--distillation-type: no dense model to distil from: give --teacher-path FILE")
-    arch, _, _ = read_initial(path)
-    name = name or arch or run.full.arch
-    own = training.structural(run.full.kwargs) if not arch and name == run.full.arch else {}
-    try:
-        skeleton(name)
-    except ModelError:
-        wanted = argparse.Namespace(distillation_type="soft", teacher_model=name, teacher_path=path)
-        return training.frozen(training.cnn_teacher(wanted, run.data.classes, run.device), run.device)
-    full = training.full_model(argparse.Namespace(
-        model=name, model_kwargs=own, input_size=None, initial_checkpoint=path, pretrained=False,
-    ))  # fmt: skip
-    full.kwargs["num_classes"] = run.data.classes
-    return training.full_teacher(argparse.Namespace(kl_loss_coeff=1.0), full, run.device)
-
-
 def freeze_(args: argparse.Namespace, model: nn.Module) -> None:
     """--freeze_param and --freeze_matrix, before there is an optimizer."""
     for name, parameter in model.named_parameters():
@@ -302,7 +134,7 @@ def freeze_(args: argparse.Namespace, model: nn.Module) -> None:
 
 def finetune(args: argparse.Namespace, run: Run) -> None:
     freeze_(args, run.model)
-    metrics = train(with_losses(args), run)
+    metrics = train(steps.with_losses(args), run)
     if is_main():
         path = run.folder / CHECKPOINT
         summarise(args, run, path, run.model.dims, finetuned=metrics["acc1"])
@@ -335,7 +167,7 @@ def uniform(dims: ViTDims, keep_rate: float, prefix: int) -> ViTDims:
 # ---------------------------------------------------------------------------------------------------------- arguments
 def check_flags(args: argparse.Namespace, problems: Problems) -> None:
     """Complaints about flags and how they go together."""
-    options.check_values(with_losses(args), problems)
+    options.check_values(steps.with_losses(args), problems)
     if sum((args.prune, args.eval, args.speed_only)) > 1:
         problems.add("--prune, --eval and --speed-only are three things to do: give one")
     if not (args.resume or args.initial_checkpoint or args.pretrained or args.speed_only):
@@ -350,16 +182,17 @@ def check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add("--freeze_param and --freeze_matrix leave nothing to train")
 
 
-def check_model(args: argparse.Namespace, model: Model) -> None:
+def check_model(args: argparse.Namespace, model: steps.Model) -> None:
     """Raises ValueError where --resume does not hold what is to be done with it."""
-    compressed = is_compressed(model.full, model.dims)
+    compressed = steps.is_compressed(model.full, model.dims)
     if (args.eval or not (args.prune or args.speed_only)) and not compressed:
         what = "--eval" if args.eval else "finetuning"
         raise ValueError(f"{what}: {args.resume or model.full.arch} has no token structure; compress it with --prune")
     if args.prune and args.prune_mode == "clus" and not compressed:
         raise ValueError("--prune_mode clus compresses a compressed model further; --resume holds none")
     if args.prune:
-        merge_list(args, model.dims)
+        stem = skeleton(model.full.arch, **model.full.kwargs).patch_embed
+        pm_vit.budget(len(steps.merge_list(args, model.dims)), stem.num_patches, args.prune_rate, args.keep_rate)
 
 
 def check_args(args: argparse.Namespace) -> Run:
@@ -368,7 +201,7 @@ def check_args(args: argparse.Namespace) -> Run:
     check_flags(args, problems)
     device = problems.attempt(training.start, args)
     problems.raise_if_any()
-    model = problems.attempt(read_model, args)
+    model = problems.attempt(steps.read_model, args)
     problems.raise_if_any()
     problems.attempt(check_model, args, model)
     problems.raise_if_any()
@@ -392,10 +225,10 @@ def check_args(args: argparse.Namespace) -> Run:
 
 
 def _check_finetuning(args: argparse.Namespace, run: Run, problems: Problems) -> None:
-    if args.distillation_type != "none" and (found := problems.attempt(teacher, args, run)) is not None:
-        run.teacher, run.cnn = (found, None) if args.distillation_type == "soft" else (None, MeanLogits(found))
+    if args.distillation_type != "none" and (found := problems.attempt(steps.teacher, args, run)) is not None:
+        run.teacher, run.cnn = (found, None) if args.distillation_type == "soft" else (None, steps.MeanLogits(found))
     own = (run.folder / CHECKPOINT).resolve() == Path(args.resume).resolve()
-    going_on = argparse.Namespace(**vars(with_losses(args)) | dict(resume="auto" if own else ""))
+    going_on = argparse.Namespace(**vars(steps.with_losses(args)) | dict(resume="auto" if own else ""))
     run.resumed = problems.attempt(read_resumed, going_on, run, run.folder)
 
 
@@ -403,7 +236,7 @@ def main(args: argparse.Namespace) -> None:
     run = check_args(args)
     if args.speed_only:
         dims = run.model.dims
-        if not is_compressed(run.full, dims):
+        if not steps.is_compressed(run.full, dims):
             dims = uniform(dims, args.keep_rate, skeleton(run.full.arch, **run.full.kwargs).num_prefix_tokens)
         speed(args, run.full, dims, run.device)
     elif args.eval:

@@ -38,11 +38,13 @@ class TokenMerge(nn.Module):
     """
 
     way: str | None = None
+    hands_on: str = "everything"  # or "prefix" tokens alone, or its own "tokens" to a block that folds (`streamline_`)
 
     def __init__(self, tokens: int, total: int, prefix: int) -> None:
         super().__init__()
         self.tokens, self.total, self.prefix = tokens, total, prefix
         patches = total - prefix
+        self.register_buffer("folded", None, persistent=False)
         self.merge, self.reconstruct = (nn.Parameter(torch.empty(patches)) for _ in range(2))
         self.register_buffer("owner", torch.empty(patches, dtype=torch.int64))
         self.register_buffer("shortcut", torch.empty(patches, dtype=torch.bool))
@@ -100,12 +102,23 @@ class TokenMerge(nn.Module):
         R = torch.cat([untouched, self.reconstruct[:, None] * member])
         return M, R, self._shortcuts.to(M.dtype)
 
+    @property
+    def has_shortcut(self) -> bool:
+        return self._pulls_back or len(self._passing) > 0
+
+    @property
+    def gathered(self) -> int:
+        """Patches that are no group's first: columns of the product in `compress`."""
+        return len(self._rest)
+
     def _products(self) -> bool:
         return self.way == "products" or torch.is_grad_enabled()
 
     def compress(self, x: Tensor) -> Tensor:
         """M x: (B, T, E) -> (B, K, E)."""
         with torch.autocast(x.device.type, enabled=False):
+            if self.folded is not None:
+                return self.folded.to(x.dtype) @ x
             if self._products():
                 return self.matrices()[0].to(x.dtype) @ x
             merge = self.merge.to(x.dtype)
@@ -120,6 +133,8 @@ class TokenMerge(nn.Module):
         """R out + s x, less R z of groups with a shortcut: out, z (B, K, E), x (B, T, E) -> (B, T, E)."""
         with torch.autocast(x.device.type, enabled=False):
             out = out.to(x.dtype)
+            if self.hands_on != "everything":
+                return out if self.hands_on == "tokens" else out[:, : self.prefix]
             if self._pulls_back:
                 out = out - self._divided * z
             if self._products():
@@ -186,3 +201,23 @@ def merging(tokens: int, total: int, prefix: int, dense: bool) -> nn.Module | No
 def layers(model: nn.Module) -> Iterator[tuple[int, Any]]:
     """(index, compression) of every block that has one."""
     return ((i, block.tokens) for i, block in enumerate(model.blocks) if block.tokens is not None)
+
+
+@torch.no_grad()
+def streamline_(model: Any) -> Any:
+    """Spare a model that only classifies what its logits do not need; they stay the same to rounding. Returns it.
+
+    The last block puts back what the head reads alone. Where neither of two consecutive blocks has a shortcut and it
+    takes fewer operations, M of the one is multiplied into R of the other, and no full sequence lies between them.
+    `forward_features` no longer returns every token, and weights no longer train. Matrices stored in full stay.
+    """
+    found = {i: tokens for i, tokens in layers(model) if isinstance(tokens, TokenMerge)}
+    for i, tokens in found.items():
+        follower = found.get(i + 1)
+        if follower and not (tokens.has_shortcut or follower.has_shortcut) and tokens.tokens <= follower.gathered:
+            follower.folded = follower.matrices()[0] @ tokens.matrices()[1]
+            tokens.hands_on = "tokens"
+    last = len(model.blocks) - 1
+    if last in found and model.global_pool == "token":
+        found[last].hands_on = "prefix"
+    return model

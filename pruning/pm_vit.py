@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from models import ViTDims, build_vit
 from models.tokens import SKIPPED, TokenMerge
 from models.vit import Attention, Block
-from utils import world_size
 
 MODES = ("attn", "head", "head_entropy", "random", "seq", "clus")
 DEPTH_FACTOR = 0.025  # late layers lose more tokens
@@ -119,9 +118,10 @@ def measured(model: VisionTransformer, layers: Sequence[int], batches: Iterable[
             ]
             found = torch.stack(found).double()  # L B N
             batch = (found.abs() if per_image else found).mean(1)
-            if world_size() > 1:
+            if dist.is_initialized():
                 dist.all_reduce(batch)
-            total += batch.abs() / world_size()
+                batch /= dist.get_world_size()
+            total += batch.abs()
     return total
 
 
@@ -151,20 +151,27 @@ def comparable(scores: Tensor, layers: Sequence[int], depth_factor: float = DEPT
     return scores.abs() / norms * (1 - depth_factor * depth)
 
 
+def budget(layers: int, patches: int, prune_rate: float, keep_rate: float) -> tuple[int, int]:
+    """(centres, skipped patches) of all layers together. Raises CompressionError for rates that leave no structure."""
+    if prune_rate + keep_rate > 1 + 1e-9:
+        raise CompressionError(f"prune rate {prune_rate:g} and keep rate {keep_rate:g} sum to more than 1")
+    keep, prune = (int(patches * rate + 1e-9) for rate in (keep_rate, prune_rate))
+    if not keep:
+        raise CompressionError(f"keep rate {keep_rate:g} of {patches} patches leaves a layer no centre: "
+                               f"{1 / patches:.3g} is the least")  # fmt: skip
+    return layers * keep, layers * prune
+
+
 def chosen(ranks: Tensor, layers: Sequence[int], prune_rate: float, keep_rate: float,
            passing: Tensor | None = None) -> Structure:  # fmt: skip
     """Centres are the L floor(N keep_rate) highest ranks of all layers, skipped the L floor(N prune_rate) lowest.
 
     ranks: (L, N); equal ranks go by layer and place. passing: (L, N) bool, patches that are skipped already and stay
-    so, instead of prune_rate. A layer without a centre gets its best patch, from the layer with most, so the total is
-    exact. Raises CompressionError.
+    so, instead of prune_rate. A layer without a centre gets its best patch, from the layer with most, whose lowest
+    centre takes that patch's place: the totals are exact. Raises CompressionError.
     """
     L, N = ranks.shape
-    keep, prune = L * int(N * keep_rate + 1e-9), L * int(N * prune_rate + 1e-9)
-    if prune_rate + keep_rate > 1 + 1e-9:
-        raise CompressionError(f"prune rate {prune_rate:g} and keep rate {keep_rate:g} sum to more than 1")
-    if keep < L:
-        raise CompressionError(f"keep rate {keep_rate:g} of {N} patches leaves a layer no centre: {1 / N:.3g} would")
+    keep, prune = budget(L, N, prune_rate, keep_rate)
     skipped = torch.zeros(L * N, dtype=torch.bool) if passing is None else passing.flatten().cpu().clone()
     if passing is None:
         skipped[ranks.flatten().cpu().argsort(stable=True)[:prune]] = True
@@ -178,9 +185,9 @@ def chosen(ranks: Tensor, layers: Sequence[int], prune_rate: float, keep_rate: f
     found = ranks.cpu()
     while not (counts := centres.sum(1)).all():
         empty, richest = int(counts.argmin()), int(counts.argmax())
-        best = int(found[empty].argmax())
-        centres[richest, int(found[richest].masked_fill(~centres[richest], torch.inf).argmin())] = False
-        centres[empty, best], skipped[empty, best] = True, False
+        best, worst = int(found[empty].argmax()), int(found[richest].masked_fill(~centres[richest], torch.inf).argmin())
+        centres[empty, best], centres[richest, worst] = True, False
+        skipped[richest, worst], skipped[empty, best] = skipped[empty, best].item(), False
     return Structure(tuple(layers), centres, skipped, found)
 
 

@@ -1,0 +1,185 @@
+"""The parts of Prune and Merge between its command line and its method: which model, its scores, its teacher."""
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoint
+import training
+from engine import progress_bar
+from finetuning import Run
+from loaders import start_epoch
+from models import ViTDims, skeleton
+from models.pretrained import from_checkpoint, read_initial
+from models.vit import ModelError, TokenLogits
+from pruning import pm_vit
+
+ALIASES = {
+    f"{name}_{size}_patch16_224": f"deit_{size}_patch16_224"
+    for name, size in itertools.product(("tmvit", "tmit"), ("tiny", "small", "base"))
+}
+
+
+@dataclass
+class Model:
+    """The model that --resume names, or the dense one, and where its dense weights are."""
+
+    full: training.FullModel
+    content: dict[str, Any] | None  # of a checkpoint of this project
+    origin: str = ""
+
+    def build(self, args: Any) -> nn.Module:
+        drops = training.drop_rates(args)
+        if self.content is None:
+            return self.full.build(**drops)
+        return from_checkpoint(self.content, args.resume, **drops)
+
+    def check_classes(self, args: Any, classes: int) -> None:
+        """Raises ValueError for weights that know other classes than the data has."""
+        if self.content is None:
+            return self.full.check_classifier()
+        if (own := self.content["arch"]["kwargs"].get("num_classes", 1000)) != classes:
+            raise ValueError(f"{args.resume} has {own} classes, the data has {classes}")
+
+    @property
+    def dims(self) -> ViTDims:
+        return training.dims_of(self.full) if self.content is None else ViTDims.from_dict(self.content["dims"])
+
+
+def read_model(args: Any) -> Model:
+    """Raises ValueError, whatever is wrong with the files."""
+    name = ALIASES.get(args.model, args.model)
+    content = checkpoint.read(args.resume) if args.resume else None
+    if content is None or "format" not in content:
+        source = args.resume or args.initial_checkpoint
+        full = training.full_model(SimpleNamespace(**vars(args) | dict(model=name, initial_checkpoint=source)))
+        return Model(full, None, full.path)
+    content = checkpoint.load(args.resume)
+    arch, kwargs = content["arch"]["name"], content["arch"]["kwargs"]
+    if name not in (None, arch):
+        raise ValueError(f"--model is {args.model} but {args.resume} holds {arch}")
+    size = skeleton(arch, **kwargs).patch_embed.img_size[0]
+    if args.input_size not in (None, size):
+        raise ValueError(f"--input-size is {args.input_size} but {args.resume} is for images of {size}")
+    full = training.full_model(SimpleNamespace(
+        model=arch, model_kwargs=training.structural(kwargs) | args.model_kwargs, input_size=None,
+        initial_checkpoint="", pretrained=False,
+    ))  # fmt: skip
+    full.kwargs["num_classes"] = kwargs.get("num_classes", skeleton(arch, **kwargs).num_classes)
+    return Model(full, content, content["args"].get("initial_checkpoint", ""))
+
+
+def is_compressed(full: training.FullModel, dims: ViTDims) -> bool:
+    return any(b.tokens < training.dims_of(full).blocks[0].tokens for b in dims.blocks)
+
+
+def merge_list(args: Any, dims: ViTDims) -> tuple[int, ...]:
+    """The blocks to compress: those asked for, or all that have attention to score by. Raises ValueError."""
+    scored = args.prune_mode not in ("random", "seq")
+    if args.merge_list is None:
+        return tuple(i for i, b in enumerate(dims.blocks) if b.heads or not scored)
+    found = args.merge_list
+    if sorted(set(found)) != found or found[0] < 0:
+        raise ValueError(f"--merge_list must be block indices in ascending order, not {' '.join(map(str, found))}")
+    if found[-1] >= len(dims.blocks):
+        raise ValueError(f"--merge_list names block {found[-1]}, the model has blocks 0 to {len(dims.blocks) - 1}")
+    if odd := [i for i in found if scored and not dims.blocks[i].heads]:
+        raise ValueError(f"--merge_list: block {odd[0]} has no attention to score by; --prune_mode seq needs none")
+    return tuple(found)
+
+
+def scoring_batches(loader: Any, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`count` batches, over as many epochs as they take; 0 for one epoch."""
+    count = count or len(loader)
+    for epoch in itertools.count():
+        start_epoch(loader, epoch)
+        yield from itertools.islice(loader, count - epoch * len(loader))
+        if (epoch + 1) * len(loader) >= count:
+            return
+
+
+def scores(args: Any, run: Run, layers: Sequence[int]) -> Tensor:
+    """Of every patch of `layers`: (L, N) on the CPU."""
+    model, (rows, columns) = run.model, run.model.patch_embed.grid_size
+    if args.prune_mode == "seq":
+        return pm_vit.spread(layers, (rows, columns))
+    if args.prune_mode == "random":
+        generator = torch.Generator().manual_seed(args.seed)
+        return torch.rand(len(layers), rows * columns, generator=generator, dtype=torch.float64)
+    precision, logits = training.precision(args, run.device), TokenLogits(model)
+
+    def loss(images: Tensor, targets: Tensor) -> Tensor:
+        with precision.autocast():
+            cls, dist = logits(images)
+        return F.cross_entropy((cls + dist).float() / 2, targets)
+
+    batches = scoring_batches(run.data.train, args.prune_iter)
+    batches = progress_bar(batches, args.prune_iter or len(run.data.train), "score")
+    mode = "attn" if args.prune_mode == "clus" else args.prune_mode
+    return pm_vit.measured(model, layers, batches, loss, mode, args.per_image).cpu()
+
+
+def structure(args: Any, run: Run) -> pm_vit.Structure:
+    """What becomes of every patch. Raises ValueError (CompressionError) for rates that leave nothing."""
+    layers = merge_list(args, run.model.dims)
+    found = scores(args, run, layers)
+    passing = pm_vit.skipped_patches(run.model, layers) if args.prune_mode == "clus" else None
+    if args.prune_mode not in ("random", "seq"):
+        return pm_vit.chosen(pm_vit.comparable(found, layers, args.depth_factor), layers, args.prune_rate,
+                             args.keep_rate, passing)  # fmt: skip
+    chosen = pm_vit.chosen(found, layers, args.prune_rate, args.keep_rate)
+    return replace(chosen, weights=torch.ones_like(chosen.weights))  # no patch matters more than another
+
+
+class MeanLogits(nn.Module):
+    """One set of logits, (B, classes), of a model that gives those of two tokens."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return sum(self.model(images)) / 2
+
+
+def with_losses(args: Any) -> SimpleNamespace:
+    """The arguments with the shared loss's own weights.
+
+    Published: base + alpha x distillation, not DeiT's mix. `soft` is the KL at temperature tau, times tau^2, over batch
+    x 1000 classes; `hard` the cross-entropy with the teacher's label.
+    """
+    alpha, kind = args.distillation_alpha, args.distillation_type
+    if kind == "soft":
+        own = dict(kl_loss_coeff=alpha * args.distillation_tau**2, original_loss_coeff=1.0, distillation_type="none")
+    elif kind == "hard":  # (1 + alpha) ((1 - a) base + a hard)
+        own = dict(kl_loss_coeff=0.0, original_loss_coeff=1 + alpha, distillation_alpha=alpha / (1 + alpha))
+    else:
+        own = dict(kl_loss_coeff=0.0, original_loss_coeff=1.0)
+    return SimpleNamespace(**vars(args) | own)
+
+
+def teacher(args: Any, run: Run) -> nn.Module:
+    """The dense model to distil from: --teacher-path, else what was compressed. Raises ValueError."""
+    path, name = args.teacher_path or run.origin, ALIASES.get(args.teacher_model, args.teacher_model)
+    if not path:
+        raise ValueError("--distillation-type: no dense model to distil from: give --teacher-path FILE")
+    arch, _, _ = read_initial(path)
+    name = name or arch or run.full.arch
+    own = training.structural(run.full.kwargs) if not arch and name == run.full.arch else {}
+    try:
+        skeleton(name)
+    except ModelError:
+        wanted = SimpleNamespace(distillation_type="soft", teacher_model=name, teacher_path=path)
+        return training.frozen(training.cnn_teacher(wanted, run.data.classes, run.device), run.device)
+    full = training.full_model(SimpleNamespace(
+        model=name, model_kwargs=own, input_size=None, initial_checkpoint=path, pretrained=False,
+    ))  # fmt: skip
+    full.kwargs["num_classes"] = run.data.classes
+    return training.full_teacher(SimpleNamespace(kl_loss_coeff=1.0), full, run.device)

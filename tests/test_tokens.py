@@ -1,0 +1,235 @@
+"""Blocks that compute on fewer tokens: the block formula, exactness, counts, export, and heads on all tokens."""
+import io
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import checkpoint
+from checkpoint import CheckpointError
+from latency.whole import fresh
+from models import Masks, ModelError, ViTDims, build_vit, compact, load_dense, macs, params
+from models.tokens import SKIPPED, DenseTokenMerge, TokenMerge, layers, streamline_
+
+
+def with_tokens(dims, *counts):
+    return ViTDims.from_dict(dims.to_dict() | dict(
+        blocks=[b | dict(tokens=n) for b, n in zip(dims.to_dict()["blocks"], counts, strict=True)]))  # fmt: skip
+
+
+def random_structure_(tokens, skip=3, shortcut=False):
+    """Random groups, some skipped patches, random entries."""
+    patches, groups = tokens.total - tokens.prefix, tokens.tokens - tokens.prefix
+    order = torch.randperm(patches)
+    owner = torch.randint(tokens.prefix, tokens.tokens, (patches,))
+    owner[order[:groups]] = tokens.prefix + torch.arange(groups)
+    owner[order[groups : groups + skip]] = SKIPPED
+    tokens.set(owner, torch.rand(patches), torch.rand(patches), (owner == SKIPPED) | torch.tensor(shortcut))
+    return tokens
+
+
+@pytest.fixture
+def compressed(tiny, randomise):
+    """The tiny model at 9 and 7 of its 18 tokens; the second block's merged patches have the shortcut."""
+    model = randomise(build_vit(**tiny, dims=with_tokens(build_vit(**tiny).dims, 9, 7))).eval()
+    for i, tokens in layers(model):
+        random_structure_(tokens, shortcut=i == 1)
+    return model
+
+
+def by_the_formula(block, x):
+    """out = R f(z) + s x with z = M x, and x + R (f(z) - z) with the shortcut of merged patches; patch by patch."""
+    tokens, prefix = block.tokens, block.tokens.prefix
+    z = torch.zeros(len(x), tokens.tokens, x.shape[2], dtype=x.dtype)
+    z[:, :prefix] = x[:, :prefix]
+    for j, k in enumerate(tokens.owner.tolist()):
+        if k != SKIPPED:
+            z[:, k] += tokens.merge[j] * x[:, prefix + j]
+    out, result = block.branches(z), x.clone()
+    result[:, :prefix] = out[:, :prefix]
+    for j, k in enumerate(tokens.owner.tolist()):
+        if k != SKIPPED:
+            own = x[:, prefix + j] - tokens.reconstruct[j] * z[:, k] if tokens.shortcut[j] else 0
+            result[:, prefix + j] = tokens.reconstruct[j] * out[:, k] + own
+    return result
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["gathers", "products"])
+def test_a_block_computes_the_formula(compressed, grad):
+    model, x = compressed.double(), torch.randn(2, 18, 32, dtype=torch.float64)
+    for block in model.blocks:
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(block(x), by_the_formula(block, x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_skipped_patch_leaves_a_block_unchanged(compressed):
+    x = torch.randn(2, 18, 32)
+    for grad in (False, True):
+        for block in compressed.blocks:
+            with torch.set_grad_enabled(grad):
+                out = block(x)
+            passed = 2 + (block.tokens.owner == SKIPPED).nonzero().flatten()
+            assert len(passed) == 3 and torch.equal(out[:, passed], x[:, passed])
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["gathers", "products"])
+def test_identity_matrices_give_the_dense_model_bit_for_bit(family, randomise, grad):
+    """In every family, with its prefix tokens."""
+    model = randomise(build_vit(**family)).eval()
+    prefix, total = model.num_prefix_tokens, model.dims.blocks[0].tokens
+    model.blocks[0].register_forward_pre_hook(lambda _, args: args[0].contiguous())  # sums depend on the strides
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
+    expected = model(images)
+    for block in model.blocks:
+        block.tokens = TokenMerge(total, total, prefix)
+        patches = torch.arange(total - prefix)
+        block.tokens.set(prefix + patches, torch.ones(len(patches)), torch.ones(len(patches)), patches < 0)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(model(images), expected)
+
+
+def test_all_tokens_means_no_compression(tiny):
+    assert not list(layers(build_vit(**tiny)))
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["support", "dense"])
+def test_counts_include_both_matrices(tiny, dense, images):
+    dims = with_tokens(build_vit(**tiny).dims, 9, 18)
+    kwargs = tiny | dict(dense_merge=dense)
+    model = build_vit(**kwargs, dims=dims).eval()
+    for _, tokens in layers(model):
+        tokens.way = "products"
+    for block in model.blocks:
+        block.attn.way = "fused"
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images[:1])
+    arch = kwargs.pop("arch")
+    assert macs(arch, dims, **kwargs) == counter.get_total_flops() // 2
+    assert params(arch, dims, **kwargs) == sum(p.numel() for p in model.parameters())
+
+
+def test_dense_matrices_start_as_the_structure(compressed):
+    tokens = compressed.blocks[0].tokens
+    full = DenseTokenMerge(tokens.tokens, tokens.total, tokens.prefix)
+    full.set(tokens)
+    x = torch.randn(2, 18, 32)
+    z = tokens.compress(x)
+    torch.testing.assert_close(full.compress(x), z)
+    torch.testing.assert_close(full.restore(2 * z, z, x), tokens.restore(2 * z, z, x))
+
+
+def test_training_keeps_the_support(compressed, images):
+    """What is trained are the entries of the support, and they are trained."""
+    before = [tokens.matrices()[:2] for _, tokens in layers(compressed)]
+    optimizer = torch.optim.SGD(compressed.parameters(), lr=0.1)
+    compressed.train().forward_features(images).pow(3).sum().backward()
+    optimizer.step()
+    for (_, tokens), old in zip(layers(compressed), before, strict=True):
+        for now, then in zip(tokens.matrices(), old, strict=False):
+            assert torch.equal(now != 0, then != 0) and not torch.equal(now, then)
+
+
+def test_masked_equals_compact_inside_the_groups(compressed, images, prune):
+    masks = prune(Masks(compressed.dims), ("embed", "heads", "qk", "v", "mlp", "blocks.1.mlp=0"))
+    masks.install_(compressed)
+    small = compact(compressed, masks)
+    assert [b.tokens for b in small.dims.blocks] == [9, 7]
+    with torch.no_grad():
+        difference = (small(images) - compressed(images)).norm() / compressed(images).norm()
+    assert difference < 1e-5
+
+
+def test_a_checkpoint_holds_the_structure(compressed, images, tmp_path):
+    def save(**changes):
+        checkpoint.save(tmp_path / "c.pth", arch=dict(name=compressed.arch, kwargs=compressed.arch_kwargs),
+                        dims=compressed.dims.to_dict(), model=compressed.state_dict() | changes)  # fmt: skip
+
+    save()
+    with torch.no_grad():
+        assert torch.equal(load_dense(tmp_path / "c.pth")(images), compressed(images))
+    for odd in (99, 0, 2):  # no such token, a prefix token, all in one group
+        save(**{"blocks.0.tokens.owner": torch.full((16,), odd)})
+        with pytest.raises(CheckpointError, match="groups"):
+            load_dense(tmp_path / "c.pth")
+
+
+def test_fresh_models_of_fewer_tokens_have_a_structure(tiny):
+    arch = tiny.pop("arch")
+    model = fresh(arch, with_tokens(build_vit(arch, **tiny).dims, 9, 5), tiny, torch.device("cpu"))
+    assert [len(t.owner.unique()) for _, t in layers(model)] == [7, 3]
+
+
+@pytest.mark.parametrize("tokens", [2, 19])
+def test_tokens_that_a_model_cannot_have(tiny, tokens):
+    with pytest.raises(ModelError, match="of which 2 are never merged: 3 to 18"):
+        build_vit(**tiny, dims=with_tokens(build_vit(**tiny).dims, tokens, 18))
+
+
+def test_streamlined_models_classify_the_same(tiny, randomise, images):
+    model = randomise(build_vit(**tiny, dims=with_tokens(build_vit(**tiny).dims, 6, 5))).eval()
+    for _, tokens in layers(model):
+        random_structure_(tokens, skip=0)
+    with torch.no_grad():
+        expected = model(images)
+        assert streamline_(model).blocks[1].tokens.folded.shape == (5, 6)
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
+        assert model.forward_features(images).shape[1] == 2
+
+
+def test_a_shortcut_is_not_folded_away(compressed, images):
+    with torch.no_grad():
+        expected = compressed(images)
+        streamline_(compressed)
+        assert compressed.blocks[1].tokens.folded is None
+        torch.testing.assert_close(compressed(images), expected, rtol=1e-4, atol=1e-5)
+
+
+class Segmenter(nn.Module):
+    """A linear decoder on all patches in place (Segmenter, Strudel et al. 2021)."""
+
+    def __init__(self, backbone: VisionTransformer, classes: int) -> None:
+        super().__init__()
+        self.backbone, self.decoder = backbone, nn.Linear(backbone.embed_dim, classes)
+
+    def forward(self, images):
+        tokens = self.backbone.forward_features(images)[:, self.backbone.num_prefix_tokens :]
+        rows, columns = self.backbone.patch_embed.grid_size
+        maps = self.decoder(tokens).transpose(1, 2).unflatten(2, (rows, columns))  # B classes h w
+        return nn.functional.interpolate(maps, size=images.shape[-2:], mode="bilinear")
+
+
+def test_a_segmentation_head_trains_on_all_tokens(compressed, images):
+    model, labels = Segmenter(compressed.train(), 5), torch.randint(0, 5, (3, 16, 16))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
+    for _ in range(3):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    maps = compressed.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
+    assert [m.shape for m in maps] == [(3, 32, 4, 4)] * 2
+
+
+def test_compressed_models_export(compressed, images):
+    exported = torch.export.export(compressed, (images,))
+    with torch.no_grad():
+        torch.testing.assert_close(exported.module()(images), compressed(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compressed_models_compile_and_run_in_onnxruntime(compressed, images):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    with torch.no_grad():
+        expected = compressed(images)
+        torch.testing.assert_close(torch.compile(compressed)(images), expected, rtol=1e-4, atol=1e-5)
+        program = torch.onnx.export(compressed, (images,), dynamo=True)
+    buffer = io.BytesIO()
+    program.save(buffer)
+    session = runtime.InferenceSession(buffer.getvalue())
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
