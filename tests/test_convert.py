@@ -2,6 +2,7 @@
 import argparse
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from jobs import run
@@ -12,6 +13,8 @@ from tools import convert
 from utils import BadArguments
 
 DIM = dict(EMB=32, head=[2] * 12, QK=[8, 4] * 6, V=[8] * 12, MLP=[16] * 12)
+
+PM_HEAD = dict(model={"cls_token": torch.zeros(1, 1, 192), "head.bias": torch.zeros(10)})
 
 
 @pytest.fixture
@@ -56,6 +59,28 @@ def test_a_converted_checkpoint_is_the_same_function(ours, tmp_path, capsys):
     assert converted.dims.to_dim() == DIM and torch.equal(converted(images), ours(images))
 
 
+@torch.no_grad()
+def test_prune_and_merge_checkpoints_are_the_same_function(randomise, tmp_path, capsys):
+    """Against the published block: out = R block(M x) + (1 - m) x, with matrices that finetuning has made dense."""
+    model = randomise(timm.create_model("deit_tiny_patch16_224", num_classes=10)).eval()
+    state, channels = model.state_dict(), [197] * 3 + [50, 20] * 4 + [3]
+    for i, K in enumerate(channels):
+        M, R = (torch.eye(197), torch.eye(197)) if K == 197 else (torch.rand(K, 197) / 50, torch.rand(197, K))
+        mask = (torch.rand(197) > (0.1 if K < 197 else 0)).float()
+        names = dict(merge_matrix=M, recover_matrix=R, token_mask=mask, bias=torch.ones(K))
+        state |= {f"blocks.{i}.attn.{name}": value for name, value in names.items()}
+    torch.save(dict(model=state, channels=channels, epoch=3, args=argparse.Namespace(lr=1)), tmp_path / "published.pth")
+    run(convert, tmp_path / "published.pth", tmp_path / "ours.pth")
+    assert "3 to 197 tokens" in capsys.readouterr().out
+    images = torch.randn(2, 3, 224, 224)
+    x = model._pos_embed(model.patch_embed(images))
+    for i, block in enumerate(model.blocks):
+        M, R, mask = (state[f"blocks.{i}.attn.{n}"] for n in ("merge_matrix", "recover_matrix", "token_mask"))
+        x = R @ block(M @ x) + (1 - mask)[:, None] * x
+    expected = model.forward_head(model.norm(x))
+    torch.testing.assert_close(load_dense(tmp_path / "ours.pth")(images), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_token_masks_that_matter_are_reported(ours, tmp_path, capsys):
     state = published_state(ours)
     state["blocks.3.attn.token_mask.weight"][7] = 0.75
@@ -65,8 +90,10 @@ def test_token_masks_that_matter_are_reported(ours, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, message", [
-    (dict(model={}, channels=[197] * 12), "is a Prune-and-Merge checkpoint"),
-    (dict(model={}), "is no dense checkpoint of the published NViT code"),
+    (dict(model={}, channels=[197] * 12), "is no Prune-and-Merge checkpoint"),
+    (PM_HEAD | dict(channels=[197] * 11), "with one count per block"),
+    (PM_HEAD | dict(channels=[0] * 12), "tokens must be at least 1"),
+    (dict(model={}), "is no checkpoint of the published NViT or Prune-and-Merge code"),
     (dict(model={"head.bias": torch.zeros(10)}, dim=DIM | dict(QK=[8])), "QK"),
     (dict(model={"head.bias": torch.zeros(10), "blocks.0.attn.Q.weight": torch.zeros(16, 32)}, dim=DIM), "lacks K, V"),
     (dict(model=nn.Linear(2, 2)), "needs unpickling of code"),

@@ -1,31 +1,35 @@
-"""Import a published NViT checkpoint: python -m tools.convert PUBLISHED.pth OUTPUT.pth
+"""Import a published NViT or Prune-and-Merge checkpoint: python -m tools.convert PUBLISHED.pth OUTPUT.pth
 
-Reads the dense layout of the published code (`dim`, and separate Q, K, V layers) and writes a checkpoint of this
-project, which `models.load_dense`, finetune_dense.py and everything else take.
+Reads the dense layout of NViT's code (`dim`, and separate Q, K, V layers) or the token matrices of Prune and Merge's
+(`channels`), and writes a checkpoint of this project, which `models.load_dense`, finetune_dense.py and everything else
+take.
 """
 from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import checkpoint
-from models import ViTDims, build_vit, params
+from models import ViTDims, build_vit, params, skeleton
 from models.dims import DimsError
 from models.pretrained import from_checkpoint
 from utils import BadArguments, run_script, say, warn
 
 ARCH = "deit_base_distilled_patch16_224"  # the only one that the published code has
 DIM_KEYS = ("EMB", "head", "QK", "V", "MLP")
+PM_ARCHS = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
+PM_NAMES = dict(merge_matrix="merge_matrix", recover_matrix="reconstruct_matrix", token_mask="skip")
 _LAYER = re.compile(r"(blocks\.\d+\.attn\.)([QKV])\.(weight|bias)")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("published", metavar="PUBLISHED.pth", help="checkpoint of the published NViT code")
+    parser.add_argument("published", metavar="PUBLISHED.pth", help="checkpoint of the published code")
     parser.add_argument("output", metavar="OUTPUT.pth", help="where the converted checkpoint is written")
     return parser
 
@@ -62,14 +66,12 @@ def to_timm(state: dict[str, Tensor], patch: int) -> tuple[dict[str, Tensor], fl
     return out, off
 
 
-def convert(content: dict[str, Any], path: str) -> tuple[dict[str, Any], float]:
+def of_nvit(content: dict[str, Any], path: str) -> tuple[dict[str, Any], float]:
     """(the keys of a checkpoint of this project, what the token masks were off by). Raises ValueError."""
-    if "channels" in content:
-        raise ValueError(f"{path} is a Prune-and-Merge checkpoint: its token matrices have no place in a dense model")
     dim, state = content.get("dim"), content.get("model")
     if not isinstance(dim, dict) or any(key not in dim for key in DIM_KEYS) or not isinstance(state, dict):
-        raise ValueError(f"{path} is no dense checkpoint of the published NViT code: it needs the keys model and dim, "
-                         f"and {', '.join(DIM_KEYS)} in dim")  # fmt: skip
+        raise ValueError(f"{path} is no checkpoint of the published NViT or Prune-and-Merge code: it needs the keys "
+                         f"model and dim, and {', '.join(DIM_KEYS)} in dim, or model and channels")  # fmt: skip
     classes = len(state["head.bias"]) if "head.bias" in state else 1000
     parent = build_vit(ARCH, num_classes=classes)
     try:
@@ -77,11 +79,46 @@ def convert(content: dict[str, Any], path: str) -> tuple[dict[str, Any], float]:
     except DimsError as error:
         raise ValueError(f"{path}: {error}") from None
     model, off = to_timm(state, parent.patch_embed.patch_size[0])
-    epoch = content.get("epoch")
-    keys = dict(
-        arch=dict(name=ARCH, kwargs=dict(num_classes=classes)), dims=dims.to_dict(), dim=dims.to_dim(), model=model,
-        epoch=epoch if isinstance(epoch, int) else None, metrics={}, args={},
-    )  # fmt: skip
+    return dict(arch=dict(name=ARCH, kwargs=dict(num_classes=classes)), dims=dims, model=model), off
+
+
+def of_pm_vit(content: dict[str, Any], path: str) -> dict[str, Any]:
+    """The keys of a checkpoint of this project. Raises ValueError.
+
+    Token matrices keep every entry. A block with all of its tokens has none here: theirs must be identities. The
+    published bias of the attention logits is never used, and left out.
+    """
+    channels, state = content["channels"], content.get("model")
+    if not isinstance(state, dict) or "cls_token" not in state or "head.bias" not in state:
+        raise ValueError(f"{path} is no Prune-and-Merge checkpoint: it needs a state dict under model")
+    arch = PM_ARCHS.get(state["cls_token"].shape[-1])
+    kwargs = dict(num_classes=len(state["head.bias"]), dense_merge=True)
+    dims = ViTDims.of(skeleton(arch, **kwargs)) if arch else None
+    if dims is None or not isinstance(channels, list | tuple) or len(channels) != len(dims.blocks):
+        raise ValueError(f"{path} is none of the published models, DeiT-T, -S and -B with one count per block")
+    try:
+        dims = ViTDims(dims.embed, tuple(replace(b, tokens=n) for b, n in zip(dims.blocks, channels, strict=True)))
+    except DimsError as error:
+        raise ValueError(f"{path}: {error}") from None
+    model = {}
+    for name, value in state.items():
+        *block, last = name.split(".")
+        if last not in PM_NAMES or block[-1] != "attn":
+            model.update({} if name.endswith("attn.bias") else {name: value})
+        elif value.shape[0] == value.shape[-1] and value.dim() == 2:
+            if not torch.allclose(value, torch.eye(len(value))):
+                raise ValueError(f"{path}: {name} mixes tokens but leaves as many as there were: no place for it here")
+        elif channels[int(block[1])] < len(state["pos_embed"][0]):
+            model[".".join([*block[:-1], "tokens", PM_NAMES[last]])] = value if value.dim() == 2 else value == 0
+    return dict(arch=dict(name=arch, kwargs=kwargs), dims=dims, model=model)
+
+
+def convert(content: dict[str, Any], path: str) -> tuple[dict[str, Any], float]:
+    """(the keys of a checkpoint of this project, what NViT's token masks were off by). Raises ValueError."""
+    keys, off = (of_pm_vit(content, path), 0.0) if "channels" in content else of_nvit(content, path)
+    dims, epoch = keys["dims"], content.get("epoch")
+    keys |= dict(dims=dims.to_dict(), dim=dims.to_dim(), epoch=epoch if isinstance(epoch, int) else None, metrics={},
+                 args={})  # fmt: skip
     return keys, off
 
 
@@ -95,7 +132,10 @@ def main(args: argparse.Namespace) -> None:
         warn(f"token masks are up to {off:.3f} from 1 and are left out: outputs differ from the published model's")
     checkpoint.save(args.output, **keys)
     dims = ViTDims.from_dict(keys["dims"])
-    say(f"{args.output}: {params(ARCH, dims, **keys['arch']['kwargs']):,} parameters, widths {dims.to_dim()}")
+    arch, kwargs = keys["arch"]["name"], keys["arch"]["kwargs"]
+    counts = sorted({b.tokens for b in dims.blocks})
+    say(f"{args.output}: {arch}, {params(arch, dims, **kwargs):,} parameters, widths {dims.to_dim()}, "
+        f"{counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'} tokens")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,236 @@
+"""Prune and Merge: speed over keep rates, and accuracy beside ToMe-style merging at equal latency.
+
+    python -m benchmarks.tokens speed [--models deit_tiny_patch16_224 …] [--batch-size 16] [--device cuda --dtype bf16]
+    python -m benchmarks.tokens accuracy --initial-checkpoint FILE --bench FOLDER --rows FILE
+
+`speed` prints dense over compressed time, interleaved, fused attention on both sides, a tenth of the patches skipped.
+`accuracy` compresses the CIFAR-10 base, one-shot and after the shared recovery recipe of the folder --bench
+(equal_footing.py); rows that --rows holds already are not repeated. `tome` is bipartite matching written from the paper
+(Bolya et al., arXiv 2210.09461), with as many merged per block as come nearest to the latency of --methods' first.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latency.measure import DTYPES, device_name, interleaved, ratio
+from latency.whole import fresh, images_for
+from models import TokenLogits, ViTDims, build_vit, skeleton
+from models.pretrained import load_initial_, read_initial
+from models.tokens import layers, streamline_
+from pruning import pm_vit
+from utils import table
+
+KEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+METHODS = {  # mode of scoring, then how patches are merged
+    "attn": ("attn", pm_vit.Merging()),
+    "attn, raster": ("attn", pm_vit.Merging(where="raster")),
+    "attn, as published": ("attn", pm_vit.Merging("raster", published=True, shortcut=False)),
+    "attn, without shortcut": ("attn", pm_vit.Merging(shortcut=False)),
+    "head_entropy": ("head_entropy", pm_vit.Merging()),
+    "random": ("random", pm_vit.Merging()),
+    "seq": ("seq", pm_vit.Merging()),
+    "tome": (),
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "accuracy"))
+    parser.add_argument("--models", nargs="+", default=["deit_tiny_patch16_224", "deit_small_patch16_224"])
+    parser.add_argument("--keep_rates", type=float, nargs="+", default=KEEP)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--initial-checkpoint", help="dense weights")
+    parser.add_argument("--bench", type=Path, help="folder of equal_footing.py")
+    parser.add_argument("--rows", type=Path, help="results, one row a line")
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--keep_rate", type=float, default=0.6)
+    parser.add_argument("--prune_rate", type=float, default=0.1)
+    parser.add_argument("--batches", type=int, default=80, help="of 64 images, to score on")
+    parser.add_argument("--epochs", type=int, default=2, help="of recovery")
+    parser.add_argument("--per-class", type=int, default=1000, help="training images a class for recovery")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no row after so many")
+    return parser
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+def with_structure(arch: str, keep_rate: float, device: torch.device, way: str | None = None) -> nn.Module:
+    """A model with random weights and scores, a tenth of its patches skipped."""
+    parent = skeleton(arch)
+    prefix, patches, depth = parent.num_prefix_tokens, parent.patch_embed.num_patches, len(parent.blocks)
+    ranks = torch.rand(1, patches, generator=torch.Generator().manual_seed(0)).expand(depth, -1)
+    structure = pm_vit.chosen(ranks, range(depth), min(0.1, 1 - keep_rate), keep_rate)
+    dims = pm_vit.compressed_dims(ViTDims.of(parent), structure, prefix)
+    model = fresh(arch, dims, {}, device)
+    for i, tokens in layers(model):
+        found = pm_vit.assigned(structure, i, parent.patch_embed.grid_size, prefix, pm_vit.Merging())
+        tokens.set(*(t.to(device) for t in found))
+        tokens.way = way
+    return streamline_(model)
+
+
+def speed(args: argparse.Namespace) -> None:
+    """A line per model and keep rate."""
+    device = torch.device(args.device)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(f"batch {args.batch_size}, {args.dtype}, eager, {device_name(device).removesuffix(threads)}{threads}")
+    for arch in args.models:
+        images = images_for(arch, {}, args.batch_size, device)
+        models = {f"{k:g}": with_structure(arch, k, device) for k in args.keep_rates}
+        models |= {"0.6 as products": with_structure(arch, 0.6, device, way="products")}
+        timings = interleaved(dict(dense=fresh(arch, None, {}, device)) | models, images, args.rounds, dtype=args.dtype)
+        lines = []
+        for name in models:
+            found = ratio(timings["dense"], timings[name])
+            lines.append([name, f"{args.batch_size / timings[name].median:,.0f}", f"{found.median:.2f}x",
+                          f"{found.q1:.2f} to {found.q3:.2f}"])  # fmt: skip
+        print(f"{arch}: dense {args.batch_size / timings['dense'].median:,.0f} images/s")
+        print(table(["keep rate", "images/s", "speed-up", "quartiles"], lines), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- ToMe
+class ToMeBlock(nn.Module):
+    """A block that merges the r most similar pairs of its tokens after attention; token sizes travel along."""
+
+    def __init__(self, block: nn.Module, r: int, prefix: int, sizes: list[Tensor | None]) -> None:
+        super().__init__()
+        self.block, self.r, self.prefix, self.sizes = block, r, prefix, sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        block, a = self.block, self.block.attn
+        B, N, _ = x.shape
+        size = self.sizes[0] if self.sizes[0] is not None and self.sizes[0].shape[:2] == (B, N) else x.new_ones(B, N, 1)
+        q, k, v = (t.view(B, N, a.num_heads, -1).transpose(1, 2) for t in a.qkv(block.norm1(x)).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log().view(B, 1, 1, N), scale=a.scale)
+        x = x + block.drop_path1(block.ls1(a.proj(mixed.transpose(1, 2).reshape(B, N, -1))))
+        x, self.sizes[0] = self.merged(x, size, k.mean(1))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+
+    def merged(self, x: Tensor, size: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+        """Bipartite soft matching: every other patch goes to its most similar among the rest, the r closest pairs."""
+        head, patches = x[:, : self.prefix], x[:, self.prefix :]
+        r = min(self.r, patches.shape[1] // 2)
+        with torch.no_grad():
+            metric = F.normalize(metric[:, self.prefix :], dim=-1)
+            best, partner = (metric[:, ::2] @ metric[:, 1::2].mT).max(-1)
+            order = best.argsort(-1, descending=True)
+            gone, stay = order[:, :r], order[:, r:].sort(-1).values
+            to = partner.gather(1, gone)
+        own = size[:, self.prefix :]
+        weighted = torch.cat([patches * own, own], -1)  # B P E+1
+        width = weighted.shape[-1]
+        from_, into = weighted[:, ::2], weighted[:, 1::2]
+        moved = from_.gather(1, gone[..., None].expand(-1, -1, width))
+        into = into.scatter_add(1, to[..., None].expand(-1, -1, width), moved)
+        out = torch.cat([from_.gather(1, stay[..., None].expand(-1, -1, width)), into], 1)
+        x = torch.cat([head, out[..., :-1] / out[..., -1:]], 1)
+        return x, torch.cat([size[:, : self.prefix], out[..., -1:]], 1)
+
+
+def tome(model: nn.Module, r: int) -> nn.Module:
+    """`model` with r tokens merged in every block."""
+    model, sizes = copy.deepcopy(model), [None]
+    prefix = model.num_prefix_tokens
+    model.blocks = nn.Sequential(*(ToMeBlock(block, r, prefix, sizes) for block in model.blocks))
+    model.blocks[0].register_forward_pre_hook(lambda *_: sizes.__setitem__(0, None))
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------ accuracy
+def compressed(args: argparse.Namespace, method: str, seed: int, base: nn.Module, data: tuple[Tensor, Tensor],
+               normalise: Any) -> nn.Module:  # fmt: skip
+    """The base compressed by one of our methods, scored on images that the seed chooses."""
+    mode, merging = METHODS[method]
+    where, grid = range(len(base.blocks)), base.patch_embed.grid_size
+    generator = torch.Generator().manual_seed(seed)
+    if mode in ("random", "seq"):
+        shape = len(where), grid[0] * grid[1]
+        ranks = torch.rand(shape, generator=generator) if mode == "random" else pm_vit.spread(where, grid)
+        structure = pm_vit.chosen(ranks, where, args.prune_rate, args.keep_rate)
+        return pm_vit.compressed(base, replace(structure, weights=torch.ones_like(ranks)), merging)
+    pick = torch.randperm(len(data[0]), generator=generator)[: 64 * args.batches]
+    batches = [(normalise(data[0][i]), data[1][i]) for i in pick.split(64)]
+
+    def loss(images: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(sum(TokenLogits(base)(images)) / 2, targets)
+
+    ranks = pm_vit.comparable(pm_vit.measured(base, where, batches, loss, mode), where)
+    return pm_vit.compressed(base, pm_vit.chosen(ranks, where, args.prune_rate, args.keep_rate), merging)
+
+
+def nearest_tome(ef: Any, base: nn.Module, target: nn.Module) -> nn.Module:
+    """ToMe with the number of merged tokens whose latency is nearest to that of `target`, measured side by side."""
+    patches, depth = base.patch_embed.num_patches, len(base.blocks)
+    found = {r: abs(1 - ef.latency_ratio(target, tome(base, r), rounds=9)[0]) for r in range(2, patches // depth)}
+    return tome(base, min(found, key=found.get))
+
+
+def load_base(path: str) -> nn.Module:
+    arch, kwargs, state = read_initial(path)
+    model = build_vit(arch, **kwargs)
+    load_initial_(model, state, path)
+    return model.eval()
+
+
+def accuracy(args: argparse.Namespace) -> None:
+    """A row per method and seed, appended as it is made."""
+    sys.path.insert(0, str(args.bench))
+    import equal_footing as ef
+
+    begin = time.monotonic()
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    done = {(row["method"], row["seed"], row["keep_rate"]) for row in rows}
+    train, val = ef.load_split("train", args.per_class), ef.load_split("val")
+    base, dense = load_base(args.initial_checkpoint), ef.load_base(args.initial_checkpoint)
+    for seed in args.seeds:
+        for method in args.methods:
+            if (method, seed, args.keep_rate) in done or time.monotonic() - begin > 60 * args.minutes:
+                continue
+            torch.manual_seed(seed)
+            ours = compressed(args, args.methods[0] if method == "tome" else method, seed, base, train, ef.normalise)
+            model = nearest_tome(ef, base, ours) if method == "tome" else ours
+            row = dict(method=method, seed=seed, keep_rate=args.keep_rate, latency=ef.latency_ratio(dense, model)[0],
+                       oneshot=ef.top1(model, *val))  # fmt: skip
+            ef.finetune(model.requires_grad_(True), dense, *train, args.epochs, seed=seed)
+            row |= dict(epochs=args.epochs, per_class=args.per_class, finetuned=ef.top1(model, *val))
+            rows.append(row)
+            with open(args.rows, "a") as file:
+                file.write(json.dumps(row) + "\n")
+    report(rows)
+
+
+def report(rows: list[dict[str, Any]]) -> None:
+    """Mean and spread over seeds of every method and keep rate."""
+    lines = []
+    for method, keep in dict.fromkeys((row["method"], row["keep_rate"]) for row in rows):
+        ours = [row for row in rows if (row["method"], row["keep_rate"]) == (method, keep)]
+        cells = [
+            f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+            for key, digits in (("latency", 3), ("oneshot", 2), ("finetuned", 2))
+            for values in [[row[key] for row in ours]]
+        ]
+        lines.append([method, f"{keep:g}", str(len(ours)), *cells])
+    print(table(["", "keep rate", "seeds", "latency of dense", "top-1 one-shot", "after recovery"], lines))
+
+
+def main(args: argparse.Namespace) -> None:
+    dict(speed=speed, accuracy=accuracy)[args.what](args)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())
