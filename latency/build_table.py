@@ -80,7 +80,8 @@ def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], ViTDims]:
     return arch, kwargs, ViTDims.of(skeleton(arch, **kwargs))
 
 
-def grid_for(args: argparse.Namespace, dims: ViTDims | None, fixed: Collection[str] = ()) -> dict[str, list[int]]:
+def grid_for(args: argparse.Namespace, dims: ViTDims | None, fixed: Collection[str] = (),
+             prefix: int = 0) -> dict[str, list[int]]:  # fmt: skip
     """The points of every axis; only their number is checked where there are no `dims`. Raises ValueError."""
     given = key_values(args.points, "--points")
     if odd := [f"{axis}={n}" for axis, n in given.items() if axis not in GROUPS or type(n) is not int or n < 2]:
@@ -93,8 +94,8 @@ def grid_for(args: argparse.Namespace, dims: ViTDims | None, fixed: Collection[s
     if not dims:
         return {}
     grid, own = grid_of(counts, dims, fixed), dims.blocks[0].tokens
-    if odd := [n for n in args.tokens if not 0 < n <= own]:
-        raise ValueError(f"--tokens must be from 1 to the model's {own}, not {odd[0]}")
+    if odd := [n for n in args.tokens if not prefix < n <= own]:
+        raise ValueError(f"--tokens must be from {prefix + 1} to the model's {own}, not {odd[0]}")
     return grid | (dict(tokens=sorted({*args.tokens, own})) if args.tokens else {})
 
 
@@ -129,7 +130,8 @@ def problems(args: argparse.Namespace) -> list[str]:
         missing = "" if folder.is_dir() else f": there is no folder {folder}"
         found.append(f"--output: cannot write {args.output}{missing}")
     model = _attempt(found, parent_of, args)
-    _attempt(found, grid_for, args, model and model[2])
+    prefix = skeleton(model[0], **model[1]).num_prefix_tokens if model else 0
+    _attempt(found, grid_for, args, model and model[2], (), prefix)
     _attempt(found, runtime_of, args)
     return found
 

@@ -15,7 +15,10 @@ import numpy as np
 MAX_LEAVES = 2_000_000
 COLUMNS = ("embed", "heads", "qk", "v", "mlp", "tokens")  # of a row of widths
 LEVELS = dict(EMB=("embed",), QK=("heads", "qk"), V=("v",), MLP=("mlp",), N=("tokens",))
-GRAMMARS = dict(block=("EMB", "QK", "V", "MLP"), attention=("EMB", "QK", "V"), mlp=("EMB", "MLP"), overhead=("EMB",))
+GRAMMARS = dict(
+    block=("EMB", "QK", "V", "MLP"), attention=("EMB", "QK", "V"), mlp=("EMB", "MLP"), tokens=("EMB",),
+    overhead=("EMB",),
+)  # fmt: skip
 SHOWN = dict(embed="EMB_{}", heads="QK_{}_*", qk="QK_*_{}", v="V_{}", mlp="MLP_{}", tokens="N_{}")
 _KEY = {level: re.compile(level + r"_(0|[1-9]\d{0,8})" * len(widths)) for level, widths in LEVELS.items()}
 

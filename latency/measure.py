@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -215,16 +215,20 @@ class Bench:
         self._points: dict[tuple[str, ...], tuple[nn.Module, Tensor, list[nn.Module], Tensor]] = {}
         planned = list(branches(grid, tokens))
         for embed in grid["embed"]:
-            chosen = [(key, d) for key, e, d in planned if e == embed]
-            modules = _without_storage(arch, kwargs, embed, [d for _, d in chosen])
+            chosen = [(key, d) for key, e, d in planned if e == embed and key[0] != "tokens"]
+            modules = _without_storage(arch, kwargs, embed, [replace(d, tokens=tokens) for _, d in chosen])
             kinds: dict[tuple[str, int], list[nn.Module]] = {}
             for (key, d), module in zip(chosen, modules, strict=True):
                 kinds.setdefault((key[0], d.tokens), []).append(pool.fill(module))
                 others = kinds.setdefault((OTHER[key[0]], d.tokens), [])
                 self._points[key] = module, streams[embed, d.tokens], others, streams[embed, d.tokens]
+            others, stream = kinds["mlp", tokens], streams[embed, tokens]
+            for key, d in ((key, d) for key, e, d in planned if e == embed and key[0] == "tokens"):
+                merging = build_vit(arch, ViTDims(embed, (d,)), **kwargs).blocks[0].to(self.device, self.dtype).eval()
+                self._points[key] = merging, stream, others, stream
             outside = build_vit(arch, ViTDims(embed, ()), **kwargs).to(self.device, self.dtype).eval()
             key = "overhead", f"EMB_{embed}"
-            self._points[key] = outside, self.images, kinds["mlp", tokens], streams[embed, tokens]
+            self._points[key] = outside, self.images, others, stream
         block = _without_storage(arch, kwargs, dims.embed, dims.blocks[:1])
         self._reference = _caller(pool.fill(block), self._random(batch, tokens, dims.embed), compiled=False)
         with torch.inference_mode():

@@ -52,9 +52,13 @@ def random_dims(dims: ViTDims, rng: random.Random, left_alone: Collection[str] =
 def branches(grid: dict[str, list[int]], tokens: int) -> Iterator[tuple[tuple[str, ...], int, BlockDims]]:
     """(key, embed, widths) of every branch to be measured; a grid of several token counts has them in the keys.
 
-    ("attention", "EMB_96", "QK_3_32", "V_32") or ("mlp", "N_66", "EMB_96", "MLP_384").
+    ("attention", "EMB_96", "QK_3_32", "V_32") or ("mlp", "N_66", "EMB_96", "MLP_384"), and for merging the model's
+    `tokens` into fewer and putting them back, ("tokens", "N_40", "EMB_96").
     """
     counts = grid.get("tokens", [tokens])
+    if len(counts) > 1:
+        for n, e in product(sorted({*counts[:-1], tokens - 1}), grid["embed"]):
+            yield ("tokens", f"N_{n}", f"EMB_{e}"), e, BlockDims(0, 0, 0, 0, n)
     for n, e in product(counts, grid["embed"]):
         level = (f"N_{n}", f"EMB_{e}") if len(counts) > 1 else (f"EMB_{e}",)
         for m in grid["mlp"]:

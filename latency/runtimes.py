@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,8 @@ class RuntimeBench:
         self.arch, self.kwargs, self.batch, self.dtype, self.runtime = arch, kwargs, batch, DTYPES[dtype], runtime
         self.clock: list[float] = []
         self._folder, self._numbers = tempfile.TemporaryDirectory(), count()
-        tokens = ViTDims.of(skeleton(arch, **kwargs)).blocks[0].tokens
-        self._points = {key: (embed, block) for key, embed, block in branches(grid, tokens)}
+        self.tokens = ViTDims.of(skeleton(arch, **kwargs)).blocks[0].tokens
+        self._points = {key: (embed, block) for key, embed, block in branches(grid, self.tokens)}
         self._points |= {("overhead", f"EMB_{embed}"): (embed, None) for embed in grid["embed"]}
 
     @property
@@ -148,8 +149,10 @@ class RuntimeBench:
         """(seconds, index in `clock`) of one branch, `times` times."""
         self.tick()
         embed, block = self._points[key]
-        model = fresh(self.arch, ViTDims(embed, (block,) if block else ()), self.kwargs, torch.device("cpu"))
-        x = torch.randn(self.batch, block.tokens, embed) if block else self._images()
+        merges = key[0] == "tokens"
+        built = block and (block if merges else replace(block, tokens=self.tokens))
+        model = fresh(self.arch, ViTDims(embed, (built,) if block else ()), self.kwargs, torch.device("cpu"))
+        x = torch.randn(self.batch, self.tokens if merges else block.tokens, embed) if block else self._images()
         timer = self._timer(model.blocks[0] if block else model, x)
         return [(timer(), len(self.clock) - 1) for _ in range(times)]
 

@@ -3,7 +3,8 @@
 A table is JSON in the grammar that NViT published, `EMB_{e}` -> `QK_{heads}_{qk}` -> `V_{v}` -> `MLP_{m}` -> seconds
 for ONE block, and up to three more keys: `_meta` (how it was measured), `_overhead` (seconds outside the blocks, per
 embedding width) and `_parts` (seconds of the attention and of the MLP branch by themselves, which lookups prefer; they
-may be given for several token counts, under `N_{tokens}`). Everything about points and between them is in `grid`.
+may be given for several token counts, under `N_{tokens}`, with `tokens`, what it takes to merge the model's tokens into
+fewer and to put them back). Everything about points and between them is in `grid`.
 """
 from __future__ import annotations
 
@@ -62,11 +63,13 @@ class LatencyTable:
         self._tokens = 0.0  # of rows that do not say
         block = Grid.parse({key: child for key, child in data.items() if key not in known}, "block")
         self._overhead = Grid.parse(data["_overhead"], "overhead", "_overhead") if "_overhead" in data else None
-        self._grids = [block]
+        self._grids, self._merging = [block], None
         if "_parts" in data:
             parts = data["_parts"]
-            if not isinstance(parts, dict) or sorted(parts) != ["attention", "mlp"]:
-                raise LatencyTableError("_parts must hold exactly the keys attention, mlp")
+            if not isinstance(parts, dict) or sorted({*parts, "tokens"}) != ["attention", "mlp", "tokens"]:
+                raise LatencyTableError("_parts must hold the keys attention, mlp, and may hold tokens")
+            if "tokens" in parts:
+                self._merging = Grid.parse(parts["tokens"], "tokens", "_parts -> tokens")
             self._grids = [Grid.parse(parts[name], name, f"_parts -> {name}") for name in ("attention", "mlp")]
             if "tokens" in (columns := self._grids[0].columns):
                 self._tokens = self._grids[0].high[columns.index("tokens")]
@@ -75,8 +78,8 @@ class LatencyTable:
     def of_parts(cls, seconds: dict[str, float], meta: dict[str, Any]) -> LatencyTable:
         """From component seconds by key ("attention/EMB_96/QK_3_32/V_32", "mlp/EMB_96/MLP_384", "overhead/EMB_96").
 
-        Of several token counts, attention and mlp keys go on with "N_66" in second place. The published keys hold the
-        sums of attention and MLP, at the most tokens and a part of the points.
+        Of several token counts, attention and mlp keys go on with "N_66" in second place, and there are "tokens/N_40/
+        EMB_96". The published keys hold the sums of attention and MLP, at the most tokens and a part of the points.
         """
         tree: dict[str, Any] = {}
         for name, value in seconds.items():
@@ -136,6 +139,9 @@ class LatencyTable:
             for grid, decisive in zip(grids, ("heads", "mlp"), strict=True):
                 alive = widths[:, COLUMNS.index(decisive)] > 0  # a branch of width 0 is not built
                 seconds[alive] += grid(widths[alive][:, grid.select])
+            if self._merging:
+                fewer = widths[:, COLUMNS.index("tokens")] < self._tokens
+                seconds[fewer] += self._merging(widths[fewer][:, self._merging.select])
             return seconds
         except LatencyTableError as error:
             raise LatencyTableError(f"{self.name}: {error}") from None

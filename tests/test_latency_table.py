@@ -139,8 +139,10 @@ def test_another_token_count_is_not_covered():
         table.check_covers(ViTDims(96, (BlockDims(3, 32, 32, 128, tokens=40),)))
 
 
-def tokens_table():
+def tokens_table(merging=False):
     seconds = {f"overhead/EMB_{e}": 1e-5 for e in (32, 96)}
+    if merging:
+        seconds |= {f"tokens/N_{n}/EMB_{e}": 1e3 * n * e for n in (20, 65) for e in (32, 96)}
     for n, e in itertools.product((20, 66), (32, 96)):
         for h, q, v in itertools.product((1, 3), (8, 32), (8, 32)):
             seconds[f"attention/N_{n}/EMB_{e}/QK_{h}_{q}/V_{v}"] = n * e * h * (2 * q + v)
@@ -155,6 +157,9 @@ def test_parts_of_several_token_counts():
     table.check_covers(ViTDims(96, (BlockDims(3, 32, 32, 128, 66), BlockDims(3, 32, 32, 128, 30))))
     assert table.data["EMB_96"]["QK_3_32"]["V_8"]["MLP_16"] == pytest.approx(66 * 96 * (3 * 72 + 16), rel=1e-5)
     assert table.blocks_seconds(np.array([[96, 3, 32, 8, 16]]))[0] == pytest.approx(66 * 96 * (3 * 72 + 16), rel=1e-5)
+    merging, bare = tokens_table(merging=True), BlockDims(0, 0, 0, 0, 40)
+    assert merging.block_seconds(64, bare) == pytest.approx(1e3 * 40 * 64) and table.block_seconds(64, bare) == 0
+    assert merging.block_seconds(64, BlockDims(0, 0, 0, 0, 66)) == 0  # of all tokens, nothing is merged
     with pytest.raises(LatencyTableError, match="goes up to N_66 but the model has 70"):
         table.check_covers(ViTDims(96, (BlockDims(3, 32, 32, 128, 70),)))
 

@@ -142,7 +142,9 @@ def test_blocks_of_fewer_tokens(tmp_path):
     assert set(table.data["_parts"]["mlp"]) == {"N_6", "N_18"} and table.meta["grid"]["tokens"] == [6, 18]
     full, half = (table.block_seconds(48, BlockDims(3, 16, 16, 192, n)) for n in (18, 12))
     assert 0 < half and 0 < full
-    assert main(arguments(tmp_path / "u.json", "--tokens", "19")) == 2
+    assert set(table.data["_parts"]["tokens"]) == {"N_6", "N_17"}
+    assert table.block_seconds(48, BlockDims(0, 0, 0, 0, 12)) > 0
+    assert main(arguments(tmp_path / "u.json", "--tokens", "2")) == 2
 
 
 def test_model_from_a_checkpoint(tmp_path, capsys):
