@@ -84,6 +84,25 @@ def test_revit(place, tmp_path, variant, processes):
     assert str(folder / "ft_checkpoint.pth") in out.splitlines()[-1]
 
 
+@pytest.mark.parametrize("size", ["tiny", "base"])
+def test_prune_and_merge(tmp_path, size):
+    """From prune to speed, finetuning on two processes."""
+    arch, kwargs = f"deit_{size}_patch16_224", dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4)
+    model = timm.create_model(arch, num_classes=10, **kwargs)
+    torch.save(dict(arch=arch, kwargs=kwargs, model=model.state_dict()), tmp_path / "dense.pth")
+    flags = [*PLAIN, "--input-size", "16", "--output_dir"]
+    execute(["bash", f"scripts/pm_vit_{size}.sh", tmp_path, tmp_path / "dense.pth", *flags, tmp_path / "pruned",
+             "--prune_iter", "3"], GPUS="1")  # fmt: skip
+    pruned = tmp_path / "pruned" / "pruned_checkpoint.pth"
+    out = execute(["bash", f"scripts/pm_vit_{size}_finetune.sh", pruned, tmp_path / "dense.pth", tmp_path, *flags,
+                   tmp_path / "tuned", "--final_finetune", "2"], GPUS="2")  # fmt: skip
+    tuned = tmp_path / "tuned" / "ft_checkpoint.pth"
+    assert f"{tuned}: top-1" in out.splitlines()[-1]
+    common = ["main_pm_vit.py", "--model", f"tmvit_{size}_patch16_224", "--batch-size", "64", "--resume", tuned]
+    assert "top-1" in execute([sys.executable, *common, "--eval", *PLAIN])
+    assert "images/s" in execute([sys.executable, *common, "--speed-only", "--device", "cpu"])
+
+
 def test_the_command_as_published(place, tmp_path):
     """Under the deprecated launcher, as it is pasted."""
     pasted = (

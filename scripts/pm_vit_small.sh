@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Prune and Merge: the tokens of DeiT-Small, as published.     bash scripts/pm_vit_small.sh IMAGENET DENSE.pth [more flags]
+exec bash "$(dirname "$0")/pm_vit_prune.sh" small "$@"

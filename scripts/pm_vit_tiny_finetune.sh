@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Finetune what pm_vit_tiny.sh compressed, as published.     bash scripts/pm_vit_tiny_finetune.sh PRUNED.pth DENSE.pth IMAGENET
+exec bash "$(dirname "$0")/pm_vit_finetune.sh" tiny "$@"
