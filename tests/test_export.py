@@ -162,7 +162,7 @@ def test_a_damaged_folder(small, tmp_path, damage, message, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", formats.FORMATS)
+@pytest.mark.parametrize("kind", sorted(set(formats.FORMATS) - {"timm"}))
 def test_a_pruned_run_is_compacted_and_exported(runs, kind, tmp_path, capsys):
     """As main_full_global_latency.py wrote it: masks, full-size weights."""
     result = exported(runs["pruned"] / "pruned_checkpoint.pth", kind, tmp_path / "out", capsys)
@@ -170,5 +170,5 @@ def test_a_pruned_run_is_compacted_and_exported(runs, kind, tmp_path, capsys):
     with torch.inference_mode():
         expected = load_dense(runs["pruned"] / "pruned_checkpoint.pth")(images)
         assert (result(images) - expected).norm() <= 1e-4 * expected.norm()
-    if kind != "timm":
-        assert ViTDims.from_dict(json.loads((tmp_path / "out" / "config.json").read_text())["dims"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dims"] == json.loads((runs["pruned"] / "dims.json").read_text())
