@@ -18,7 +18,7 @@ import training
 from engine import Precision, Progress, evaluate, train_one_epoch
 from loaders import start_epoch
 from models.vit import TokenLogits
-from utils import append_log, is_main, say, write_json
+from utils import append_log, is_main, say, write_args
 
 CHECKPOINT = "ft_checkpoint.pth"
 
@@ -98,7 +98,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
     criterion = training.make_loss(args, run.cnn, run.teacher, tau=run.teacher_tau or args.distillation_tau,
                                    per_token=True)  # fmt: skip
     mixup = training.make_mixup(args, run.data.classes)
-    write_json(run.folder / "args.json", vars(args))
+    write_args(run.folder, args)
     test = partial(evaluate, loader=val_loader, precision=state.precision, sharded=args.dist_eval)
     parameters = sum(p.numel() for p in run.model.parameters())
 

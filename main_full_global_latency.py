@@ -37,6 +37,7 @@ from utils import (
     run_script,
     say,
     warn,
+    write_args,
     write_json,
 )
 
@@ -236,7 +237,7 @@ def conclude(args: argparse.Namespace, setup: Setup, top1_dense: float, metrics:
 def prune_one_shot(args: argparse.Namespace, setup: Setup, precision: Precision, top1_dense: float) -> None:
     """--one_shot from beginning to end."""
     resuming.start_anew(setup.folder, CHECKPOINT)
-    write_json(setup.folder / "args.json", vars(args))
+    write_args(setup.folder, args)
     conditions = results.Conditions.of(setup.table, args.batch_size)
     found = one_shot.prune_(args, setup, one_shot.calibration_images(args, setup.full),
                             lambda dims: results.measured_ratio(setup.full, dims, conditions, setup.device))
@@ -273,7 +274,7 @@ def main(args: argparse.Namespace) -> None:
     state = State(steps, optimizer, precision, progress, dict(acc1=top1_dense))
     if setup.resumed:
         restore(setup, state)
-    write_json(setup.folder / "args.json", vars(args))
+    write_args(setup.folder, args)
     keeper = resuming.Keeper(progress, setup.folder / CHECKPOINT, args.recovery_interval,
                              partial(save, CHECKPOINT, args, setup, state))  # fmt: skip
 

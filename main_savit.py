@@ -27,7 +27,7 @@ from pruning.gates import COMPONENTS, axes_of_component
 from pruning.interaction import FORMS, without_second_derivative
 from pruning.macs_search import SEARCHES, Problem
 from pruning.savit import FORMULAS, METHODS, Importance
-from utils import Problems, RunFailed, is_main, make_folder, run_script, say, warn, write_json
+from utils import Problems, RunFailed, is_main, make_folder, run_script, say, warn, write_args, write_json
 
 DEFAULT_MODEL = "deit_base_patch16_224"
 
@@ -259,7 +259,7 @@ def main(args: argparse.Namespace) -> None:
     precision = training.precision(args, setup.device)
     before = evaluate(TokenLogits(model), setup.data.val, precision, args.dist_eval)["acc1"]
     say(f"before: top-1 {before:.2f}, {savit_log.complexity(model.arch, start, model.arch_kwargs)}")
-    write_json(setup.folder / "args.json", vars(args))
+    write_args(setup.folder, args)
 
     # ---------------------------------------------------------------- score
     importance = setup.importance
