@@ -152,10 +152,10 @@ def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor
     """PIL image to normalised float32 (3, S, S).
 
     Validation: bicubic resize of the shorter side to S * 256 / 224 and centre crop; up to 32 pixels, to S itself.
-    Training: timm's pipeline with args.aa, color_jitter, train_interpolation, reprob, remode, recount; up to 32 pixels
-    a padded random crop stands in for the random resized one, as in DeiT. DIGITS have their own: a small rotation,
-    scaling and shift, no flip (a mirrored digit is another sign), and none of those flags. Raises DataError for a
-    policy (args.aa) that timm does not know.
+    Training: timm's pipeline with args.aa, color_jitter, hflip, train_interpolation, reprob, remode, recount; up to 32
+    pixels a padded random crop stands in for the random resized one, as in DeiT. DIGITS have their own: a small
+    rotation, scaling and shift, no flip (a mirrored digit is another sign), and none of those flags. Raises DataError
+    for a policy (args.aa) that timm does not know.
     """
     size = args.input_size
     if not is_train:
@@ -187,6 +187,7 @@ def _timm_transform(args: Any) -> transforms.Compose:
         transform = create_transform(
             input_size=args.input_size,
             is_training=True,
+            hflip=args.hflip,
             color_jitter=args.color_jitter or None,
             auto_augment=policy,
             interpolation=args.train_interpolation,

@@ -78,6 +78,8 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
 def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("augmentation")
     group.add_argument("--color-jitter", metavar="F", type=float, default=0.4, help="jitter factor (default: 0.4)")
+    group.add_argument("--hflip", metavar="P", type=float, default=0.5,
+                       help="probability of a mirror image; 0 for digits, letters, traffic signs (default: 0.5)")
     group.add_argument("--aa", metavar="POLICY", default="rand-m9-mstd0.5-inc1",
                        help="timm's auto-augment policy, '' for none (default: rand-m9-mstd0.5-inc1)")
     group.add_argument("--smoothing", metavar="F", type=float, default=0.1, help="label smoothing (default: 0.1)")
@@ -265,6 +267,7 @@ RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that
     "drop": ("in [0, 1]", lambda x: 0 <= x <= 1),
     "drop_path": ("in [0, 1)", lambda x: 0 <= x < 1),
     "distillation_alpha": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "hflip": ("in [0, 1]", lambda x: 0 <= x <= 1),
     "lr": ("from 0 up", lambda x: 0 <= x < math.inf),
     "grad_accum_steps": ("above 0", lambda x: x > 0),
     "dist_timeout": ("above 0", lambda x: 0 < x < math.inf),
