@@ -26,7 +26,8 @@ CHECKPOINT = "ft_checkpoint.pth"
 @dataclass
 class Run:
     """What the arguments named, loaded and checked. origin: path of the dense weights; resumed: the checkpoint;
-    teacher_tau: temperature of the teacher's KL where it is not --distillation-tau."""
+    transfer: whether the model was pruned on other data; teacher_tau: temperature of the teacher's KL where it is not
+    --distillation-tau."""
 
     device: torch.device
     full: training.FullModel
@@ -38,6 +39,7 @@ class Run:
     origin: str = ""
     teacher_tau: float | None = None
     resumed: dict[str, Any] | None = None
+    transfer: bool = False
 
 
 @dataclass
