@@ -55,6 +55,7 @@ class State:
 
 
 def save(name: str, args: Any, run: Run, state: State) -> None:
+    """Write a checkpoint into the run's folder, on the main rank."""
     if not is_main():
         return
     dims = run.model.dims

@@ -62,6 +62,7 @@ def add_model_args(parser: argparse.ArgumentParser, drops: bool = True) -> None:
 
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:
+    """Where images come from and how they are read."""
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", metavar="DIR", default="", help="data folder; DIGITS needs none (default: none)")
     group.add_argument("--data-set", choices=DATA_SETS, default="IMNET",
@@ -76,6 +77,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
+    """What training images go through."""
     group = parser.add_argument_group("augmentation")
     group.add_argument("--color-jitter", metavar="F", type=float, default=0.4, help="jitter factor (default: 0.4)")
     group.add_argument("--hflip", metavar="P", type=float, default=0.5,
@@ -107,6 +109,7 @@ def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_optimizer_args(parser: argparse.ArgumentParser) -> None:
+    """timm's optimizers."""
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", metavar="NAME", default="adamw", help="timm's name of the optimizer (default: adamw)")
     group.add_argument("--opt-eps", metavar="F", type=float, default=1e-8, help="its epsilon (default: 1e-8)")
@@ -124,6 +127,7 @@ def add_optimizer_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_schedule_args(parser: argparse.ArgumentParser) -> None:
+    """timm's schedulers."""
     group = parser.add_argument_group("schedule")
     group.add_argument("--sched", default="cosine", choices=("cosine", "tanh", "step", "multistep", "poly"),
                        help="timm's scheduler, stepped every update (default: cosine)")
@@ -244,6 +248,7 @@ def add_target_args(group: Any) -> None:
 
 
 def add_one_shot_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of --one_shot."""
     group = parser.add_argument_group("one-shot pruning")
     group.add_argument("--one_shot", action="store_true",
                        help="prune to --latency_target without labels, gradients or training (default: off)")

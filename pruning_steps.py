@@ -106,6 +106,7 @@ class PruningSteps:
         )  # fmt: skip
 
     def restore(self, state: dict[str, Any], masks: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` and the masks of a checkpoint hold."""
         self.saliency.load_state_dict(state["saliency"])
         self.steps, self.events, self.exhausted = state["steps"], state["events"], state["exhausted"]
         self.masks.load_state_dict(masks)
@@ -125,6 +126,7 @@ class State:
 
 
 def save(name: str, args: Any, setup: Setup, state: State) -> None:
+    """Write a checkpoint into the run's folder, on the main rank."""
     if not is_main():
         return
     steps, progress = state.steps, state.progress.state_dict()
