@@ -34,7 +34,8 @@ def test_adding_a_method_works_as_told(tmp_path, monkeypatch):
     for block in blocks("docs/add_a_method.md", "python"):
         exec(block, names)
     assert load_dense(tmp_path / "pruned_checkpoint.pth").dims == names["masks"].dims
-    scores, model = names["scores"], names["model"]
+    model = names["model"]
+    scores = names["weight_norms"](model)
     row = model.blocks[1].mlp.fc1.weight[5].square().sum() + model.blocks[1].mlp.fc1.bias[5].square()
     column = model.blocks[1].mlp.fc2.weight[:, 5].square().sum()
     np.testing.assert_allclose(scores["blocks.1.mlp"][5], (row + column).item(), rtol=1e-5)
