@@ -5,6 +5,7 @@ ImageNet's mean and standard deviation; targets are class indices.
 """
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
 
+import shards
 from utils import RunFailed, say
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET")
@@ -79,9 +81,24 @@ def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Data
         dataset = _cifar(is_train, args, transform)
     elif args.data_set == "IMNET":
         dataset = _image_folder(is_train, args, transform)
+    elif args.data_set.startswith(shards.PREFIX):
+        dataset = shards.build(is_train, args, transform)
     else:
-        raise DataError(f"no data set {args.data_set!r}; --data-set is one of {', '.join(DATA_SETS)}")
+        raise DataError(_unknown(args.data_set))
     return dataset, len(dataset.classes)
+
+
+def _unknown(spec: str) -> str:
+    """What is wrong with a data set that there is none of, and what would be right."""
+    source = spec.split("/")[0].lower()
+    if source == "hfds":
+        return (f"--data-set {spec} needs Hugging Face's package called datasets, a name that a module of this project "
+                "has: write its images as a folder, python -m tools.to_shards FOLDER DIR, and take wds/NAME")
+    if "/" in spec and difflib.get_close_matches(source, ["wds"], cutoff=0.5):
+        return f"no data set {spec!r}; closest: {shards.PREFIX}{spec.split('/', 1)[1]}"
+    closest = difflib.get_close_matches(spec.upper(), DATA_SETS, n=1, cutoff=0.7)
+    hint = f"closest: {closest[0]}; " if closest else ""
+    return f"no data set {spec!r}; {hint}--data-set is one of {', '.join(DATA_SETS)} or wds/NAME"
 
 
 def _data_folder(args: Any) -> Path:

@@ -95,10 +95,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, cap: int) -> Path:
     """As published: the arguments that matter are in the name."""
+    data_set = args.data_set.replace("/", "_")
     if args.one_shot:
-        name = f"one_shot_{args.data_set}_{full.arch}_calib_{args.calib_images}_target_{args.latency_target}"
+        name = f"one_shot_{data_set}_{full.arch}_calib_{args.calib_images}_target_{args.latency_target}"
         return Path(args.output_dir) / name
-    name = f"global_prune_{args.data_set}_{full.arch}_lr{args.lr}_{label}_{cap}"
+    name = f"global_prune_{data_set}_{full.arch}_lr{args.lr}_{label}_{cap}"
     if args.latency_target is not None:
         name += f"_lat_{args.latency_regularization}_target_{args.latency_target}"
     for target in ("latency_target_ms", "macs_target", "params_target"):

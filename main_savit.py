@@ -15,6 +15,7 @@ import importance_files
 import options
 import results
 import savit_scoring
+import shards
 import training
 from engine import evaluate
 from models import Masks, ViTDims, compact, macs
@@ -181,6 +182,7 @@ def _check_target(args: argparse.Namespace, model: nn.Module) -> None:
 
 def _check_scoring(args: argparse.Namespace, model: nn.Module, images: int) -> None:
     """Raises ValueError for too little data, or a layer that has no second derivative."""
+    shards.check_indexed(args, "the pruning pass")
     savit_scoring.batches_needed(args, images)
     if args.need_hessian and args.hessian_form == "exact":
         sample = torch.randn(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)

@@ -65,8 +65,9 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     """Where images come from and how they are read."""
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", metavar="DIR", default="", help="data folder; DIGITS needs none (default: none)")
-    group.add_argument("--data-set", choices=DATA_SETS, default="IMNET",
-                       help="IMNET is any folder with train/ and val/ class folders (default: IMNET)")
+    group.add_argument("--data-set", metavar="NAME", default="IMNET",
+                       help=f"{', '.join(DATA_SETS)}, or wds/NAME for shards from tools.to_shards; IMNET is any folder "
+                            "with train/ and val/ class folders (default: IMNET)")
     group.add_argument("--batch-size", metavar="N", type=int, default=64,
                        help="training images per process and step; evaluation takes 1.5 times as many (default: 64)")
     group.add_argument("--num_workers", metavar="N", type=int, default=10, help="loader processes (default: 10)")

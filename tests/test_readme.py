@@ -15,7 +15,7 @@ import revit_scratch
 import run_with_submitit
 from benchmarks import savit as savit_benchmark
 from latency import build_table, compare, validate
-from tools import api_reference, convert, convert_importance, digits_folder, export, report
+from tools import api_reference, convert, convert_importance, digits_folder, export, report, to_shards
 
 ROOT = Path(__file__).parent.parent
 PARSERS = {
@@ -25,7 +25,7 @@ PARSERS = {
     "tools.convert": convert, "run_with_submitit.py": run_with_submitit,
     "main_savit.py": main_savit, "main_savit_deploy.py": main_savit_deploy, "benchmarks.savit": savit_benchmark,
     "tools.convert_importance": convert_importance, "tools.export": export, "tools.digits_folder": digits_folder,
-    "tools.api_reference": api_reference,
+    "tools.api_reference": api_reference, "tools.to_shards": to_shards,
 }  # fmt: skip
 OTHERS = {"--disable-pip-version-check", "--version", "--nproc_per_node"}  # of pip, python and torchrun
 
