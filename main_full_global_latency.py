@@ -291,17 +291,19 @@ def main(args: argparse.Namespace) -> None:
         while progress.step or (progress.epoch < args.epochs and not steps.done):
             start_epoch(loader, progress.epoch, skip=progress.step * args.grad_accum_steps)
             steps.set_phase()
-            stats = train_one_epoch(
-                student, criterion, loader, optimizer, precision, progress, seed=args.seed,
-                accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,
-                after_backward=steps.after_backward, after_step=after_step, log_interval=args.log_interval,
-            )  # fmt: skip
+            with steps.curves.training(progress, training.images_per_update(args)):
+                stats = train_one_epoch(
+                    student, criterion, loader, optimizer, precision, progress, seed=args.seed,
+                    accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,
+                    after_backward=steps.after_backward, after_step=after_step, log_interval=args.log_interval,
+                )  # fmt: skip
             with keeper.evaluating():
                 test = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
             epoch, ratio = progress.epoch, setup.pruner.ratio
             progress.next_epoch()
             state.metrics = test | dict(latency=ratio)
             append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **results.log_line(stats, test))
+            steps.curves.epoch(results.log_line(stats, test), epoch)
             save(CHECKPOINT, args, setup, state)
             say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f}")
 
@@ -311,6 +313,7 @@ def main(args: argparse.Namespace) -> None:
                f"go on with --resume {setup.folder / CHECKPOINT} and more --epochs")  # fmt: skip
         raise FailedTogether(f"{setup.pruner.progress()}: {way}")
     conclude(args, setup, top1_dense, state.metrics, lambda name: save(name, args, setup, state))
+    steps.curves.end(vars(args), state.metrics)
 
 
 if __name__ == "__main__":
