@@ -206,6 +206,7 @@ def main(args: argparse.Namespace) -> None:
     metrics = train(args, run)
     if is_main():
         result = finish(args, run, metrics)
+        results.say_where(run.folder, *results.after_training(run.folder))
         say(results.result_line(run.folder / "ft_checkpoint.pth", result))
     if args.asp:
         stage = sparse(args, run, run.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -231,6 +232,8 @@ def conclude(args: argparse.Namespace, setup: Setup, top1_dense: float, metrics:
     pruned = finish(args, setup, masks, top1_dense, metrics["acc1"])["pruned"]
     metrics |= pruned
     write("pruned_checkpoint.pth")
+    results.say_where(setup.folder, f"finetune_dense.py --finetune {shlex.quote(str(setup.folder))} "
+                                    f"{results.data_flags(args)} --original_loss_coeff 1 --kl_loss_coeff 100000")
     say(f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {metrics['acc1']:.2f}, latency predicted "
         f"{pruned['latency_predicted']:.3f}, measured {pruned['latency_measured']:.3f} of dense")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,9 @@ def finish(args: argparse.Namespace, setup: Setup, start: ViTDims, dims: ViTDims
     summary["pruned"] = results.stage(setup.full, dims, top1[1], measured=measured, **common)
     write_json(setup.folder / "dims.json", dims.to_dict())
     write_json(setup.folder / "summary.json", summary)
+    quoted = shlex.quote(str(setup.folder / "pruned_checkpoint.pth"))
+    results.say_where(setup.folder, f"main_savit_deploy.py --masked_model {quoted} {results.data_flags(args)} "
+                                    f"--output_dir {shlex.quote(str(setup.folder / 'finetuned'))}")  # fmt: skip
     say(results.result_line(setup.folder / "pruned_checkpoint.pth", summary["pruned"]))
 
 
