@@ -13,6 +13,7 @@ import main_savit
 import main_savit_deploy
 import revit_scratch
 import run_with_submitit
+from benchmarks import loader as loader_benchmark
 from benchmarks import savit as savit_benchmark
 from latency import build_table, compare, validate
 from tools import api_reference, convert, convert_importance, digits_folder, export, report, to_shards
@@ -26,6 +27,7 @@ PARSERS = {
     "main_savit.py": main_savit, "main_savit_deploy.py": main_savit_deploy, "benchmarks.savit": savit_benchmark,
     "tools.convert_importance": convert_importance, "tools.export": export, "tools.digits_folder": digits_folder,
     "tools.api_reference": api_reference, "tools.to_shards": to_shards,
+    "benchmarks.loader": loader_benchmark,
 }  # fmt: skip
 OTHERS = {"--disable-pip-version-check", "--version", "--nproc_per_node"}  # of pip, python and torchrun
 
