@@ -20,10 +20,11 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
 
+import inat
 import shards
 from utils import RunFailed, say
 
-DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET")
+DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
 SMALL = 32  # pixels: up to this side, images are padded and cropped, not resized at random
 
 
@@ -81,6 +82,8 @@ def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Data
         dataset = _cifar(is_train, args, transform)
     elif args.data_set == "IMNET":
         dataset = _image_folder(is_train, args, transform)
+    elif args.data_set in inat.YEARS:
+        dataset = _inat(is_train, args, transform)
     elif args.data_set.startswith(shards.PREFIX):
         dataset = shards.build(is_train, args, transform)
     else:
@@ -122,6 +125,14 @@ def _cifar(is_train: bool, args: Any, transform: Callable) -> Dataset:
         return kind(root, train=is_train, transform=transform, download=False)
     except RuntimeError:
         raise DataError(f"files of {root / kind.base_folder} are missing or damaged: {remedy}") from None
+
+
+def _inat(is_train: bool, args: Any, transform: Callable) -> Dataset:
+    root, year = _data_folder(args), inat.YEARS[args.data_set]
+    try:
+        return inat.INaturalist(root, is_train, year, args.inat_category, transform, read_image)
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def _class_folders(split: Path) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.optim import list_optimizers
 
+import inat
 from datasets import DATA_SETS
 from utils import Problems, key_values
 
@@ -68,6 +69,8 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data-set", metavar="NAME", default="IMNET",
                        help=f"{', '.join(DATA_SETS)}, or wds/NAME for shards from tools.to_shards; IMNET is any folder "
                             "with train/ and val/ class folders (default: IMNET)")
+    group.add_argument("--inat-category", choices=inat.CATEGORIES, default="name",
+                       help="level of the taxonomy that are the classes of INAT and INAT19 (default: name)")
     group.add_argument("--batch-size", metavar="N", type=int, default=64,
                        help="training images per process and step; evaluation takes 1.5 times as many (default: 64)")
     group.add_argument("--num_workers", metavar="N", type=int, default=10, help="loader processes (default: 10)")

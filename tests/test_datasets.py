@@ -299,6 +299,6 @@ class TestLoaders:
 
 
 def test_unknown_data_sets_are_named():
-    assert datasets.DATA_SETS == ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET")
+    assert datasets.DATA_SETS == ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
     with pytest.raises(DataError, match="no data set 'MNIST'; --data-set is one of DIGITS, CIFAR10"):
         build_dataset(False, data_args(data_set="MNIST"))

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from latency.measure import device_name, interleaved
 from latency.runtimes import RuntimeFailed
-from models import load_dense
+from models import ViTDims, load_dense, skeleton
 from tools.formats import FORMATS, Call, images
 from utils import Problems, RunFailed, make_folder, run_script, say
 
 LIMIT = 1e-4  # of the relative difference that an export may have
+WIDTHS_ONLY = ("timm", "standalone")
 BATCHES = (1, 5)  # of the random images that it is measured on
 
 
@@ -53,13 +54,22 @@ def check_args(args: argparse.Namespace) -> tuple[VisionTransformer, Path]:
     if args.push and (args.push.count("/") != 1 or not all(args.push.split("/"))):
         problems.add(f"--push takes OWNER/NAME, not {args.push}")
     model = problems.attempt(load_dense, args.checkpoint, ema=args.use_ema)
-    if model is not None and args.output and args.output.is_file():
+    if args.output and args.output.is_file():
         problems.add(f"--output {args.output} is a file, not a folder")
+    if model is not None and args.format in WIDTHS_ONLY and has_fewer_tokens(model):
+        problems.add(f"--format {args.format} knows widths alone, and this model also merges tokens; safetensors, onnx "
+                     "and torch-export take it")  # fmt: skip
     problems.raise_if_any()
     beside = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent
     folder = problems.attempt(make_folder, args.output or beside / f"export_{args.format.replace('-', '_')}")
     problems.raise_if_any()
     return model, folder
+
+
+def has_fewer_tokens(model: VisionTransformer) -> bool:
+    """Whether a block computes on fewer tokens than there are."""
+    full = ViTDims.of(skeleton(model.arch, **model.arch_kwargs)).blocks[0].tokens
+    return any(block.tokens != full for block in model.dims.blocks)
 
 
 @torch.inference_mode()
