@@ -1,7 +1,7 @@
 """A compact model as a folder that others read: config.json and model.safetensors, on disk or on the Hugging Face Hub.
 
 config.json holds what checkpoints hold under `arch` and `dims`, and what a reader without this project needs besides:
-the parent's softmax scale, the norms' epsilon, and how images are prepared.
+the parent's softmax scale, the norms' epsilon, the tokens of an image, and how images are prepared.
 """
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ def is_folder(path: str | Path) -> bool:
 
 def config_of(model: VisionTransformer, **more: Any) -> dict[str, Any]:
     """What config.json says of a compact model; `more` are further plain values."""
-    parent = skeleton(model.arch, **model.arch_kwargs).blocks[0]
+    parent = skeleton(model.arch, **model.arch_kwargs)
+    block, prefix = parent.blocks[0], parent.num_prefix_tokens
     kwargs = {k: v for k, v in model.arch_kwargs.items() if not k.endswith("drop_rate")}
     return dict(
         format=FORMAT, arch=dict(name=model.arch, kwargs=kwargs), dims=model.dims.to_dict(),
-        scale=parent.attn.head_dim**-0.5, norm_eps=parent.norm1.eps, **more,
+        scale=block.attn.head_dim**-0.5, norm_eps=block.norm1.eps, tokens=parent.patch_embed.num_patches + prefix,
+        prefix_tokens=prefix, **more,
     )  # fmt: skip
 
 
