@@ -5,6 +5,7 @@ ImageNet's mean and standard deviation; targets are class indices.
 """
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,11 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
 
+import inat
+import shards
 from utils import RunFailed, say
 
-DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET")
+DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
 SMALL = 32  # pixels: up to this side, images are padded and cropped, not resized at random
 
 
@@ -79,9 +82,26 @@ def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Data
         dataset = _cifar(is_train, args, transform)
     elif args.data_set == "IMNET":
         dataset = _image_folder(is_train, args, transform)
+    elif args.data_set in inat.YEARS:
+        dataset = _inat(is_train, args, transform)
+    elif args.data_set.startswith(shards.PREFIX):
+        dataset = shards.build(is_train, args, transform)
     else:
-        raise DataError(f"no data set {args.data_set!r}; --data-set is one of {', '.join(DATA_SETS)}")
+        raise DataError(_unknown(args.data_set))
     return dataset, len(dataset.classes)
+
+
+def _unknown(spec: str) -> str:
+    """What is wrong with a data set that there is none of, and what would be right."""
+    source = spec.split("/")[0].lower()
+    if source == "hfds":
+        return (f"--data-set {spec} needs Hugging Face's package called datasets, a name that a module of this project "
+                "has: write its images as a folder, python -m tools.to_shards FOLDER DIR, and take wds/NAME")
+    if "/" in spec and difflib.get_close_matches(source, ["wds"], cutoff=0.5):
+        return f"no data set {spec!r}; closest: {shards.PREFIX}{spec.split('/', 1)[1]}"
+    closest = difflib.get_close_matches(spec.upper(), DATA_SETS, n=1, cutoff=0.7)
+    hint = f"closest: {closest[0]}; " if closest else ""
+    return f"no data set {spec!r}; {hint}--data-set is one of {', '.join(DATA_SETS)} or wds/NAME"
 
 
 def _data_folder(args: Any) -> Path:
@@ -105,6 +125,14 @@ def _cifar(is_train: bool, args: Any, transform: Callable) -> Dataset:
         return kind(root, train=is_train, transform=transform, download=False)
     except RuntimeError:
         raise DataError(f"files of {root / kind.base_folder} are missing or damaged: {remedy}") from None
+
+
+def _inat(is_train: bool, args: Any, transform: Callable) -> Dataset:
+    root, year = _data_folder(args), inat.YEARS[args.data_set]
+    try:
+        return inat.INaturalist(root, is_train, year, args.inat_category, transform, read_image)
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def _class_folders(split: Path) -> list[str]:
@@ -152,10 +180,10 @@ def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor
     """PIL image to normalised float32 (3, S, S).
 
     Validation: bicubic resize of the shorter side to S * 256 / 224 and centre crop; up to 32 pixels, to S itself.
-    Training: timm's pipeline with args.aa, color_jitter, train_interpolation, reprob, remode, recount; up to 32 pixels
-    a padded random crop stands in for the random resized one, as in DeiT. DIGITS have their own: a small rotation,
-    scaling and shift, no flip (a mirrored digit is another sign), and none of those flags. Raises DataError for a
-    policy (args.aa) that timm does not know.
+    Training: timm's pipeline with args.aa, color_jitter, hflip, train_interpolation, reprob, remode, recount; up to 32
+    pixels a padded random crop stands in for the random resized one, as in DeiT. DIGITS have their own: a small
+    rotation, scaling and shift, no flip (a mirrored digit is another sign), and none of those flags. Raises DataError
+    for a policy (args.aa) that timm does not know.
     """
     size = args.input_size
     if not is_train:
@@ -187,6 +215,7 @@ def _timm_transform(args: Any) -> transforms.Compose:
         transform = create_transform(
             input_size=args.input_size,
             is_training=True,
+            hflip=args.hflip,
             color_jitter=args.color_jitter or None,
             auto_augment=policy,
             interpolation=args.train_interpolation,

@@ -125,6 +125,7 @@ class Heartbeat(threading.Thread):
         threading.Thread(target=self._watch_the_store, daemon=True).start()
 
     def run(self) -> None:
+        """The thread itself: beat, and look at the others' beats."""
         beat = 0
         with contextlib.suppress(RuntimeError):  # the store has gone; the other thread says so
             while not self._end.wait(self.interval):

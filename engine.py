@@ -42,6 +42,7 @@ class FiniteGuard:
         self.first_bad = torch.full((), math.inf, device=device)
 
     def see(self, loss: Tensor, step: int) -> None:
+        """Note the loss (scalar) of a step."""
         bad = ~torch.isfinite(loss.detach())
         self.first_bad = torch.minimum(self.first_bad, torch.where(bad, float(step), math.inf))
         if self.immediate:
@@ -73,6 +74,7 @@ class Meters:
         self._pending.append((values, count))
 
     def fetch(self) -> dict[str, float]:
+        """The means so far; waits for the device."""
         for values, count in self._pending:
             for name, value in values.items():
                 self.means.setdefault(name, AverageMeter()).update(float(value), count)

@@ -26,7 +26,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "examples: python finetune_dense.py --finetune runs/pruned_run --data-set DIGITS --epochs 10\n"
         "          python finetune_dense.py --eval --finetune runs/pruned_run/ft_dense_…/ft_checkpoint.pth",
     )
-    options.add_dense_training_args(parser, "where the run's folder is made when there is no --finetune")
+    options.add_dense_training_args(parser, "where the run's folder is made (default: inside --finetune)")
     group = parser.add_argument_group("finetuning")
     group.add_argument("--finetune", metavar="PATH", default="",
                        help="folder of a pruning run, or a checkpoint (default: train --model itself, with --scratch)")
@@ -55,7 +55,7 @@ def run_folder(args: argparse.Namespace) -> Path:
         name += "_asp"
     if not args.kl_loss_coeff:
         name += "_CNN_only"
-    parent = checkpoint_path(args.finetune).parent if args.finetune else Path(args.output_dir)
+    parent = Path(args.output_dir) if args.output_dir else checkpoint_path(args.finetune).parent
     return parent / name
 
 
@@ -74,10 +74,17 @@ def _full_model(args: argparse.Namespace, parent: dict[str, Any] | None) -> trai
     return training.full_model(inherited)
 
 
-def _check_classes(parent: dict[str, Any], data: training.Data, path: str) -> None:
+def is_other_data(args: argparse.Namespace, parent: dict[str, Any], data: training.Data) -> bool:
+    """Whether the model was pruned on other data than it is finetuned on now, as far as names and classes tell."""
     classes = parent["arch"]["kwargs"].get("num_classes", 1000)
-    if classes != data.classes:
-        raise ValueError(f"{path} has {classes} classes, the data has {data.classes}")
+    return classes != data.classes or parent["args"].get("data_set", args.data_set) != args.data_set
+
+
+def _check_classes(args: argparse.Namespace, parent: dict[str, Any], data: training.Data) -> None:
+    classes = parent["arch"]["kwargs"].get("num_classes", 1000)
+    if classes != data.classes and (args.eval or args.kl_loss_coeff):
+        way = "" if args.eval else "; to give it a new classifier, --kl_loss_coeff 0: its full model knows them no more"
+        raise ValueError(f"{args.finetune} has {classes} classes, the data has {data.classes}{way}")
 
 
 def _model(args: argparse.Namespace, full: training.FullModel, parent: dict[str, Any] | None) -> nn.Module:
@@ -86,7 +93,12 @@ def _model(args: argparse.Namespace, full: training.FullModel, parent: dict[str,
         return build_vit(full.arch, **full.kwargs | drops) if args.scratch else full.build(**drops)
     if args.scratch:
         return build_vit(full.arch, ViTDims.from_dict(parent["dims"]), **full.kwargs | drops)
-    return from_checkpoint(parent, checkpoint_path(args.finetune), ema=args.use_ema, **drops)
+    model = from_checkpoint(parent, checkpoint_path(args.finetune), ema=args.use_ema, **drops)
+    if model.num_classes != (classes := full.kwargs["num_classes"]):
+        say(f"new classifier: {args.finetune} knows {model.num_classes} classes, the data has {classes}")
+        model.reset_classifier(classes)
+        model.arch_kwargs = model.arch_kwargs | dict(num_classes=classes)
+    return model
 
 
 def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
@@ -105,10 +117,11 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     data = problems.attempt(training.load_data, args, full, train=not args.eval)
     problems.raise_if_any()
     if parent is not None:
-        problems.attempt(_check_classes, parent, data, args.finetune)
+        problems.attempt(_check_classes, args, parent, data)
     problems.raise_if_any()
     run = Run(device, full, data, problems.attempt(_model, args, full, parent))
     run.origin = full.path or (parent or {}).get("args", {}).get("initial_checkpoint", "")
+    run.transfer = parent is not None and is_other_data(args, parent, data)
     if not args.eval:
         run.teacher = problems.attempt(training.full_teacher, args, full, device)
         run.cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
@@ -136,10 +149,15 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
 
 
 def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
-    """summary.json and dims.json of a finished run; the earlier stages come from the pruning run's summary."""
+    """summary.json and dims.json of a finished run; the earlier stages come from the pruning run's summary.
+
+    They are left out where the data is another: their accuracy would not compare.
+    """
     earlier = checkpoint_path(args.finetune).parent / "summary.json" if args.finetune else None
     summary = json.loads(earlier.read_text()) if earlier and earlier.exists() else {}
     pruned = summary.get("pruned", {})
+    if run.transfer:
+        summary = {}
     dims = run.model.dims
     conditions = results.Conditions(**{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}
                                      or dict(batch=args.batch_size, compiled=args.compile))  # fmt: skip
@@ -188,6 +206,7 @@ def main(args: argparse.Namespace) -> None:
     metrics = train(args, run)
     if is_main():
         result = finish(args, run, metrics)
+        results.say_where(run.folder, *results.after_training(run.folder))
         say(results.result_line(run.folder / "ft_checkpoint.pth", result))
     if args.asp:
         stage = sparse(args, run, run.folder)

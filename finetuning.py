@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint
 import results
 import resuming
 import training
+from curves import Curves
 from engine import Precision, Progress, evaluate, train_one_epoch
 from loaders import start_epoch
 from models.vit import TokenLogits
-from utils import append_log, is_main, say, write_json
+from utils import append_log, is_main, say, write_args
 
 CHECKPOINT = "ft_checkpoint.pth"
 
@@ -26,7 +26,8 @@ CHECKPOINT = "ft_checkpoint.pth"
 @dataclass
 class Run:
     """What the arguments named, loaded and checked. origin: path of the dense weights; resumed: the checkpoint;
-    teacher_tau: temperature of the teacher's KL where it is not --distillation-tau."""
+    transfer: whether the model was pruned on other data; teacher_tau: temperature of the teacher's KL where it is not
+    --distillation-tau."""
 
     device: torch.device
     full: training.FullModel
@@ -38,6 +39,7 @@ class Run:
     origin: str = ""
     teacher_tau: float | None = None
     resumed: dict[str, Any] | None = None
+    transfer: bool = False
 
 
 @dataclass
@@ -53,6 +55,7 @@ class State:
 
 
 def save(name: str, args: Any, run: Run, state: State) -> None:
+    """Write a checkpoint into the run's folder, on the main rank."""
     if not is_main():
         return
     dims = run.model.dims
@@ -98,7 +101,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
     criterion = training.make_loss(args, run.cnn, run.teacher, tau=run.teacher_tau or args.distillation_tau,
                                    per_token=True)  # fmt: skip
     mixup = training.make_mixup(args, run.data.classes)
-    write_json(run.folder / "args.json", vars(args))
+    write_args(run.folder, args)
     test = partial(evaluate, loader=val_loader, precision=state.precision, sharded=args.dist_eval)
     parameters = sum(p.numel() for p in run.model.parameters())
 
@@ -108,7 +111,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
         resuming.start_anew(run.folder, CHECKPOINT)
         state.metrics = test(TokenLogits(run.model)) | dict(best=0.0)
         say(f"before: top-1 {state.metrics['acc1']:.2f}, {parameters:,} parameters, widths {run.model.dims.to_dim()}")
-    writer = SummaryWriter(run.folder, purge_step=progress.epoch) if is_main() else None
+    curves = Curves(run.folder, purge_step=progress.epoch)
     keeper = resuming.Keeper(progress, run.folder / CHECKPOINT, args.recovery_interval,
                              partial(save, CHECKPOINT, args, run, state))  # fmt: skip
 
@@ -122,11 +125,12 @@ def train(args: Any, run: Run) -> dict[str, Any]:
         while progress.epoch < epochs:
             model.train()
             start_epoch(train_loader, progress.epoch, skip=progress.step * args.grad_accum_steps)
-            stats = train_one_epoch(
-                model, criterion, train_loader, optimizer, state.precision, progress, seed=args.seed,
-                accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,
-                before_step=scheduler.step_update, after_step=after_step, log_interval=args.log_interval,
-            )  # fmt: skip
+            with curves.training(progress, training.images_per_update(args)):
+                stats = train_one_epoch(
+                    model, criterion, train_loader, optimizer, state.precision, progress, seed=args.seed,
+                    accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,
+                    before_step=scheduler.step_update, after_step=after_step, log_interval=args.log_interval,
+                )  # fmt: skip
             with keeper.evaluating():
                 tested = test(TokenLogits(run.model))
                 line = results.log_line(stats, tested)
@@ -139,9 +143,9 @@ def train(args: Any, run: Run) -> dict[str, Any]:
             if tested["acc1"] >= state.metrics["best"]:
                 save("ft_best.pth", args, run, state)
             save(CHECKPOINT, args, run, state)
-            for tag, value in line.items() if writer else ():
-                writer.add_scalar(tag.replace("_", "/", 1), value, epoch)
+            curves.epoch(line, epoch)
             shown = f", EMA {line['test_ema_acc1']:.2f}" if ema else ""
             say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {tested['acc1']:.2f}{shown}, "
                 f"best {state.metrics['best']:.2f}")  # fmt: skip
+    curves.end(vars(args), state.metrics)
     return state.metrics

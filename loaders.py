@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
 
 from datasets import DataError
+from shards import ShardLoader
 from utils import preserved_random_state, seed_generators
 
 
@@ -84,7 +85,7 @@ class RepeatedAugSampler(RepeatAugSampler):
 
 def build_loader(
     dataset: Dataset, args: Any, is_train: bool, rank: int = 0, world_size: int = 1
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> DataLoader[tuple[Tensor, Tensor]] | ShardLoader:
     """Batches of images (B, 3, S, S) and targets (B,) for one of `world_size` processes.
 
     Training: shuffled, shared out among the processes, only whole batches of args.batch_size; repeated augmentation
@@ -92,6 +93,8 @@ def build_loader(
     the batch, every sample once: on each process, or with args.dist_eval on one of them. Loading never draws from this
     process's generators. Raises DataError when a process has fewer training images than one batch.
     """
+    if isinstance(dataset, IterableDataset):
+        return ShardLoader(dataset, args, is_train, rank, world_size)
     batch = args.batch_size if is_train else int(1.5 * args.batch_size)
     sampler = (_train_sampler if is_train else _val_sampler)(dataset, args, rank, world_size)
     if is_train and len(sampler) < batch:
@@ -126,6 +129,9 @@ def _val_sampler(dataset: Dataset, args: Any, rank: int, world_size: int) -> Sam
     return ShardSampler(len(dataset), rank, world_size) if args.dist_eval else ShardSampler(len(dataset), 0, 1)
 
 
-def start_epoch(loader: DataLoader, epoch: int, skip: int = 0) -> None:
+def start_epoch(loader: DataLoader | ShardLoader, epoch: int, skip: int = 0) -> None:
     """Make a training loader's next pass that of `epoch`, without its first `skip` batches."""
+    if isinstance(loader, ShardLoader):
+        loader.start_epoch(epoch, skip)
+        return
     loader.sampler.epoch, loader.sampler.skip = epoch, skip * loader.batch_size

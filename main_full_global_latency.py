@@ -4,6 +4,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ from utils import (
     run_script,
     say,
     warn,
+    write_args,
     write_json,
 )
 
@@ -94,10 +96,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, cap: int) -> Path:
     """As published: the arguments that matter are in the name."""
+    data_set = args.data_set.replace("/", "_")
     if args.one_shot:
-        name = f"one_shot_{args.data_set}_{full.arch}_calib_{args.calib_images}_target_{args.latency_target}"
+        name = f"one_shot_{data_set}_{full.arch}_calib_{args.calib_images}_target_{args.latency_target}"
         return Path(args.output_dir) / name
-    name = f"global_prune_{args.data_set}_{full.arch}_lr{args.lr}_{label}_{cap}"
+    name = f"global_prune_{data_set}_{full.arch}_lr{args.lr}_{label}_{cap}"
     if args.latency_target is not None:
         name += f"_lat_{args.latency_regularization}_target_{args.latency_target}"
     for target in ("latency_target_ms", "macs_target", "params_target"):
@@ -229,6 +232,8 @@ def conclude(args: argparse.Namespace, setup: Setup, top1_dense: float, metrics:
     pruned = finish(args, setup, masks, top1_dense, metrics["acc1"])["pruned"]
     metrics |= pruned
     write("pruned_checkpoint.pth")
+    results.say_where(setup.folder, f"finetune_dense.py --finetune {shlex.quote(str(setup.folder))} "
+                                    f"{results.data_flags(args)} --original_loss_coeff 1 --kl_loss_coeff 100000")
     say(f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {metrics['acc1']:.2f}, latency predicted "
         f"{pruned['latency_predicted']:.3f}, measured {pruned['latency_measured']:.3f} of dense")
 
@@ -236,7 +241,7 @@ def conclude(args: argparse.Namespace, setup: Setup, top1_dense: float, metrics:
 def prune_one_shot(args: argparse.Namespace, setup: Setup, precision: Precision, top1_dense: float) -> None:
     """--one_shot from beginning to end."""
     resuming.start_anew(setup.folder, CHECKPOINT)
-    write_json(setup.folder / "args.json", vars(args))
+    write_args(setup.folder, args)
     conditions = results.Conditions.of(setup.table, args.batch_size)
     found = one_shot.prune_(args, setup, one_shot.calibration_images(args, setup.full),
                             lambda dims: results.measured_ratio(setup.full, dims, conditions, setup.device))
@@ -273,7 +278,7 @@ def main(args: argparse.Namespace) -> None:
     state = State(steps, optimizer, precision, progress, dict(acc1=top1_dense))
     if setup.resumed:
         restore(setup, state)
-    write_json(setup.folder / "args.json", vars(args))
+    write_args(setup.folder, args)
     keeper = resuming.Keeper(progress, setup.folder / CHECKPOINT, args.recovery_interval,
                              partial(save, CHECKPOINT, args, setup, state))  # fmt: skip
 
@@ -289,17 +294,19 @@ def main(args: argparse.Namespace) -> None:
         while progress.step or (progress.epoch < args.epochs and not steps.done):
             start_epoch(loader, progress.epoch, skip=progress.step * args.grad_accum_steps)
             steps.set_phase()
-            stats = train_one_epoch(
-                student, criterion, loader, optimizer, precision, progress, seed=args.seed,
-                accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,
-                after_backward=steps.after_backward, after_step=after_step, log_interval=args.log_interval,
-            )  # fmt: skip
+            with steps.curves.training(progress, training.images_per_update(args)):
+                stats = train_one_epoch(
+                    student, criterion, loader, optimizer, precision, progress, seed=args.seed,
+                    accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,
+                    after_backward=steps.after_backward, after_step=after_step, log_interval=args.log_interval,
+                )  # fmt: skip
             with keeper.evaluating():
                 test = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
             epoch, ratio = progress.epoch, setup.pruner.ratio
             progress.next_epoch()
             state.metrics = test | dict(latency=ratio)
             append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **results.log_line(stats, test))
+            steps.curves.epoch(results.log_line(stats, test), epoch)
             save(CHECKPOINT, args, setup, state)
             say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f}")
 
@@ -309,6 +316,7 @@ def main(args: argparse.Namespace) -> None:
                f"go on with --resume {setup.folder / CHECKPOINT} and more --epochs")  # fmt: skip
         raise FailedTogether(f"{setup.pruner.progress()}: {way}")
     conclude(args, setup, top1_dense, state.metrics, lambda name: save(name, args, setup, state))
+    steps.curves.end(vars(args), state.metrics)
 
 
 if __name__ == "__main__":

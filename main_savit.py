@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import importance_files
 import options
 import results
 import savit_scoring
+import shards
 import training
 from engine import evaluate
 from models import Masks, ViTDims, compact, macs
@@ -27,7 +29,7 @@ from pruning.gates import COMPONENTS, axes_of_component
 from pruning.interaction import FORMS, without_second_derivative
 from pruning.macs_search import SEARCHES, Problem
 from pruning.savit import FORMULAS, METHODS, Importance
-from utils import Problems, RunFailed, is_main, make_folder, run_script, say, warn, write_json
+from utils import Problems, RunFailed, is_main, make_folder, run_script, say, warn, write_args, write_json
 
 DEFAULT_MODEL = "deit_base_patch16_224"
 
@@ -181,6 +183,7 @@ def _check_target(args: argparse.Namespace, model: nn.Module) -> None:
 
 def _check_scoring(args: argparse.Namespace, model: nn.Module, images: int) -> None:
     """Raises ValueError for too little data, or a layer that has no second derivative."""
+    shards.check_indexed(args, "the pruning pass")
     savit_scoring.batches_needed(args, images)
     if args.need_hessian and args.hessian_form == "exact":
         sample = torch.randn(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
@@ -249,6 +252,9 @@ def finish(args: argparse.Namespace, setup: Setup, start: ViTDims, dims: ViTDims
     summary["pruned"] = results.stage(setup.full, dims, top1[1], measured=measured, **common)
     write_json(setup.folder / "dims.json", dims.to_dict())
     write_json(setup.folder / "summary.json", summary)
+    quoted = shlex.quote(str(setup.folder / "pruned_checkpoint.pth"))
+    results.say_where(setup.folder, f"main_savit_deploy.py --masked_model {quoted} {results.data_flags(args)} "
+                                    f"--output_dir {shlex.quote(str(setup.folder / 'finetuned'))}")  # fmt: skip
     say(results.result_line(setup.folder / "pruned_checkpoint.pth", summary["pruned"]))
 
 
@@ -259,7 +265,7 @@ def main(args: argparse.Namespace) -> None:
     precision = training.precision(args, setup.device)
     before = evaluate(TokenLogits(model), setup.data.val, precision, args.dist_eval)["acc1"]
     say(f"before: top-1 {before:.2f}, {savit_log.complexity(model.arch, start, model.arch_kwargs)}")
-    write_json(setup.folder / "args.json", vars(args))
+    write_args(setup.folder, args)
 
     # ---------------------------------------------------------------- score
     importance = setup.importance

@@ -144,6 +144,7 @@ def finish(args: argparse.Namespace, run: Run, top1: float) -> None:
                                          conditions=conditions, device=run.device)  # fmt: skip
     write_json(run.folder / "dims.json", dims.to_dict())
     write_json(run.folder / "summary.json", summary)
+    results.say_where(run.folder, *results.after_training(run.folder))
     say(results.result_line(run.folder / "ft_checkpoint.pth", summary["finetuned"]))
 
 

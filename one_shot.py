@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 import checkpoint
 import resuming
+import shards
 import training
 from datasets import build_dataset
 from models import Masks, ViTDims, compact, skeleton
@@ -39,6 +40,7 @@ def check_flags(args: Any, problems: Problems) -> None:
     for name in ("resume", "dry_run"):
         if getattr(args, name):
             problems.add(f"--{name.replace('_', '-')} goes with training; --one_shot has none")
+    problems.attempt(shards.check_indexed, args, "--one_shot")
 
 
 def check_calibration(args: Any, images: int) -> None:

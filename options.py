@@ -8,6 +8,7 @@ from typing import Any
 
 from timm.optim import list_optimizers
 
+import inat
 from datasets import DATA_SETS
 from utils import Problems, key_values
 
@@ -62,10 +63,14 @@ def add_model_args(parser: argparse.ArgumentParser, drops: bool = True) -> None:
 
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:
+    """Where images come from and how they are read."""
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", metavar="DIR", default="", help="data folder; DIGITS needs none (default: none)")
-    group.add_argument("--data-set", choices=DATA_SETS, default="IMNET",
-                       help="IMNET is any folder with train/ and val/ class folders (default: IMNET)")
+    group.add_argument("--data-set", metavar="NAME", default="IMNET",
+                       help=f"{', '.join(DATA_SETS)}, or wds/NAME for shards from tools.to_shards; IMNET is any folder "
+                            "with train/ and val/ class folders (default: IMNET)")
+    group.add_argument("--inat-category", choices=inat.CATEGORIES, default="name",
+                       help="level of the taxonomy that are the classes of INAT and INAT19 (default: name)")
     group.add_argument("--batch-size", metavar="N", type=int, default=64,
                        help="training images per process and step; evaluation takes 1.5 times as many (default: 64)")
     group.add_argument("--num_workers", metavar="N", type=int, default=10, help="loader processes (default: 10)")
@@ -76,8 +81,11 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
+    """What training images go through."""
     group = parser.add_argument_group("augmentation")
     group.add_argument("--color-jitter", metavar="F", type=float, default=0.4, help="jitter factor (default: 0.4)")
+    group.add_argument("--hflip", metavar="P", type=float, default=0.5,
+                       help="probability of a mirror image; 0 for digits, letters, traffic signs (default: 0.5)")
     group.add_argument("--aa", metavar="POLICY", default="rand-m9-mstd0.5-inc1",
                        help="timm's auto-augment policy, '' for none (default: rand-m9-mstd0.5-inc1)")
     group.add_argument("--smoothing", metavar="F", type=float, default=0.1, help="label smoothing (default: 0.1)")
@@ -105,6 +113,7 @@ def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_optimizer_args(parser: argparse.ArgumentParser) -> None:
+    """timm's optimizers."""
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", metavar="NAME", default="adamw", help="timm's name of the optimizer (default: adamw)")
     group.add_argument("--opt-eps", metavar="F", type=float, default=1e-8, help="its epsilon (default: 1e-8)")
@@ -122,6 +131,7 @@ def add_optimizer_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_schedule_args(parser: argparse.ArgumentParser) -> None:
+    """timm's schedulers."""
     group = parser.add_argument_group("schedule")
     group.add_argument("--sched", default="cosine", choices=("cosine", "tanh", "step", "multistep", "poly"),
                        help="timm's scheduler, stepped every update (default: cosine)")
@@ -242,6 +252,7 @@ def add_target_args(group: Any) -> None:
 
 
 def add_one_shot_args(parser: argparse.ArgumentParser) -> None:
+    """Flags of --one_shot."""
     group = parser.add_argument_group("one-shot pruning")
     group.add_argument("--one_shot", action="store_true",
                        help="prune to --latency_target without labels, gradients or training (default: off)")
@@ -266,6 +277,7 @@ RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that
     "drop": ("in [0, 1]", lambda x: 0 <= x <= 1),
     "drop_path": ("in [0, 1)", lambda x: 0 <= x < 1),
     "distillation_alpha": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "hflip": ("in [0, 1]", lambda x: 0 <= x <= 1),
     "lr": ("from 0 up", lambda x: 0 <= x < math.inf),
     "grad_accum_steps": ("above 0", lambda x: x > 0),
     "dist_timeout": ("above 0", lambda x: 0 < x < math.inf),

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint
 import resuming
 import training
+from curves import Curves
 from engine import Precision, Progress
 from latency.table import LatencyTable
 from pruning import debug
@@ -50,7 +50,7 @@ class PruningSteps:
         self.student, self.optimizer, self.model = student, optimizer, setup.model
         self.saliency = Saliency(setup.model, setup.model.dims, setup.config.criterion, setup.config.momentum)
         purge = setup.resumed and setup.resumed["step"]
-        self.writer = SummaryWriter(setup.folder, purge_step=purge) if is_main() else None
+        self.curves = Curves(setup.folder, purge_step=purge)
         self.steps = self.events = 0
         self.exhausted = False  # no group may be removed any more
         self.set_phase()
@@ -85,6 +85,7 @@ class PruningSteps:
         if self.events == 1:
             self.saliency.forget()
             self.set_phase()
+        self.curves.saliency(scores, self.masks.keep, self.steps)
         self._report(event, loss)
         self.exhausted = not event.groups
         return self.done
@@ -94,8 +95,7 @@ class PruningSteps:
             return
         debug.write_event(self.folder / "debug", self.events, self.masks, event, self.config.criterion)
         tags = debug.scalars(self.masks.dims) | {"dimension/Estimated_Latency": event.ratio, "train/loss": loss.item()}
-        for tag, value in tags.items():
-            self.writer.add_scalar(tag, value, self.steps)
+        self.curves.scalars(tags, self.steps)
         removed = ", ".join(f"{len(g.units)} {g.axis}" for g in event.groups)
         say(f"event {self.events}: predicted latency {event.ratio:.4f} of dense; removed {removed or 'nothing'}")
 
@@ -106,6 +106,7 @@ class PruningSteps:
         )  # fmt: skip
 
     def restore(self, state: dict[str, Any], masks: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` and the masks of a checkpoint hold."""
         self.saliency.load_state_dict(state["saliency"])
         self.steps, self.events, self.exhausted = state["steps"], state["events"], state["exhausted"]
         self.masks.load_state_dict(masks)
@@ -125,6 +126,7 @@ class State:
 
 
 def save(name: str, args: Any, setup: Setup, state: State) -> None:
+    """Write a checkpoint into the run's folder, on the main rank."""
     if not is_main():
         return
     steps, progress = state.steps, state.progress.state_dict()

@@ -1,6 +1,7 @@
 """What a finished run reports: one object per stage, with latency measured against the dense model."""
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from latency.table import LatencyTable
 from latency.whole import measured_ratios
 from models import ViTDims, build_vit, macs, params, sparsity
 from training import FullModel
-from utils import warn
+from utils import say, warn
 
 BUILDS, ROUNDS = 5, 15  # fresh pairs of models per measurement, and how often each is measured
 
@@ -73,6 +74,27 @@ def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | Non
         latency_predicted=predicted, latency_measured=measured, device=device_name(device), batch=conditions.batch,
         dtype=conditions.dtype, compiled=conditions.compiled, dims=dims.to_dict(),
     )  # fmt: skip
+
+
+def say_where(folder: Path, *following: str) -> None:
+    """Say what a finished run has written, and the commands that go on from it."""
+    shown = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith("events."))
+    say(f"in {folder}: {', '.join(shown)}; curves: tensorboard --logdir {shlex.quote(str(folder))}")
+    for command in following:
+        say(f"next: python {command}")
+
+
+def data_flags(args: Any) -> str:
+    """The flags that name the data of a run, to repeat in the next command."""
+    path = f" --data-path {shlex.quote(args.data_path)}" if args.data_path else ""
+    return f"--data-set {args.data_set}{path}"
+
+
+def after_training(folder: Path) -> tuple[str, str]:
+    """What goes on from a finetuned model: the commands for say_where."""
+    quoted = shlex.quote(str(folder))
+    return (f"-m tools.report {quoted}",
+            f"-m tools.export {shlex.quote(str(folder / 'ft_checkpoint.pth'))} --format onnx")  # fmt: skip
 
 
 def result_line(path: Path, result: dict[str, Any]) -> str:

@@ -87,6 +87,7 @@ def main(args: argparse.Namespace) -> None:
                             conditions=conditions, device=run.device)  # fmt: skip
     write_json(run.folder / "dims.json", run.model.dims.to_dict())
     write_json(run.folder / "summary.json", dict(finetuned=result))
+    results.say_where(run.folder, *results.after_training(run.folder))
     say(results.result_line(run.folder / "ft_checkpoint.pth", result))
 
 

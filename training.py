@@ -200,7 +200,12 @@ def make_mixup(args: Any, classes: int) -> Mixup | None:
 
 def scaled_lr(args: Any) -> float:
     """The published linear rule: --lr is for a global batch of 512."""
-    return args.lr * args.batch_size * args.grad_accum_steps * world_size() / 512
+    return args.lr * images_per_update(args) / 512
+
+
+def images_per_update(args: Any) -> int:
+    """The global batch: of all processes and accumulated batches."""
+    return args.batch_size * args.grad_accum_steps * world_size()
 
 
 def make_optimizer(args: Any, model: nn.Module) -> torch.optim.Optimizer:

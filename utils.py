@@ -7,13 +7,16 @@ import datetime
 import hashlib
 import json
 import os
+import platform
 import random
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -222,6 +225,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all, on the main rank."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_args(folder: Path, args: Any) -> None:
+    """args.json: the arguments of a run, and the command and the versions that made it."""
+    versions = dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__)
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    write_json(folder / "args.json", vars(args) | dict(made_by=dict(command=command, versions=versions)))
 
 
 def append_log(folder: Path, **line: Any) -> None:

@@ -31,10 +31,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="a table of this device")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.54, 0.50, 0.39, 0.19], help="ratios to dense")
-    parser.add_argument("--latency_regularization", type=float, default=5e-4)
+    parser.add_argument("--latency_regularization", type=float, default=5e-4,
+                        help="lambda of saliency - lambda x latency (default: 5e-4)")
     parser.add_argument("--prune_per_event", type=int, default=2, help="groups")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--builds", type=int, default=BUILDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"measurements of each (default: {ROUNDS})")
+    parser.add_argument("--builds", type=int, default=BUILDS, help=f"fresh builds of every model (default: {BUILDS})")
     parser.add_argument("--dims-dir", default="", help="folder to write the widths to, as dims_TARGET.json")
     return parser
 

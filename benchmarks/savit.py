@@ -49,18 +49,20 @@ FLAGS = dict(
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("scoring", "accuracy"))
+    parser.add_argument("what", choices=("scoring", "accuracy"), help="which of the two tables to print")
     parser.add_argument("--initial-checkpoint", default="", help="dense weights")
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm name, where there is no checkpoint")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="images per call (default: 32)")
     parser.add_argument("--batches", type=int, default=156, help="of the scoring pass")
-    parser.add_argument("--hessian_error", type=float, default=0.1)
+    parser.add_argument("--hessian_error", type=float, default=0.1,
+                        help="relative error of every interaction (default: 0.1)")
     parser.add_argument("--data-path", default="", help="CIFAR-10 as train/ and val/ class folders")
     parser.add_argument("--bench", type=Path, default=Path("../shared/bench"), help="folder of equal_footing.py")
     parser.add_argument("--rows", type=Path, default=Path("runs/savit_rows.jsonl"), help="results, one row a line")
     parser.add_argument("--methods", nargs="+", default=["interactions", "without", "torch-pruning"],
-                        choices=(*FLAGS, "torch-pruning"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+                        choices=(*FLAGS, "torch-pruning"),
+                        help="what is compared (default: interactions without torch-pruning)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the runs (default: 0 1 2)")
     parser.add_argument("--epochs", type=int, default=3, help="of recovery")
     parser.add_argument("--per-class", type=int, default=1000, help="training images a class for recovery")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no row after so many")

@@ -30,6 +30,7 @@ from models.vit import Attention, skeleton
 WARM_UP, SAMPLE_SECONDS = 3, 0.02
 MODEL_ROUNDS = 5
 COMMAND_SECONDS = 600  # after which a command is given up
+PROTOBUF_BYTES = 2_000_000_000  # an ONNX file with its weights inside can have 2 GiB
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
 
 Timer = Callable[[], float]  # seconds per call
@@ -53,24 +54,33 @@ class OnnxRuntime:
             raise ValueError(f"--device {device}: this onnxruntime has only {onnxruntime.get_available_providers()}")
         self.name, self.device = f"onnxruntime {onnxruntime.__version__}", device_name(device)
 
-    def timer(self, path: Path, x: Tensor) -> Timer:
-        """A stopwatch of the model at `path` on the input x, warmed up."""
+    def session(self, path: Path) -> Callable[[Tensor], list[np.ndarray]]:
+        """The model at `path` as a function of its one input. Raises RuntimeFailed, then and when called."""
         options = self.module.SessionOptions()
         options.intra_op_num_threads = self.threads
-        try:
-            session = self.module.InferenceSession(str(path), options, providers=[self.provider])
-            feed = {session.get_inputs()[0].name: x.numpy()}
-            begin = time.perf_counter()
-            for _ in range(WARM_UP):
-                session.run(None, feed)
-        except Exception as error:  # onnxruntime's errors share no narrower class
-            raise RuntimeFailed(f"{self.name}: {str(error).splitlines()[0][:200]}") from None
+
+        def attempt(action: Callable, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return action(*args, **kwargs)
+            except Exception as error:  # onnxruntime's errors share no narrower class
+                raise RuntimeFailed(f"{self.name}: {str(error).splitlines()[0][:200]}") from None
+
+        session = attempt(self.module.InferenceSession, str(path), options, providers=[self.provider])
+        name = session.get_inputs()[0].name
+        return lambda x: attempt(session.run, None, {name: x.numpy()})
+
+    def timer(self, path: Path, x: Tensor) -> Timer:
+        """A stopwatch of the model at `path` on the input x, warmed up."""
+        run = self.session(path)
+        begin = time.perf_counter()
+        for _ in range(WARM_UP):
+            run(x)
         repeats = max(1, round(SAMPLE_SECONDS * WARM_UP / (time.perf_counter() - begin)))
 
         def seconds() -> float:
             begin = time.perf_counter()
             for _ in range(repeats):
-                session.run(None, feed)
+                run(x)
             return (time.perf_counter() - begin) / repeats
 
         return seconds
@@ -106,13 +116,21 @@ class Command:
         return seconds
 
 
-def export(module: nn.Module, x: Tensor, path: Path) -> None:
-    """Write a module as ONNX, with attention as it stands: the runtime chooses its own kernels."""
+def export(module: nn.Module, x: Tensor, path: Path, dynamic_batch: bool = False) -> None:
+    """Write a module as ONNX, with attention as it stands: the runtime chooses its own kernels.
+
+    x: an example input (B, …); dynamic_batch: the file takes any B, else that of x. Weights beyond what one file may
+    hold lie beside it. Raises RuntimeFailed where onnx or onnxscript are missing.
+    """
     for child in module.modules():
         if isinstance(child, Attention):
             child.way = "fused"
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
     try:
-        torch.onnx.export(module, (x,), str(path), dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(
+            module, (x,), str(path), dynamo=True, verbose=False, external_data=size > PROTOBUF_BYTES,
+            dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic_batch else None,
+        )  # fmt: skip
     except ImportError as error:
         raise RuntimeFailed(f"ONNX files need pip install onnx onnxscript ({error})") from None
 

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import checkpoint
 from checkpoint import CheckpointError
+from models import hub
 from models.compact import compact
 from models.dims import DimsError, ViTDims
 from models.masks import Masks
@@ -65,9 +66,11 @@ def from_checkpoint(
 def load_dense(path: str | Path, device: torch.device | str = "cpu", ema: bool = False) -> VisionTransformer:
     """Any checkpoint of this project as a compact model in eval mode; `model.dims` is its ViTDims.
 
-    A pruned checkpoint is compacted first; ema takes the moving average of the weights. Raises CheckpointError.
+    A pruned checkpoint is compacted first; ema takes the moving average of the weights. `path` may also be a folder
+    that tools.export has written, or hf-hub:OWNER/NAME. Raises CheckpointError.
     """
-    return from_checkpoint(checkpoint.load(path), path, ema).to(device).eval()
+    content = hub.read_folder(path) if hub.is_folder(path) else checkpoint.load(path)
+    return from_checkpoint(content, path, ema).to(device).eval()
 
 
 def read_initial(path: str | Path) -> tuple[str | None, dict[str, Any], dict[str, torch.Tensor]]:

@@ -20,7 +20,7 @@ def data_args(**changes):
     defaults = dict(
         data_set="DIGITS", data_path="", input_size=16, batch_size=4, num_workers=0, pin_mem=True, device="cpu", seed=0,
         color_jitter=0.4, aa="rand-m9-mstd0.5-inc1", train_interpolation="bicubic", reprob=0.25, remode="pixel",
-        recount=1, repeated_aug=True, dist_eval=False,
+        recount=1, hflip=0.5, repeated_aug=True, dist_eval=False,
     )  # fmt: skip
     return Namespace(**defaults | changes)
 
@@ -299,6 +299,6 @@ class TestLoaders:
 
 
 def test_unknown_data_sets_are_named():
-    assert datasets.DATA_SETS == ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET")
+    assert datasets.DATA_SETS == ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
     with pytest.raises(DataError, match="no data set 'MNIST'; --data-set is one of DIGITS, CIFAR10"):
         build_dataset(False, data_args(data_set="MNIST"))

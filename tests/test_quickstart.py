@@ -24,3 +24,5 @@ def test_the_quickstart_shows_a_speed_up_at_the_same_accuracy(tmp_path):
     (small,) = out.glob("global_prune_*/ft_dense_*/ft_checkpoint.pth")
     assert small.stat().st_size < pruned.stat().st_size / 2
     assert "finetuned" in done.stdout and "speed-up" in done.stdout
+    page = out / "report.html"
+    assert page.exists() and done.stdout.splitlines()[-1] == f"report: {page.as_uri()}"

@@ -1,4 +1,4 @@
-"""The commands of README and TRAINING: every one parses with the real parser, and the scripts they name exist."""
+"""The commands of the documentation: every one parses with the real parser, and the scripts they name exist."""
 import os
 import re
 import shlex
@@ -13,9 +13,10 @@ import main_savit
 import main_savit_deploy
 import revit_scratch
 import run_with_submitit
+from benchmarks import loader as loader_benchmark
 from benchmarks import savit as savit_benchmark
 from latency import build_table, compare, validate
-from tools import convert, convert_importance, report
+from tools import api_reference, convert, convert_importance, digits_folder, export, report, to_shards
 
 ROOT = Path(__file__).parent.parent
 PARSERS = {
@@ -24,13 +25,18 @@ PARSERS = {
     "latency.validate": validate, "latency.compare": compare, "tools.report": report,
     "tools.convert": convert, "run_with_submitit.py": run_with_submitit,
     "main_savit.py": main_savit, "main_savit_deploy.py": main_savit_deploy, "benchmarks.savit": savit_benchmark,
-    "tools.convert_importance": convert_importance,
+    "tools.convert_importance": convert_importance, "tools.export": export, "tools.digits_folder": digits_folder,
+    "tools.api_reference": api_reference, "tools.to_shards": to_shards,
+    "benchmarks.loader": loader_benchmark,
 }  # fmt: skip
 OTHERS = {"--disable-pip-version-check", "--version", "--nproc_per_node"}  # of pip, python and torchrun
 
 
+PAGES = ["README.md", "TRAINING.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+
+
 def commands():
-    for name in ("README.md", "TRAINING.md"):
+    for name in PAGES:
         for block in re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(), re.S):
             yield from (pytest.param(line, id=f"{name}: {line[:60]}") for line in block.splitlines() if line.strip())
 
@@ -41,15 +47,21 @@ def test_the_command_is_understood(line):
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
         return
+    if words[0] == "cp":
+        return
     assert words[0] in ("python", "torchrun")
     script = next(i for i, word in enumerate(words) if word in PARSERS)
     PARSERS[words[script]].get_args_parser().parse_args(words[script + 1 :])
 
 
-@pytest.mark.parametrize("name", ["README.md", "TRAINING.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name):
-    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text()):
-        assert (ROOT / target).exists(), target
+    page = ROOT / name
+    for target, place in re.findall(r"\]\(([^)#:]+)(#[^)]*)?\)", page.read_text()):
+        assert (linked := page.parent / target).exists(), target
+        if place:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), re.M)
+            assert place[1:] in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], place
 
 
 def test_shell_scripts_use_flags_that_exist():

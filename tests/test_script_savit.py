@@ -18,7 +18,7 @@ import main_savit
 import main_savit_deploy
 from models import Masks, ViTDims, build_vit, load_dense, macs
 from pruning.savit import published_sizes
-from tools import convert_importance
+from tools import convert_importance, export, formats
 from utils import BadArguments
 
 ROOT = Path(__file__).parent.parent
@@ -253,3 +253,15 @@ def test_published_pickles_are_converted(runs, tmp_path, capsys):
     flags[2] = "deit_tiny_patch16_224"
     assert any("another model: shapes" in p for p in problems(
         convert_importance, *flags[:3], "--data-set", "DIGITS", "--output", tmp_path / "bad"))  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_pruned_model_is_handed_over(runs, tmp_path):
+    pytest.importorskip("onnxruntime")
+    path, images = runs / "with" / "pruned_checkpoint.pth", torch.randn(3, 3, 16, 16)
+    expected = load_dense(path)(images)
+    for kind in ("safetensors", "standalone", "torch-export", "onnx"):
+        run(export, path, "--format", kind, "--output", tmp_path / kind)
+        with torch.inference_mode():
+            found = formats.FORMATS[kind].read(tmp_path / kind)(images)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

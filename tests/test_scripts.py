@@ -127,9 +127,9 @@ def test_the_report_of_a_run(runs, tmp_path, capsys):
     run(report, runs["tuned"], "--output", tmp_path)
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("dense", "pruned", "finetuned", "measured latency", "speed-up"))
-    assert files(tmp_path) == ["summary.json", "widths.png"]
+    assert files(tmp_path) == ["report.html", "summary.json", "widths.png"]
     assert (tmp_path / "summary.json").read_text() == (runs["tuned"] / "summary.json").read_text()
-    with pytest.raises(BadArguments, match="not the folder of a finished run"):
+    with pytest.raises(BadArguments, match="there is no folder"):
         run(report, tmp_path / "nothing")
 
 

@@ -1,46 +1,30 @@
-"""One table and one picture of a finished run: dense, pruned and finetuned side by side, and the widths that are left.
+"""Finished runs as a page: python -m tools.report RUN [RUN …] [--output DIR]
 
-    python -m tools.report RUN [--output DIR]
-
-RUN is a finetuning or pruning folder with summary.json. Writes widths.png and a copy of summary.json to --output.
+Writes report.html, one file that needs no network: dense, pruned and finetuned side by side, the widths that are left,
+how pruning went, and the commands that made it; with several runs, their accuracy against latency. RUN is a finetuning
+or pruning folder with summary.json. Of a single run also widths.png and a copy of summary.json.
 """
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from tools.figures import plot_widths
+from tools.page import page
+from tools.run_data import Run, incomparable, read_run
+from utils import Problems, make_folder, run_script, say, table, warn, write_json, write_text
 
-from models import DimsError, ViTDims
-from utils import BadArguments, make_folder, run_script, say, table, write_json
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-AXES = dict(heads="heads", qk="QK width of a head", v="V width of a head", mlp="MLP width")
-STAGES = ("dense", "pruned", "finetuned")
 COLUMNS = ["", "top-1 %", "params", "M MACs", "table latency", "measured latency", "speed-up"]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--output", type=Path, default=None, help="where to write (default: the run's folder)")
+    parser = argparse.ArgumentParser("tools.report", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of finished runs")
+    parser.add_argument("--output", metavar="DIR", type=Path, default=None,
+                        help="where to write (default: the first run's folder)")
     return parser
-
-
-def read_run(folder: Path) -> dict[str, dict[str, Any]]:
-    """The stages of a finished run. Raises BadArguments for a folder that is none."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text())
-        stages = {name: summary[name] for name in STAGES if name in summary}
-        for stage in stages.values():
-            ViTDims.from_dict(stage["dims"])
-        return stages or {}["dense"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError, DimsError) as error:
-        raise BadArguments([f"{folder} is not the folder of a finished run: {error}"]) from None
 
 
 def _ratio(value: float | None) -> str:
@@ -56,36 +40,40 @@ def row(name: str, stage: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def plot_widths(dims: ViTDims, dense: ViTDims | None, path: Path) -> None:
-    """What is left of every width per block, over the dense model's (light)."""
-    figure, axes = plt.subplots(1, len(AXES), figsize=(3.2 * len(AXES), 3.2), constrained_layout=True)
-    blocks = range(1, len(dims.blocks) + 1)
-    for panel, (axis, title) in zip(axes, AXES.items(), strict=True):
-        if dense is not None:
-            panel.bar(blocks, [getattr(b, axis) for b in dense.blocks], color="#dbe3ee", label="dense")
-        widths = [getattr(b, axis) for b in dims.blocks]
-        bars = panel.bar(blocks, widths, color="#2f6db3", width=0.6, label="left")
-        panel.bar_label(bars, fontsize=7)
-        panel.set(title=title, xlabel="block", xticks=list(blocks))
-        panel.yaxis.get_major_locator().set_params(integer=True)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    full = f" of {dense.embed}" if dense is not None else ""
-    figure.suptitle(f"embedding {dims.embed}{full}")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def check_args(args: argparse.Namespace) -> tuple[list[Run], Path]:
+    """The runs and the folder to write to. Everything wrong is reported at once; raises BadArguments."""
+    problems = Problems()
+    runs = [problems.attempt(read_run, folder) for folder in args.runs]
+    if len({folder.resolve() for folder in args.runs}) < len(args.runs):
+        problems.add("the same run is named twice")
+    problems.raise_if_any()
+    output = problems.attempt(make_folder, args.output or args.runs[0])
+    problems.raise_if_any()
+    return runs, output
 
 
 def main(args: argparse.Namespace) -> None:
-    stages = read_run(args.run)
-    output = make_folder(args.output or args.run)
-    widths = {name: ViTDims.from_dict(stage["dims"]) for name, stage in stages.items()}
-    last = list(stages)[-1]
-    plot_widths(widths[last], widths.get("dense"), output / "widths.png")
-    write_json(output / "summary.json", stages)
-    say(table(COLUMNS, [row(name, stage) for name, stage in stages.items()]))
-    say("latency relative to the dense model on {device}, batch {batch}, {dtype}".format(**stages[last]))
-    say(f"written: {output / 'summary.json'}, {output / 'widths.png'}")
+    runs, output = check_args(args)
+    labels = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(len(runs))]
+    rows = []
+    for run, label in zip(runs, labels, strict=True):
+        prefix = f"{label} " if len(runs) > 1 else ""
+        new = run is runs[0] or run.stages.get("dense") != runs[0].stages.get("dense")
+        rows += [row(prefix + name, stage) for name, stage in run.stages.items() if new or name != "dense"]
+    for note in incomparable(runs):
+        warn(note)
+    conditions = "latency relative to the dense model on {device}, batch {batch}, {dtype}".format(**runs[0].result)
+    write_text(output / "report.html", page(runs, labels, COLUMNS, rows, conditions))
+    written = [output / "report.html"]
+    if len(runs) == 1:
+        plot_widths(runs[0], output / "widths.png")
+        write_json(output / "summary.json", runs[0].stages)
+        written += [output / "summary.json", output / "widths.png"]
+    say(table(COLUMNS, rows))
+    say(conditions)
+    say(f"written: {', '.join(map(str, written[1:]))}" if len(runs) == 1 else
+        "\n".join(f"{label}: {run.folder}" for run, label in zip(runs, labels, strict=True)))  # fmt: skip
+    say(f"report: {written[0].resolve().as_uri()}")
 
 
 if __name__ == "__main__":

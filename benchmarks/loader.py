@@ -1,0 +1,102 @@
+"""Whether loading keeps up with training: images per second of the loader alone and of training steps alone.
+
+    python -m benchmarks.loader --data-set wds/NAME --data-path DIR --model deit_small_patch16_224 --num_workers 8
+
+The flags of data, augmentation and model are the training scripts'. The first batches, with which loader processes
+start and kernels are chosen, do not count.
+"""
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import options
+import training
+from latency.measure import device_name
+from utils import BadArguments, Problems, run_script, say, table
+
+WARM_UP = 3  # batches, and steps
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = options.new_parser(__doc__)
+    options.add_model_args(parser)
+    options.add_data_args(parser)
+    options.add_augmentation_args(parser)
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--batches", metavar="N", type=int, default=30, help="batches and steps to time (default: 30)")
+    group.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda, and cpu where there is no GPU)")
+    group.add_argument("--amp", action="store_true", help="train in mixed precision (default: off)")
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="of the order and augmentation (default: 0)")
+    parser.set_defaults(amp_dtype=None, dist_timeout=600, dist_eval=False)
+    return parser
+
+
+def endless(loader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of one epoch after another."""
+    while True:
+        yield from loader
+
+
+def loading(loader, batches: int) -> float:
+    """Images per second of the loader alone."""
+    source, count = endless(loader), 0
+    for _ in range(WARM_UP):
+        next(source)
+    begin = time.perf_counter()
+    for _ in range(batches):
+        count += len(next(source)[1])
+    return count / (time.perf_counter() - begin)
+
+
+def stepping(model: nn.Module, images: Tensor, targets: Tensor, precision, batches: int) -> float:
+    """Images per second of forward, backward and AdamW on one batch that is there."""
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with precision.autocast():
+            loss = F.cross_entropy(model(images), targets)
+        loss.backward()
+        optimizer.step()
+
+    def wait() -> None:
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+    for _ in range(WARM_UP):
+        step()
+    wait()
+    begin = time.perf_counter()
+    for _ in range(batches):
+        step()
+    wait()
+    return batches * len(images) / (time.perf_counter() - begin)
+
+
+def main(args: argparse.Namespace) -> None:
+    problems = Problems()
+    device = problems.attempt(training.start, args)
+    full = problems.attempt(training.full_model, args)
+    problems.raise_if_any()
+    data = problems.attempt(training.load_data, args, full)
+    problems.raise_if_any()
+    if args.batches < 1:
+        raise BadArguments([f"--batches must be at least 1, not {args.batches}"])
+    images, targets = (t.to(device) for t in next(iter(data.train)))
+    model = full.build(**training.drop_rates(args)).to(device).train()
+    rates = dict(loader=loading(data.train, args.batches),
+                 step=stepping(model, images, targets, training.precision(args, device), args.batches))  # fmt: skip
+    say(table(["", "images/s"], [[name, f"{rate:,.0f}"] for name, rate in rates.items()]))
+    verdict = "keeps up with" if rates["loader"] >= rates["step"] else "is slower than"
+    say(f"{args.data_set}, batch {args.batch_size}, {args.num_workers} loader processes, {device_name(device)}: the "
+        f"loader {verdict} the model")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args())

@@ -1,0 +1,52 @@
+"""iNaturalist 2018 and 2019 as they are delivered, with classes at any level of the taxonomy, as in DeiT."""
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+YEARS = dict(INAT=2018, INAT19=2019)
+CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+
+
+class INaturalist(Dataset):
+    """Images (transformed) and class indices of a split; classes: names of the level, in alphabetical order.
+
+    The folder holds train2018.json, val2018.json and categories.json, and the images under the paths of these files.
+    Raises ValueError for a folder that does not.
+    """
+
+    def __init__(self, root: Path, is_train: bool, year: int, category: str, transform: Callable,
+                 read: Callable[[str], Any]) -> None:  # fmt: skip
+        split = _read(root / f"{'train' if is_train else 'val'}{year}.json")
+        training = split if is_train else _read(root / f"train{year}.json")
+        try:
+            level = {entry["id"]: str(entry[category]) for entry in _read(root / "categories.json")}
+            category_of = {entry["image_id"]: level[entry["category_id"]] for entry in split["annotations"]}
+            self.classes = sorted({level[entry["category_id"]] for entry in training["annotations"]})
+            index = {name: i for i, name in enumerate(self.classes)}
+            self.samples = [(str(root / image["file_name"]), index[category_of[image["id"]]])
+                            for image in split["images"]]  # fmt: skip
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the iNaturalist files of {root} do not fit together: {error!r} is missing") from None
+        self.targets = [target for _, target in self.samples]
+        self.transform, self.read = transform, read
+
+    def __getitem__(self, number: int) -> tuple[Any, int]:
+        path, target = self.samples[number]
+        return self.transform(self.read(path)), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError:
+        raise ValueError(f"no {path.name} in {path.parent}, where the files of iNaturalist belong") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,44 @@
+"""scikit-learn's handwritten digits as a folder of images: python -m tools.digits_folder DIR
+
+DIR gets train/ and val/ with a folder of PNG files per class, the layout that --data-path takes: a data set to try
+things on that needs no download. The split is that of --data-set DIGITS.
+"""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from datasets import Digits
+from utils import BadArguments, make_folder, run_script, say
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("tools.digits_folder", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("output", metavar="DIR", type=Path, help="folder to write")
+    parser.add_argument("--size", metavar="PIXELS", type=int, default=16, help="side of the images (default: 16)")
+    return parser
+
+
+def write(split: str, data: Digits, output: Path, size: int) -> int:
+    """Write one split; returns the number of images."""
+    for i, (image, target) in enumerate(data):
+        folder = output / split / data.classes[target]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.resize((size, size)).save(folder / f"{i:04d}.png")
+    return len(data)
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.size < 1:
+        raise BadArguments([f"--size must be at least 1, not {args.size}"])
+    try:
+        output = make_folder(args.output)
+    except ValueError as error:
+        raise BadArguments([str(error)]) from None
+    counts = {split: write(split, Digits(split == "train"), output, args.size) for split in ("train", "val")}
+    say(f"{output}: {counts['train']} training and {counts['val']} validation images of {args.size} x {args.size}")
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args())

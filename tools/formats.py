@@ -1,0 +1,117 @@
+"""The formats that a compact model is exported to: what each writes into a folder, and how it is read back to check."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from datasets import SMALL
+from latency.runtimes import OnnxRuntime, export
+from models import hub, load_dense
+from tools import standalone
+from tools.plain_timm import plain_timm
+from utils import write_text
+
+Call = Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> logits (B, classes)
+
+
+def preprocess(model: VisionTransformer) -> dict[str, Any]:
+    """timm's arguments for the transform that validation images get (`datasets.build_transform`)."""
+    channels, size = model.patch_embed.proj.in_channels, model.patch_embed.img_size
+    return dict(
+        input_size=(channels, *size), interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
+        crop_pct=1.0 if size[0] <= SMALL else 0.875, crop_mode="center",
+    )  # fmt: skip
+
+
+def images(model: VisionTransformer, batch: int) -> Tensor:
+    """Random images (B, 3, S, S), always the same."""
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randn(batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, generator=generator)
+
+
+def _write_config(model: VisionTransformer, folder: Path) -> None:
+    hub.write_config(folder, hub.config_of(model, preprocess=preprocess(model)))
+
+
+def _write_safetensors(model: VisionTransformer, folder: Path) -> None:
+    _write_config(model, folder)
+    hub.write_weights(folder, model)
+
+
+def _write_standalone(model: VisionTransformer, folder: Path) -> None:
+    _write_safetensors(model, folder)
+    title = f"{model.arch} with pruned widths: embedding {model.dims.embed}, {len(model.dims.blocks)} blocks."
+    write_text(folder / "model.py", standalone.source(title))
+
+
+def _write_onnx(model: VisionTransformer, folder: Path) -> None:
+    _write_config(model, folder)
+    ways = {name: module.way for name, module in model.named_modules() if hasattr(module, "way")}
+    try:
+        with torch.inference_mode():
+            export(model, images(model, 2), folder / "model.onnx", dynamic_batch=True)
+    finally:
+        for name, way in ways.items():
+            model.get_submodule(name).way = way
+
+
+def _write_program(model: VisionTransformer, folder: Path) -> None:
+    _write_config(model, folder)
+    with torch.inference_mode():
+        program = torch.export.export(model, (images(model, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, folder / "model.pt2")
+
+
+def _write_timm(model: VisionTransformer, folder: Path) -> None:
+    save_for_hf(plain_timm(model, **preprocess(model)), folder, safe_serialization=True)
+
+
+def _read_module(path: Path) -> ModuleType:
+    spec = util.spec_from_file_location("exported_model", path)
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _read_onnx(folder: Path, threads: int) -> Call:
+    run = OnnxRuntime("cpu", threads).session(folder / "model.onnx")
+    return lambda x: torch.from_numpy(run(x)[0])
+
+
+@dataclass(frozen=True)
+class Format:
+    """write(model, folder); read(folder) -> what was written, as a function; result: its file; needs: packages."""
+
+    write: Callable[[VisionTransformer, Path], None]
+    read: Callable[[Path], Call]
+    result: str
+    needs: tuple[str, ...] = ()
+    extra: str = ""
+
+    @property
+    def missing(self) -> list[str]:
+        """Packages that this format needs and that are not installed."""
+        return [name for name in self.needs if util.find_spec(name) is None]
+
+
+FORMATS = {
+    "safetensors": Format(_write_safetensors, load_dense, hub.WEIGHTS),
+    "onnx": Format(_write_onnx, lambda folder: _read_onnx(folder, torch.get_num_threads()), "model.onnx",
+                   ("onnx", "onnxscript", "onnxruntime"), "onnx"),
+    "torch-export": Format(_write_program, lambda folder: torch.export.load(folder / "model.pt2").module(),
+                           "model.pt2"),
+    "timm": Format(_write_timm, lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True).eval(),
+                   hub.WEIGHTS),
+    "standalone": Format(_write_standalone, lambda folder: _read_module(folder / "model.py").load(), "model.py"),
+}  # fmt: skip

@@ -1,0 +1,60 @@
+"""A compact model as a plain timm Vision Transformer, which has one set of widths for all blocks.
+
+Narrower blocks are padded with zeros, so that the function stays the same and the cost is that of the widest block.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from models import BlockDims, Masks, ModelError, ViTDims, build_vit
+from models.compact import expand_
+from models.vit import skeleton
+
+
+def uniform_dims(dims: ViTDims) -> ViTDims:
+    """The narrowest widths that timm can express and that hold `dims`: heads x width is the embedding.
+
+    Raises ModelError where there are none.
+    """
+    heads = max(b.heads for b in dims.blocks)
+    width = max((max(b.qk, b.v) for b in dims.blocks if b.heads), default=1)
+    fitting = [h for h in range(max(1, heads), dims.embed + 1) if dims.embed % h == 0 and dims.embed // h >= width]
+    if not fitting:
+        raise ModelError(f"timm's own ViT has heads x width = embedding, and {heads} heads of {width} do not fit into "
+                         f"an embedding of {dims.embed}; --format standalone keeps any widths")  # fmt: skip
+    channels, mlp = dims.embed // fitting[0], max(1, *(b.mlp for b in dims.blocks))
+    return ViTDims(dims.embed, tuple(BlockDims(fitting[0], channels, channels, mlp, b.tokens) for b in dims.blocks))
+
+
+def _mlp_ratio(embed: int, mlp: int) -> float:
+    """timm multiplies and rounds down."""
+    return next(ratio for ratio in (mlp / embed, (mlp + 0.5) / embed) if int(embed * ratio) == mlp)
+
+
+@torch.no_grad()
+def plain_timm(model: VisionTransformer, **pretrained_cfg: Any) -> VisionTransformer:
+    """timm's model, without any code of this project, that computes what `model` does. Raises ModelError.
+
+    pretrained_cfg: what timm is told about input size and normalisation.
+    """
+    uniform, block = uniform_dims(model.dims), uniform_dims(model.dims).blocks[0]
+    parent_width = skeleton(model.arch, **model.arch_kwargs).blocks[0].attn.head_dim
+    dims = ViTDims(model.dims.embed, tuple(
+        b if b.heads else replace(b, qk=block.qk, v=block.v) for b in model.dims.blocks
+    ))  # fmt: skip
+    padded = build_vit(model.arch, uniform, **model.arch_kwargs)
+    expand_(padded, Masks.first(uniform, dims), model)
+    state, fold = padded.state_dict(), (block.qk / parent_width) ** 0.5  # timm's scale is the padded width's
+    for name, value in state.items():
+        if ".attn.qkv." in name:
+            value[: block.heads * block.qk] *= fold
+    shape = dict(embed_dim=uniform.embed, depth=len(uniform.blocks), num_heads=block.heads,
+                 mlp_ratio=_mlp_ratio(uniform.embed, block.mlp))  # fmt: skip
+    plain = timm.create_model(model.arch, **model.arch_kwargs | shape, pretrained_cfg_overlay=pretrained_cfg)
+    plain.load_state_dict(state)
+    return plain.eval()
