@@ -52,8 +52,8 @@ def v_bases(outputs: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
 class _Attention:
     """Second moments of an attention branch, and its alignment."""
 
-    def __init__(self, branch: Branch, heads: int, width: int) -> None:
-        self.branch, self.heads, self.width = branch, heads, width
+    def __init__(self, branch: Branch, heads: int, width: int, normalised: bool) -> None:
+        self.branch, self.heads, self.width, self.normalised = branch, heads, width, normalised
         device = branch.last.weight.device
         self.q, self.k = torch.zeros(2, heads, width, width, dtype=torch.float64, device=device)
         self.outputs = Moments(heads * width, device=device)
@@ -72,12 +72,20 @@ class _Attention:
         covariance = self.outputs.all_reduce().covariance
         columns = proj.weight.double().view(-1, H, d).transpose(0, 1)  # H E d
         to_v, from_v = v_bases(covariance.view(H, d, H, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1), columns)
-        change = torch.stack([*qk_bases(all_reduced(self.q), all_reduced(self.k)), to_v])  # 3 H d d
+        to_q, to_k = qk_bases(all_reduced(self.q), all_reduced(self.k))
+        if self.normalised:  # a norm between qkv and softmax is of these very channels
+            to_q = to_k = torch.eye(d, dtype=to_v.dtype, device=to_v.device).expand(H, d, d)
+        change = torch.stack([to_q, to_k, to_v])  # 3 H d d
         order = removal(covariance[None], proj.weight[None], group=d)
         for parameter in filter(lambda p: p is not None, (qkv.weight, qkv.bias)):
             rows = change @ parameter.double().view(3, H, d, -1)
             parameter.copy_(rows[:, order].view(parameter.shape))
         proj.weight.copy_((columns @ from_v)[order].transpose(0, 1).reshape(proj.weight.shape))
+
+
+def _attention(block: Block, branch: Branch) -> _Attention:
+    normalised = isinstance(block.attn.q_norm, nn.LayerNorm)
+    return _Attention(branch, block.dims.heads, block.dims.qk, normalised)
 
 
 class _MLP:
@@ -193,7 +201,7 @@ def _align_block_(block: Block, stream: list[Tensor]) -> list[_Reader]:
     for branch in streams.branches(block):
         reader = _Reader(branch.norm, [branch.first])
         is_attention = branch.last is block.attn.proj
-        seen = _Attention(branch, block.dims.heads, block.dims.qk) if is_attention else _MLP(branch)
+        seen = _attention(block, branch) if is_attention else _MLP(branch)
         for i, x in enumerate(stream):
             first = branch.first(branch.norm(x))
             mixed = branch.mix(first)

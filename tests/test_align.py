@@ -1,6 +1,7 @@
 """Alignment changes coordinates, never the function; and what comes first is what matters."""
 
 import torch
+from conftest import TINY
 
 from models import build_vit
 from pruning import streams
@@ -18,6 +19,15 @@ def test_logits_are_unchanged_to_rounding(family, randomise):
     before = logits(model, images[:5])
     align_(model, images.split(8))
     torch.testing.assert_close(logits(model, images[:5]), before, rtol=1e-9, atol=1e-9)
+
+
+def test_normalised_queries_and_keys_keep_their_channels(randomise):
+    model = randomise(build_vit("vit_tiny_patch16_224", qk_norm=True, **TINY)).double().eval()
+    images, values = torch.randn(24, 3, 16, 16, dtype=torch.float64), model.blocks[0].attn.qkv.weight[64:].clone()
+    before = logits(model, images)
+    align_(model, images.split(8))
+    torch.testing.assert_close(logits(model, images), before, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(model.blocks[0].attn.qkv.weight[64:], values)
 
 
 def test_logits_are_unchanged_when_a_direction_is_dead(tiny, randomise):
