@@ -241,22 +241,12 @@ def add_target_args(group: Any) -> None:
                             "pruned end at multiples (default: 1)")
 
 
-def add_one_shot_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("one-shot pruning")
-    group.add_argument("--one_shot", action="store_true",
-                       help="prune to --latency_target without labels, gradients or training (default: off)")
-    group.add_argument("--calib_images", metavar="N", type=int, default=1024,
-                       help="training images that one-shot pruning looks at, over all processes (default: 1024)")
-    group.add_argument("--latency_measured", action="store_true",
-                       help="meet --latency_target as measured here, in a few rounds, not as predicted (default: off)")
-
-
 UNDERSCORED = {  # flags that the published commands spell so
     "num_workers", "kl_loss_coeff", "original_loss_coeff", "prune_per_iter", "group_size", "latency_regularization",
     "latency_target", "output_dir", "start_epoch", "student_eval", "prune_dict", "interval_prune", "pruning_config",
     "pruning_exit", "latency_look_up_table", "latency_target_ms", "macs_target", "params_target", "width_multiple",
     "pruning_feed_percent", "pruning_floor", "hessian_error", "hessian_embed", "one_shot", "calib_images",
-    "latency_measured",
+    "latency_measured", "saliency_loss", "shrink_interval",
 }  # fmt: skip
 RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that is None, passes
     "batch_size": ("above 0", lambda x: x > 0),
@@ -289,6 +279,7 @@ RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that
     "distillation_alpha_full": ("above 0", lambda x: 0 < x < math.inf),
     "distillation_tau_full": ("above 0", lambda x: 0 < x < math.inf),
     "calib_images": ("above 0", lambda x: x > 0),
+    "shrink_interval": ("from 0 up", lambda x: x >= 0),
 }
 
 
