@@ -62,11 +62,11 @@ def align(model: nn.Module, images: Tensor, batch: int) -> str:
 
 
 def prepare(args: Any, setup: Any) -> Tensor | None:
-    """This process's calibration images where training needs them; aligns the model of a new run with --align."""
+    """This process's calibration images where training needs them; with --align the dense model is aligned."""
     if args.one_shot or not args.pruning or not (args.align or args.compensate):
         return None
     images = images_of(args, setup.full)
-    if args.align and not setup.resumed:
+    if args.align:
         found = align(setup.model.to(setup.device), images, args.batch_size)
         say(f"aligned on {args.calib_images} images: {found}")
     return images

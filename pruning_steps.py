@@ -72,6 +72,7 @@ class PruningSteps:
         self.args, self.setup, self.optimizer, self.criterion = args, setup, optimizer, criterion
         self.interval, self.kl_coeff, self.scaler = args.interval_prune[0], criterion.kl_coeff, precision.scaler
         self.pruner, self.model, self.compensation = setup.pruner, setup.model, compensation
+        self.masks = setup.pruner.masks  # over the units that the student has
         self.student = Student(training.for_training(args, setup.model, setup.device))
         self.shrunk = Shrunk(setup.model, optimizer, setup.device)
         self.saliency = self._make_saliency()
@@ -80,11 +81,6 @@ class PruningSteps:
         self.steps = self.events = 0
         self.exhausted = False  # no group may be removed any more
         self.set_phase()
-
-    @property
-    def masks(self) -> Masks:
-        """Over the units that the student has."""
-        return self.pruner.masks
 
     @property
     def done(self) -> bool:
@@ -145,7 +141,8 @@ class PruningSteps:
             self.model = self.shrunk.shrink(self.model, masks)
         except ValueError as error:
             raise RunFailed(f"--shrink_interval: {error}") from None
-        self.setup.model, self.pruner.masks = self.model, Masks(self.model.dims, self.setup.device)
+        self.masks = Masks(self.model.dims, self.setup.device)
+        self.setup.model, self.pruner.masks = self.model, self.masks
         keep = torch.cat(list(masks.keep.values()))
         self.student.wrapped = None  # the old buckets go before the new ones come
         self.student.wrapped = training.for_training(self.args, self.model, self.setup.device)
