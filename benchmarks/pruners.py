@@ -32,16 +32,20 @@ from pruning.value import ValuePruner
 BATCH, LAMBDA, GROUPS_AT_ONCE = 64, 5e-4, 8
 GRADIENT = {  # what each changes of the published rule
     "published": {},
-    "align": dict(align=True),
+    "align": dict(align="all"),
+    "align-blocks": dict(align="blocks"),
     "compensate": dict(compensate=True),
     "value": dict(selection=ValuePruner),
     "gates": dict(saliency="gates"),
     "gate-samples": dict(saliency="gate_samples"),
     "gate-samples-teacher": dict(saliency="gate_samples", teacher=True),
+    "align-gate-samples": dict(align="all", saliency="gate_samples"),
+    "align-blocks-gate-samples": dict(align="blocks", saliency="gate_samples"),
     "value-gate-samples": dict(selection=ValuePruner, saliency="gate_samples"),
-    "value-gate-samples-compensate": dict(selection=ValuePruner, saliency="gate_samples", compensate=True),
     "value-compensate": dict(selection=ValuePruner, compensate=True),
-    "gradient-all": dict(selection=ValuePruner, saliency="gate_samples", teacher=True, align=True, compensate=True),
+    "value-gate-samples-compensate": dict(selection=ValuePruner, saliency="gate_samples", compensate=True),
+    "gradient-all": dict(selection=ValuePruner, saliency="gate_samples", teacher=True, align="all", compensate=True),
+    "gradient-all-published-selection": dict(saliency="gate_samples", teacher=True, align="all", compensate=True),
     "random": dict(saliency="random"),
 }
 PEERS = {
@@ -129,14 +133,14 @@ def _scores(model: nn.Module, saliency: EventMean, images: Tensor, labels: Tenso
 class Gradient:
     """Scores by gradients, and a cut by them: the published rule with the changes of a row of GRADIENT."""
 
-    def __init__(self, bench: Bench, seed: int, *, align: bool = False, compensate: bool = False, teacher: bool = False,
+    def __init__(self, bench: Bench, seed: int, *, align: str = "", compensate: bool = False, teacher: bool = False,
                  saliency: str = "weights", selection: type[GlobalPruner] = GlobalPruner) -> None:  # fmt: skip
         torch.manual_seed(seed)
         self.bench, self.compensate, self.selection = bench, compensate, selection
         images, labels = bench.calibration(seed)
         self.images, self.dense = bench.ef.normalise(images), bench.model()
         if align:
-            align_(self.dense, self.images.split(BATCH))
+            align_(self.dense, self.images.split(BATCH), embedding=align == "all")
         masks, config = Masks(self.dense.dims), PruningConfig()
         self.groups = config.group_sizes(self.dense.dims)
         self.regularization = 0.0 if saliency == "random" or selection is ValuePruner else LAMBDA

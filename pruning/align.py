@@ -215,13 +215,16 @@ def _align_block_(block: Block, stream: list[Tensor]) -> list[_Reader]:
 
 
 @torch.no_grad()
-def align_(model: VisionTransformer, batches: Sequence[Tensor]) -> list[str]:
+def align_(model: VisionTransformer, batches: Sequence[Tensor], embedding: bool = True) -> list[str]:
     """Align every axis of a full-size model in eval mode, in place; returns what could not be rotated, and why.
 
     batches: calibration images (B, 3, H, W) on the model's device; with several processes, each gives its own.
+    embedding: rotate the residual stream too.
     """
     stream = [streams.stem(model, images) for images in batches]
     readers = [reader for block in model.blocks for reader in _align_block_(block, stream)]
+    if not embedding:
+        return ["the embedding stays as it is"]
     norm, given = _final(model)
     if isinstance(norm, nn.LayerNorm):
         heads = [head for head in (model.head, getattr(model, "head_dist", None)) if isinstance(head, nn.Linear)]

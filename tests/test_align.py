@@ -44,6 +44,15 @@ def test_logits_are_unchanged_when_a_direction_is_dead(tiny, randomise):
     torch.testing.assert_close(logits(model, images), before, rtol=1e-6, atol=1e-6)
 
 
+def test_the_embedding_may_stay(tiny, randomise):
+    model = randomise(build_vit(**tiny)).double().eval()
+    images = torch.randn(24, 3, 16, 16, dtype=torch.float64)
+    before, token, values = logits(model, images), model.cls_token.clone(), model.blocks[0].attn.qkv.weight.clone()
+    assert align_(model, images.split(8), embedding=False) == ["the embedding stays as it is"]
+    torch.testing.assert_close(logits(model, images), before, rtol=1e-9, atol=1e-9)
+    assert torch.equal(model.cls_token, token) and not torch.equal(model.blocks[0].attn.qkv.weight, values)
+
+
 def test_what_cannot_be_rotated_is_said(tiny):
     assert why_not_rotated(build_vit(**tiny)) is None
     assert "no bias" in why_not_rotated(build_vit(**tiny | dict(qkv_bias=False)))
