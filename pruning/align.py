@@ -49,6 +49,17 @@ def v_bases(outputs: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.mT @ inverse, root @ vectors
 
 
+def balanced(change: Tensor, undo: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """`change` (H, d, d) and `undo`, rescaled so that every direction has weights of one norm on both sides.
+
+    rows: the layer that is multiplied by `change` (H, d, E); columns: the one that undoes it (H, E, d). Without this
+    weak directions have large weights before and tiny ones behind, which training moves by steps of one size.
+    """
+    before, after = (change @ rows).norm(dim=2), (columns @ undo).norm(dim=1)  # H d
+    scale = torch.where((before > TINY) & (after > TINY), (after / before.clamp_min(TINY)).sqrt(), 1.0)
+    return change * scale.unsqueeze(-1), undo / scale.unsqueeze(-2)
+
+
 class _Attention:
     """Second moments of an attention branch, and its alignment."""
 
@@ -72,6 +83,8 @@ class _Attention:
         covariance = self.outputs.all_reduce().covariance
         columns = proj.weight.double().view(-1, H, d).transpose(0, 1)  # H E d
         to_v, from_v = v_bases(covariance.view(H, d, H, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1), columns)
+        values = qkv.weight.double().view(3, H, d, -1)[2]
+        to_v, from_v = balanced(to_v, from_v, values, columns)
         to_q, to_k = qk_bases(all_reduced(self.q), all_reduced(self.k))
         if self.normalised:  # a norm between qkv and softmax is of these very channels
             to_q = to_k = torch.eye(d, dtype=to_v.dtype, device=to_v.device).expand(H, d, d)

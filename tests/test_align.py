@@ -44,6 +44,15 @@ def test_logits_are_unchanged_when_a_direction_is_dead(tiny, randomise):
     torch.testing.assert_close(logits(model, images), before, rtol=1e-6, atol=1e-6)
 
 
+def test_values_and_their_readers_share_the_weight(tiny, randomise):
+    """Dead directions apart, so that training finds both sides of every direction at one scale."""
+    model = randomise(build_vit(**tiny)).double().eval()
+    align_(model, torch.randn(24, 3, 16, 16, dtype=torch.float64).split(8), embedding=False)
+    for block in model.blocks:
+        rows, columns = block.attn.qkv.weight[64:].norm(dim=1), block.attn.proj.weight.norm(dim=0)
+        torch.testing.assert_close(rows, columns)
+
+
 def test_the_embedding_may_stay(tiny, randomise):
     model = randomise(build_vit(**tiny)).double().eval()
     images = torch.randn(24, 3, 16, 16, dtype=torch.float64)

@@ -70,7 +70,7 @@ def test_compensation_at_the_end_is_against_the_aligned_dense_model(prune, tmp_p
 def test_two_ranks_prune_as_one_with_everything(prune, tmp_path):
     """Labels drawn from the teacher differ by rank, so the training loss is what is differentiated."""
     drawn = ALL.index("--saliency_loss")
-    more = [*ALL[:drawn], *ALL[drawn + 2 :], *EXACT, "--opt", "sgd", "--lr", "0.1", "--epochs", "3"]
+    more = [*ALL[:drawn], *ALL[drawn + 2 :], *EXACT, "--opt", "sgd", "--lr", "1e-2", "--epochs", "3"]
     launch([*launcher(2), "main_full_global_latency.py"],
            [*prune, *more, "--batch-size", "32", "--output_dir", tmp_path / "2"])  # fmt: skip
     run(main_full_global_latency, *prune, *more, "--output_dir", tmp_path / "1")
