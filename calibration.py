@@ -52,10 +52,10 @@ def _agree(model: nn.Module) -> None:
             dist.broadcast(parameter.data, 0)
 
 
-def align(model: nn.Module, images: Tensor, batch: int) -> str:
-    """Align a full-size model in place (`pruning.align`); returns what could not be rotated, or that all could."""
+def align(model: nn.Module, images: Tensor, batch: int, embedding: bool = True) -> str:
+    """Align a full-size model in place (`pruning.align`); returns what was not rotated, or that all was."""
     device, mode = next(model.parameters()).device, model.training
-    left = align_(model.eval(), [part.to(device) for part in images.split(batch)])
+    left = align_(model.eval(), [part.to(device) for part in images.split(batch)], embedding)
     model.train(mode)
     _agree(model)
     return "; ".join(left) or "every axis"
@@ -67,7 +67,7 @@ def prepare(args: Any, setup: Any) -> Tensor | None:
         return None
     images = images_of(args, setup.full)
     if args.align:
-        found = align(setup.model.to(setup.device), images, args.batch_size)
+        found = align(setup.model.to(setup.device), images, args.batch_size, embedding=args.align == "all")
         say(f"aligned on {args.calib_images} images: {found}")
     return images
 

@@ -76,7 +76,7 @@ def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, c
     for target in ("latency_target_ms", "macs_target", "params_target"):
         if (limit := getattr(args, target)) is not None:
             name += f"_{target}_{limit:g}"
-    defaults = dict(selection="published", saliency="weights", saliency_loss="training", align=False, compensate=None)
+    defaults = dict(selection="published", saliency="weights", saliency_loss="training", align=None, compensate=None)
     name += "".join(f"_{n}_{getattr(args, n)}" for n, value in defaults.items() if getattr(args, n) != value)
     return Path(args.output_dir) / f"{name}_ft_{args.epochs}"
 

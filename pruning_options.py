@@ -43,9 +43,9 @@ def add_pruning_args(parser: Any) -> None:
     group.add_argument("--saliency_loss", choices=("training", "teacher"), default="training",
                        help="what gates are differentiated for: the training loss, or the cross-entropy to labels "
                             "drawn from the dense model's predictions (default: training)")
-    group.add_argument("--align", action="store_true",
-                       help="first rotate and sort heads, MLP units and embedding, so that few units carry the most; "
-                            "the function stays (default: off)")
+    group.add_argument("--align", choices=("blocks", "all"), nargs="?", const="blocks", default=None,
+                       help="first rotate and sort heads and MLP units, or all: the embedding too, so that few units "
+                            "carry the most; the function stays (default: off; --align alone is blocks)")
     group.add_argument("--compensate", choices=WHEN, default=None,
                        help="refit the survivors on calibration images, at every event to the student before it, or "
                             "at the end to the dense model (default: off)")

@@ -45,6 +45,8 @@ GRADIENT = {  # what each changes of the published rule
     "value-compensate": dict(selection=ValuePruner, compensate=True),
     "value-gate-samples-compensate": dict(selection=ValuePruner, saliency="gate_samples", compensate=True),
     "gradient-all": dict(selection=ValuePruner, saliency="gate_samples", teacher=True, align="all", compensate=True),
+    "gradient-all-blocks": dict(selection=ValuePruner, saliency="gate_samples", teacher=True, align="blocks",
+                                compensate=True),
     "gradient-all-published-selection": dict(saliency="gate_samples", teacher=True, align="all", compensate=True),
     "random": dict(saliency="random"),
 }

@@ -57,7 +57,7 @@ def test_shrinking_changes_nothing_but_the_time(prune, tmp_path, more):
 
 @pytest.mark.slow
 def test_compensation_at_the_end_is_against_the_aligned_dense_model(prune, tmp_path, monkeypatch, capsys):
-    flags = [*prune, "--align", "--compensate", "end", "--calib_images", "128", "--output_dir"]
+    flags = [*prune, "--align", "all", "--compensate", "end", "--calib_images", "128", "--output_dir"]
     run(main_full_global_latency, *flags, tmp_path / "whole")
     printed = capsys.readouterr().out
     assert printed.count("compensated: divergence") == 1 and "aligned on 128 images: every axis" in printed
