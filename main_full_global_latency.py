@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import calibration
 import one_shot
 import options
 import planning
+import pruning_options
 import results
 import resuming
 import training
@@ -24,10 +26,8 @@ from latency.table import LatencyTable
 from loaders import start_epoch
 from models import Masks, compact, left_alone
 from models.vit import TokenLogits
-from pruning.config import PruningConfig, load_config
-from pruning.global_latency import GlobalPruner
-from pruning.targets import targets_of
-from pruning_steps import CHECKPOINT, PruningSteps, Setup, State, read_resumed, restore, save
+from pruning.config import load_config
+from pruning_steps import CHECKPOINT, PruningSteps, Setup, State, make_pruner, read_resumed, restore, save
 from utils import (
     FailedTogether,
     Problems,
@@ -60,35 +60,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_tau_arg(parser, "of soft CNN distillation; the full model's KL is at 3, as published")
     options.add_run_args(parser, "where the run's folder is made; required")
     options.add_resume_args(parser, CHECKPOINT)
-    group = parser.add_argument_group("pruning")
-    group.add_argument("--pruning", action="store_true", help="prune; without it the dense model is evaluated")
-    group.add_argument("--pruning_config", metavar="FILE", default="pruning_configs/group8_m23_m09.json",
-                       help="criterion, momentum, group sizes (default: pruning_configs/group8_m23_m09.json)")
-    group.add_argument("--prune_dict", metavar="JSON", default='{"Global":0}',
-                       help='label of the run and most units removed, 0 for no limit (default: {"Global":0})')
-    group.add_argument("--interval_prune", metavar="STEPS", type=int, nargs="+", default=[100],
-                       help="training steps between pruning events (default: 100)")
-    group.add_argument("--prune_per_iter", metavar="UNITS", type=int, default=1024,
-                       help="units per event: prune_per_iter / group_size groups go (default: 1024)")
-    group.add_argument("--group_size", metavar="UNITS", type=int, default=16,
-                       help="units that prune_per_iter counts as one group (default: 16)")
-    group.add_argument("--student_eval", metavar="BOOL", type=options.boolean, default=False,
-                       help="after the first event the student runs in eval mode (default: False)")
-    group.add_argument(
-        "--latency_regularization",
-        metavar="F",
-        type=float,
-        default=0.0,
-        help="lambda of saliency - lambda x latency, in squared loss per second of the table (default: 0)",
-    )
-    group.add_argument("--latency_target", metavar="RATIO", type=float, default=None,
-                       help="stop at this share of the dense model's predicted latency, in (0, 1] (default: none)")
-    options.add_target_args(group)
-    group.add_argument("--latency_look_up_table", metavar="FILE", default="latency_head.json",
-                       help="from python -m latency.build_table (default: latency_head.json)")
-    group.add_argument("--dry-run", action="store_true",
-                       help="print the plan of events with an estimate of time and memory, and end (default: off)")
-    options.add_one_shot_args(parser)
+    pruning_options.add_pruning_args(parser)
+    pruning_options.add_one_shot_args(parser)
     group = parser.add_argument_group("accepted, no effect")
     group.add_argument("--pruning_exit", action="store_true", help="the published code never reads it")
     return parser
@@ -106,6 +79,8 @@ def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, c
     for target in ("latency_target_ms", "macs_target", "params_target"):
         if (limit := getattr(args, target)) is not None:
             name += f"_{target}_{limit:g}"
+    defaults = dict(selection="published", saliency="weights", saliency_loss="training", align=None, compensate=None)
+    name += "".join(f"_{n}_{getattr(args, n)}" for n, value in defaults.items() if getattr(args, n) != value)
     return Path(args.output_dir) / f"{name}_ft_{args.epochs}"
 
 
@@ -132,6 +107,8 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add(f"--interval_prune takes one number of steps above 0, not {args.interval_prune}")
     if args.one_shot:
         one_shot.check_flags(args, problems)
+    else:
+        pruning_options.check(args, problems)
     if args.pruning and not args.one_shot and not args.original_loss_coeff:
         problems.add("--original_loss_coeff must be above 0: until the first event the student equals the full model, "
                      "so that its KL ranks nothing")  # fmt: skip
@@ -139,19 +116,6 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add("--output_dir is required")
     if args.start_epoch and not args.resume:
         problems.add("--start_epoch goes with --resume")
-
-
-def _make_pruner(args: argparse.Namespace, full: training.FullModel, masks: Masks, table: LatencyTable,
-                 config: PruningConfig, cap: int) -> GlobalPruner:  # fmt: skip
-    more = targets_of(
-        masks.full, table, full.arch, full.kwargs, latency_ms=args.latency_target_ms, macs_=args.macs_target,
-        params_=args.params_target,
-    )  # fmt: skip
-    sizes = config.group_sizes(masks.full, args.width_multiple, left_alone(full.arch, **full.kwargs))
-    return GlobalPruner(
-        masks, table, sizes, regularization=args.latency_regularization, cap=cap or None, target=args.latency_target,
-        targets=more, per_event=args.prune_per_iter // args.group_size,
-    )  # fmt: skip
 
 
 def check_args(args: argparse.Namespace) -> Setup:
@@ -167,15 +131,15 @@ def check_args(args: argparse.Namespace) -> Setup:
     data = problems.attempt(training.load_data, args, full) if full else None
     if full and not full.has_weights:
         problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
-    if data and args.one_shot:
-        problems.attempt(one_shot.check_calibration, args, len(data.train.dataset))
+    if data and (args.one_shot or args.align or args.compensate):
+        problems.attempt(calibration.check, args, len(data.train.dataset))
     problems.raise_if_any()
     problems.attempt(full.check_classifier)
     model = problems.attempt(full.build, **training.drop_rates(args))
     cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
     problems.raise_if_any()
     (config, dead), (label, cap) = config, named
-    pruner = _make_pruner(args, full, Masks(model.dims, device), table, config, cap)
+    pruner = make_pruner(args, full, Masks(model.dims, device), table, config, cap)
     for target in () if args.one_shot else pruner.targets:  # one-shot goes below the floors of the groups
         problems.attempt(target.check_reachable, pruner.floor())
     path = run_folder(args, full, label, cap)
@@ -243,7 +207,7 @@ def prune_one_shot(args: argparse.Namespace, setup: Setup, precision: Precision,
     resuming.start_anew(setup.folder, CHECKPOINT)
     write_args(setup.folder, args)
     conditions = results.Conditions.of(setup.table, args.batch_size)
-    found = one_shot.prune_(args, setup, one_shot.calibration_images(args, setup.full),
+    found = one_shot.prune_(args, setup, calibration.images_of(args, setup.full),
                             lambda dims: results.measured_ratio(setup.full, dims, conditions, setup.device))
     metrics = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
     append_log(setup.folder, epoch=0, **found, **results.log_line({}, metrics))
@@ -256,6 +220,7 @@ def main(args: argparse.Namespace) -> None:
         planning.report(args, setup)
         return
     precision = training.precision(args, setup.device)
+    images = calibration.prepare(args, setup)
     teacher = training.frozen(copy.deepcopy(setup.model), setup.device)
     top1_dense = evaluate(teacher, setup.data.val, precision, args.dist_eval)["acc1"]
     say(f"dense model: top-1 {top1_dense:.2f} on {len(setup.data.val.dataset)} images")
@@ -268,13 +233,13 @@ def main(args: argparse.Namespace) -> None:
 
     # ---------------------------------------------------------------- parts
     loader, progress = setup.data.train, Progress(setup.data.updates)
-    student = training.for_training(args, setup.model, setup.device)
-    optimizer = training.make_optimizer(args, setup.model)
+    optimizer = training.make_optimizer(args, setup.model.to(setup.device))
     criterion = training.make_loss(args, setup.cnn, teacher, tau=KL_TEMPERATURE, per_token=False)
     mixup = training.make_mixup(args, setup.data.classes)
     if not setup.resumed:
         resuming.start_anew(setup.folder, CHECKPOINT)
-    steps = PruningSteps(args, setup, student, optimizer, criterion)
+    compensation = calibration.Compensation(args.compensate, teacher.model, images, args.batch_size)
+    steps = PruningSteps(args, setup, optimizer, criterion, precision, compensation)
     state = State(steps, optimizer, precision, progress, dict(acc1=top1_dense))
     if setup.resumed:
         restore(setup, state)
@@ -296,7 +261,7 @@ def main(args: argparse.Namespace) -> None:
             steps.set_phase()
             with steps.curves.training(progress, training.images_per_update(args)):
                 stats = train_one_epoch(
-                    student, criterion, loader, optimizer, precision, progress, seed=args.seed,
+                    steps.student, steps.loss, loader, optimizer, precision, progress, seed=args.seed,
                     accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,
                     after_backward=steps.after_backward, after_step=after_step, log_interval=args.log_interval,
                 )  # fmt: skip
@@ -315,6 +280,7 @@ def main(args: argparse.Namespace) -> None:
         way = ("nothing more may be removed (floors, or the count in --prune_dict)" if steps.exhausted else
                f"go on with --resume {setup.folder / CHECKPOINT} and more --epochs")  # fmt: skip
         raise FailedTogether(f"{setup.pruner.progress()}: {way}")
+    setup.model, setup.pruner.masks = steps.shrunk.expanded(steps.model, steps.masks)
     conclude(args, setup, top1_dense, state.metrics, lambda name: save(name, args, setup, state))
     steps.curves.end(vars(args), state.metrics)
 

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 
+import calibration
 import checkpoint
+import options
 import resuming
 import shards
-import training
-from datasets import build_dataset
-from models import Masks, ViTDims, compact, skeleton
+from models import Masks, ViTDims, compact
 from models.compact import expand_
-from pruning.align import align_
 from pruning.allocation import allocate
 from pruning.moments import all_reduced
 from pruning.probe import prices
 from pruning.refit import refit_
 from pruning_steps import Setup
-from utils import Problems, RunFailed, is_main, rank, say, world_size
+from utils import Problems, RunFailed, is_main, say
 
 ROUNDS, CLOSE = 5, 0.01  # of aiming at a measured ratio, and how close below it is close enough
-LEAST_IMAGES = 64  # per process, of which a sixteenth judge what a width is worth
 
 
 def check_flags(args: Any, problems: Problems) -> None:
@@ -37,33 +33,10 @@ def check_flags(args: Any, problems: Problems) -> None:
     for name in ("latency_target_ms", "macs_target", "params_target"):
         if getattr(args, name) is not None:
             problems.add(f"--{name} goes with training; --one_shot aims at --latency_target alone")
-    for name in ("resume", "dry_run"):
+    for name in ("resume", "dry_run", "align", "compensate", "shrink_interval"):
         if getattr(args, name):
-            problems.add(f"--{name.replace('_', '-')} goes with training; --one_shot has none")
+            problems.add(f"{options.flag(name)} goes with training; --one_shot has none")
     problems.attempt(shards.check_indexed, args, "--one_shot")
-
-
-def check_calibration(args: Any, images: int) -> None:
-    """Raises ValueError where --calib_images is more than the `images` there are, or too few for the processes."""
-    if args.calib_images > images:
-        raise ValueError(f"--calib_images {args.calib_images} is more than the {images} training images")
-    if (share := args.calib_images // world_size()) < LEAST_IMAGES:
-        raise ValueError(f"--calib_images must be at least {LEAST_IMAGES} for each process, not {share}")
-
-
-def calibration_images(args: Any, full: training.FullModel) -> Tensor:
-    """This process's share of --calib_images training images, as validation sees them: (n, 3, S, S).
-
-    The seed chooses them, the same ones for any number of processes; labels are not looked at.
-    """
-    sized = copy.copy(args)
-    sized.input_size = skeleton(full.arch, **full.kwargs).patch_embed.img_size[0]
-    dataset, _ = build_dataset(True, sized, augment=False)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
-    chosen = order[rank() : args.calib_images : world_size()][: args.calib_images // world_size()]
-    loader = DataLoader(Subset(dataset, chosen.tolist()), batch_size=args.batch_size, num_workers=args.num_workers,
-                        generator=torch.Generator())  # fmt: skip
-    return torch.cat([images for images, _ in loader])
 
 
 class _Clock:
@@ -119,8 +92,7 @@ def prune_(args: Any, setup: Setup, images: Tensor, measure: Callable[[ViTDims],
     images: this process's calibration images; measure: the measured ratio of widths to the dense model.
     """
     model, clock = setup.model.to(setup.device).eval().requires_grad_(False), _Clock()
-    left = align_(model, [part.to(setup.device) for part in images.split(args.batch_size)])
-    clock.stop("aligned", "; ".join(left) or "every axis")
+    clock.stop("aligned", calibration.align(model, images, args.batch_size))
     allocator = _Allocator(args, setup, images)
     if args.latency_measured:
         dims, predicted = _as_measured(allocator, args.latency_target, measure)

@@ -251,17 +251,6 @@ def add_target_args(group: Any) -> None:
                             "pruned end at multiples (default: 1)")
 
 
-def add_one_shot_args(parser: argparse.ArgumentParser) -> None:
-    """Flags of --one_shot."""
-    group = parser.add_argument_group("one-shot pruning")
-    group.add_argument("--one_shot", action="store_true",
-                       help="prune to --latency_target without labels, gradients or training (default: off)")
-    group.add_argument("--calib_images", metavar="N", type=int, default=1024,
-                       help="training images that one-shot pruning looks at, over all processes (default: 1024)")
-    group.add_argument("--latency_measured", action="store_true",
-                       help="meet --latency_target as measured here, in a few rounds, not as predicted (default: off)")
-
-
 UNDERSCORED = {  # flags that the published commands spell so
     "num_workers", "kl_loss_coeff", "original_loss_coeff", "prune_per_iter", "group_size", "latency_regularization",
     "latency_target", "output_dir", "start_epoch", "student_eval", "prune_dict", "interval_prune", "pruning_config",
@@ -269,6 +258,7 @@ UNDERSCORED = {  # flags that the published commands spell so
     "pruning_feed_percent", "pruning_floor", "hessian_error", "hessian_embed", "one_shot", "calib_images",
     "latency_measured", "prune_mode", "prune_iter", "prune_rate", "keep_rate", "merge_list", "merge_entries",
     "per_image", "depth_factor", "dense_merge", "freeze_param", "freeze_matrix",
+    "saliency_loss", "shrink_interval",
 }  # fmt: skip
 RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that is None, passes
     "batch_size": ("above 0", lambda x: x > 0),
@@ -305,6 +295,7 @@ RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that
     "prune_iter": ("from 0 up", lambda x: x >= 0),
     "prune_rate": ("in [0, 1)", lambda x: 0 <= x < 1),
     "keep_rate": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "shrink_interval": ("from 0 up", lambda x: x >= 0),
 }
 
 

@@ -1,7 +1,7 @@
 """What pruning does inside the training loop, what it holds, and how that is saved."""
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,20 @@ from torch import Tensor, nn
 import checkpoint
 import resuming
 import training
+from calibration import Compensation
 from curves import Curves
 from engine import Precision, Progress
 from latency.table import LatencyTable
+from losses import NViTLoss
+from models import Masks, left_alone
 from pruning import debug
 from pruning.config import PruningConfig
+from pruning.gate_saliency import GateSaliency
 from pruning.global_latency import Event, GlobalPruner
-from pruning.saliency import Saliency
+from pruning.saliency import EventMean, Saliency
+from pruning.shrink import Shrunk, Student
+from pruning.targets import targets_of
+from pruning.value import ValuePruner
 from utils import RunFailed, check_identical, is_main, say
 
 CHECKPOINT = "checkpoint.pth"
@@ -39,16 +46,36 @@ class Setup:
     resumed: dict[str, Any] | None
 
 
-class PruningSteps:
-    """Pruning inside the training loop: score after backward, keep removed weights at zero, remove at events."""
+def make_pruner(args: Any, full: training.FullModel, masks: Masks, table: LatencyTable, config: PruningConfig,
+                cap: int) -> GlobalPruner:  # fmt: skip
+    """What chooses the units, as --selection and the targets say."""
+    more = targets_of(
+        masks.full, table, full.arch, full.kwargs, latency_ms=args.latency_target_ms, macs_=args.macs_target,
+        params_=args.params_target,
+    )  # fmt: skip
+    sizes = config.group_sizes(masks.full, args.width_multiple, left_alone(full.arch, **full.kwargs))
+    kind = ValuePruner if args.selection == "value" else GlobalPruner
+    return kind(
+        masks, table, sizes, regularization=args.latency_regularization, cap=cap or None, target=args.latency_target,
+        targets=more, per_event=args.prune_per_iter // args.group_size,
+    )  # fmt: skip
 
-    def __init__(self, args: Any, setup: Setup, student: nn.Module, optimizer: torch.optim.Optimizer,
-                 criterion: nn.Module) -> None:  # fmt: skip
-        self.interval, self.student_eval, self.kl_coeff = args.interval_prune[0], args.student_eval, criterion.kl_coeff
-        self.pruner, self.masks, self.folder = setup.pruner, setup.pruner.masks, setup.folder
-        self.config, self.criterion = setup.config, criterion
-        self.student, self.optimizer, self.model = student, optimizer, setup.model
-        self.saliency = Saliency(setup.model, setup.model.dims, setup.config.criterion, setup.config.momentum)
+
+class PruningSteps:
+    """Pruning inside the training loop: score after backward, keep removed weights at zero, remove at events.
+
+    precision: its scaler scales the loss; compensation: see there.
+    """
+
+    def __init__(self, args: Any, setup: Setup, optimizer: torch.optim.Optimizer, criterion: NViTLoss,
+                 precision: Precision, compensation: Compensation) -> None:  # fmt: skip
+        self.args, self.setup, self.optimizer, self.criterion = args, setup, optimizer, criterion
+        self.interval, self.kl_coeff, self.scaler = args.interval_prune[0], criterion.kl_coeff, precision.scaler
+        self.pruner, self.model, self.compensation = setup.pruner, setup.model, compensation
+        self.masks = setup.pruner.masks  # over the units that the student has
+        self.student = Student(training.for_training(args, setup.model, setup.device))
+        self.shrunk = Shrunk(setup.model, optimizer, setup.device)
+        self.saliency = self._make_saliency()
         purge = setup.resumed and setup.resumed["step"]
         self.curves = Curves(setup.folder, purge_step=purge)
         self.steps = self.events = 0
@@ -59,12 +86,26 @@ class PruningSteps:
     def done(self) -> bool:
         return self.exhausted or self.pruner.reached
 
+    def _make_saliency(self) -> EventMean:
+        config, args = self.setup.config, self.args
+        if args.saliency == "weights":
+            return Saliency(self.model, self.model.dims, config.criterion, config.momentum)
+        teacher = self.criterion.teacher if args.saliency_loss == "teacher" else None
+        return GateSaliency(self.model, self.masks, args.saliency, config.momentum, self.scaler, teacher)
+
     def set_phase(self) -> None:
         """Until the first event the student equals the full model, and its KL is off."""
         self.criterion.kl_coeff = self.kl_coeff if self.events else 0.0
-        self.student.train(not (self.events and self.student_eval))
+        self.student.train(not (self.events and self.args.student_eval))
+
+    def loss(self, logits: tuple[Tensor, Tensor], images: Tensor,
+             targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """The training loss and its parts; the saliency may differentiate another."""
+        self.saliency.see(logits, images)
+        return self.criterion(logits, images, targets)
 
     def after_backward(self) -> None:
+        self.masks.drop_gradients_(self.model)
         self.saliency.step()
 
     def after_step(self, loss: Tensor) -> bool:
@@ -73,6 +114,7 @@ class PruningSteps:
         self.steps += 1
         if self.steps % self.interval:
             return False
+        self.compensation.remember(self.model)
         try:
             scores = self.saliency.close_window()
             event = self.pruner.event(scores)
@@ -82,34 +124,65 @@ class PruningSteps:
         check_identical(f"pruning event {self.events + 1}: saliency or masks", b"".join(kept))
         self.masks.install_(self.model, self.optimizer)
         self.events += 1
+        self.exhausted = not event.groups
+        self.compensation.apply_(self.model, self.masks, self.shrunk.lifted(self.masks), last=self.done)
         if self.events == 1:
             self.saliency.forget()
-            self.set_phase()
         self.curves.saliency(scores, self.masks.keep, self.steps)
         self._report(event, loss)
-        self.exhausted = not event.groups
+        if self.args.shrink_interval and self.events % self.args.shrink_interval == 0:
+            self._shrink()
+        self.set_phase()
         return self.done
+
+    def _shrink(self, masks: Masks | None = None) -> None:
+        """Go on with the compact student of `masks`, by default of all that is removed. Raises RunFailed."""
+        saliency, masks = self.saliency.state_dict(), masks or self.masks
+        try:
+            self.model = self.shrunk.shrink(self.model, masks)
+        except ValueError as error:
+            raise RunFailed(f"--shrink_interval: {error}") from None
+        self.masks = Masks(self.model.dims, self.setup.device)
+        self.setup.model, self.pruner.masks = self.model, self.masks
+        keep = torch.cat(list(masks.keep.values()))
+        self.student.wrapped = None  # the old buckets go before the new ones come
+        self.student.wrapped = training.for_training(self.args, self.model, self.setup.device)
+        self.saliency = self._make_saliency()
+        self.saliency.load_state_dict(saliency | {name: saliency[name][keep] for name in ("accumulated", "average")})
 
     def _report(self, event: Event, loss: Tensor) -> None:
         if not is_main():
             return
-        debug.write_event(self.folder / "debug", self.events, self.masks, event, self.config.criterion)
-        tags = debug.scalars(self.masks.dims) | {"dimension/Estimated_Latency": event.ratio, "train/loss": loss.item()}
+        masks, place = self.shrunk.lifted(self.masks), self.shrunk
+        event = replace(event, groups=[replace(g, units=place.units(g.axis, g.units)) for g in event.groups])
+        debug.write_event(self.setup.folder / "debug", self.events, masks, event, self.setup.config.criterion)
+        tags = debug.scalars(masks.dims) | {"dimension/Estimated_Latency": event.ratio, "train/loss": loss.item()}
         self.curves.scalars(tags, self.steps)
         removed = ", ".join(f"{len(g.units)} {g.axis}" for g in event.groups)
         say(f"event {self.events}: predicted latency {event.ratio:.4f} of dense; removed {removed or 'nothing'}")
 
     def state_dict(self) -> dict[str, Any]:
+        """Of the full-size student, whatever has been compacted."""
+        scores = self.saliency.state_dict()
+        scores |= {name: self.shrunk.paste_scores(scores[name]) for name in ("accumulated", "average")}
+        outer = None if self.shrunk.is_full else self.shrunk.outer.state_dict()
         return dict(
-            saliency=self.saliency.state_dict(), steps=self.steps, events=self.events, exhausted=self.exhausted,
-            config=asdict(self.config),
+            saliency=scores, steps=self.steps, events=self.events, exhausted=self.exhausted, shrunk=outer,
+            dense=self.compensation.state_dict(), config=asdict(self.setup.config),
         )  # fmt: skip
 
     def restore(self, state: dict[str, Any], masks: dict[str, Tensor]) -> None:
         """Go on from what `state_dict` and the masks of a checkpoint hold."""
         self.saliency.load_state_dict(state["saliency"])
         self.steps, self.events, self.exhausted = state["steps"], state["events"], state["exhausted"]
-        self.masks.load_state_dict(masks)
+        self.compensation.load_state_dict(state["dense"])
+        full = Masks(self.model.dims, self.setup.device)
+        full.load_state_dict(masks)
+        if state["shrunk"] is not None:
+            outer = Masks(self.model.dims, self.setup.device)
+            outer.load_state_dict(state["shrunk"])
+            self._shrink(outer)
+        self.masks.load_state_dict({a: keep[self.shrunk.outer.keep[a]] for a, keep in full.keep.items()})
         self.masks.install_(self.model)
         self.set_phase()
 
@@ -130,10 +203,10 @@ def save(name: str, args: Any, setup: Setup, state: State) -> None:
     if not is_main():
         return
     steps, progress = state.steps, state.progress.state_dict()
-    dims = steps.masks.dims
+    model, masks = steps.shrunk.expanded(steps.model, steps.masks)
     checkpoint.save(
-        setup.folder / name, arch=setup.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
-        masks=steps.masks.state_dict(), model=setup.model.state_dict(), optimizer=state.optimizer.state_dict(),
+        setup.folder / name, arch=setup.full.record, dims=masks.dims.to_dict(), dim=masks.dims.to_dim(),
+        masks=masks.state_dict(), model=model.state_dict(), optimizer=steps.shrunk.optimizer_state(steps.model),
         scaler=state.precision.scaler.state_dict(), pruner=steps.state_dict(), epoch=progress["epoch"],
         step=steps.steps, rng=checkpoint.rng_state(), metrics=state.metrics | progress["metrics"],
         args=resuming.saved_args(args, setup.full.path),

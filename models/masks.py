@@ -102,6 +102,14 @@ class Masks:
         for name, parameter in model.named_parameters():
             self.zero_(name, parameter)
 
+    def drop_gradients_(self, model: nn.Module) -> None:
+        """No gradients for branches that are gone: their last bias would get some, though it stays zero."""
+        if all(self._alive.values()):
+            return
+        for name, parameter in model.named_parameters():
+            if self._branch_is_gone(name):
+                parameter.grad = None
+
     def install_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Make `model` the masked model: zero weights, zero moments of the optimizer, LayerNorms over survivors."""
         self.zero_weights_(model)

@@ -49,11 +49,22 @@ def v_bases(outputs: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.mT @ inverse, root @ vectors
 
 
+def balanced(change: Tensor, undo: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """`change` (H, d, d) and `undo`, rescaled so that every direction has weights of one norm on both sides.
+
+    rows: the layer that is multiplied by `change` (H, d, E); columns: the one that undoes it (H, E, d). Without this
+    weak directions have large weights before and tiny ones behind, which training moves by steps of one size.
+    """
+    before, after = (change @ rows).norm(dim=2), (columns @ undo).norm(dim=1)  # H d
+    scale = torch.where((before > TINY) & (after > TINY), (after / before.clamp_min(TINY)).sqrt(), 1.0)
+    return change * scale.unsqueeze(-1), undo / scale.unsqueeze(-2)
+
+
 class _Attention:
     """Second moments of an attention branch, and its alignment."""
 
-    def __init__(self, branch: Branch, heads: int, width: int) -> None:
-        self.branch, self.heads, self.width = branch, heads, width
+    def __init__(self, branch: Branch, heads: int, width: int, normalised: bool) -> None:
+        self.branch, self.heads, self.width, self.normalised = branch, heads, width, normalised
         device = branch.last.weight.device
         self.q, self.k = torch.zeros(2, heads, width, width, dtype=torch.float64, device=device)
         self.outputs = Moments(heads * width, device=device)
@@ -72,12 +83,22 @@ class _Attention:
         covariance = self.outputs.all_reduce().covariance
         columns = proj.weight.double().view(-1, H, d).transpose(0, 1)  # H E d
         to_v, from_v = v_bases(covariance.view(H, d, H, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1), columns)
-        change = torch.stack([*qk_bases(all_reduced(self.q), all_reduced(self.k)), to_v])  # 3 H d d
+        values = qkv.weight.double().view(3, H, d, -1)[2]
+        to_v, from_v = balanced(to_v, from_v, values, columns)
+        to_q, to_k = qk_bases(all_reduced(self.q), all_reduced(self.k))
+        if self.normalised:  # a norm between qkv and softmax is of these very channels
+            to_q = to_k = torch.eye(d, dtype=to_v.dtype, device=to_v.device).expand(H, d, d)
+        change = torch.stack([to_q, to_k, to_v])  # 3 H d d
         order = removal(covariance[None], proj.weight[None], group=d)
         for parameter in filter(lambda p: p is not None, (qkv.weight, qkv.bias)):
             rows = change @ parameter.double().view(3, H, d, -1)
             parameter.copy_(rows[:, order].view(parameter.shape))
         proj.weight.copy_((columns @ from_v)[order].transpose(0, 1).reshape(proj.weight.shape))
+
+
+def _attention(block: Block, branch: Branch) -> _Attention:
+    normalised = isinstance(block.attn.q_norm, nn.LayerNorm)
+    return _Attention(branch, block.dims.heads, block.dims.qk, normalised)
 
 
 class _MLP:
@@ -193,7 +214,7 @@ def _align_block_(block: Block, stream: list[Tensor]) -> list[_Reader]:
     for branch in streams.branches(block):
         reader = _Reader(branch.norm, [branch.first])
         is_attention = branch.last is block.attn.proj
-        seen = _Attention(branch, block.dims.heads, block.dims.qk) if is_attention else _MLP(branch)
+        seen = _attention(block, branch) if is_attention else _MLP(branch)
         for i, x in enumerate(stream):
             first = branch.first(branch.norm(x))
             mixed = branch.mix(first)
@@ -207,13 +228,16 @@ def _align_block_(block: Block, stream: list[Tensor]) -> list[_Reader]:
 
 
 @torch.no_grad()
-def align_(model: VisionTransformer, batches: Sequence[Tensor]) -> list[str]:
+def align_(model: VisionTransformer, batches: Sequence[Tensor], embedding: bool = True) -> list[str]:
     """Align every axis of a full-size model in eval mode, in place; returns what could not be rotated, and why.
 
     batches: calibration images (B, 3, H, W) on the model's device; with several processes, each gives its own.
+    embedding: rotate the residual stream too.
     """
     stream = [streams.stem(model, images) for images in batches]
     readers = [reader for block in model.blocks for reader in _align_block_(block, stream)]
+    if not embedding:
+        return ["the embedding stays as it is"]
     norm, given = _final(model)
     if isinstance(norm, nn.LayerNorm):
         heads = [head for head in (model.head, getattr(model, "head_dist", None)) if isinstance(head, nn.Linear)]

@@ -52,13 +52,16 @@ def _widths(full: int, group: int) -> np.ndarray:
 
 
 def candidates(full: BlockDims, group: dict[str, int], curves: dict[str, Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Every combination of a block's widths, (n, 4), and its predicted divergence."""
+    """Every combination of a block's branches, (n, 4), and its predicted divergence. One that `full` lacks is free."""
+    attention, mlp = [((0, 0, 0), 0.0)], [(0, 0.0)]
     axes = {axis: _widths(getattr(full, axis), group[axis]) for axis in AXES}
-    cost = {axis: interpolated(curves[axis], widths) for axis, widths in axes.items()}
-    attention = [((0, 0, 0), _absent(curves["heads"]))]
-    for (h, ch), (q, cq), (v, cv) in product(*(list(zip(axes[a], cost[a], strict=True)) for a in ("heads", "qk", "v"))):
-        attention.append(((h, q, v), ch + (cq + cv) * h / full.heads))
-    mlp = [(0, _absent(curves["mlp"])), *zip(axes["mlp"], cost["mlp"], strict=True)]
+    if full.heads:
+        (heads, qk, v) = (list(zip(axes[a], interpolated(curves[a], axes[a]), strict=True)) for a in AXES[:3])
+        attention = [((0, 0, 0), _absent(curves["heads"]))]
+        for (h, ch), (q, cq), (w, cw) in product(heads, qk, v):
+            attention.append(((h, q, w), ch + (cq + cw) * h / full.heads))
+    if full.mlp:
+        mlp = [(0, _absent(curves["mlp"])), *zip(axes["mlp"], interpolated(curves["mlp"], axes["mlp"]), strict=True)]
     rows = [((*a, m), ca + cm) for (a, ca), (m, cm) in product(attention, mlp)]
     return np.array([w for w, _ in rows]), np.array([c for _, c in rows])
 

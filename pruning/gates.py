@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from models.dims import ViTDims
 from models.vit import LayerNorm
@@ -32,10 +33,11 @@ class Gates:
     """Gates of a model's units, applied by hooks while `attached`.
 
     values: by axis, (B, units) for one gate per image, or (1, units); an axis that is absent is not gated.
+    behind: gates of MLP units stand behind the activation (removed units are the same, derivatives are not).
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, behind: bool = False) -> None:
+        self.model, self.behind = model, behind
         self.values: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
@@ -47,7 +49,7 @@ class Gates:
                 handles.append(block.attn.qkv.register_forward_hook(self._queries(i)))
                 handles.append(block.attn.proj.register_forward_pre_hook(self._heads(i, block.dims.v)))
             if block.dims.mlp:
-                handles.append(block.mlp.fc1.register_forward_hook(self._hidden(i)))
+                handles.append(self._gate_hidden(block.mlp, i))
         for module in self.model.modules():
             if isinstance(module, LayerNorm):
                 writes = module is getattr(self.model, "norm_pre", None)
@@ -83,12 +85,14 @@ class Gates:
 
         return hook
 
-    def _hidden(self, block: int):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            gate = self.values.get(f"blocks.{block}.mlp")  # before the activation, which maps 0 to 0
-            return None if gate is None else output * gate[:, None]
+    def _gate_hidden(self, mlp: nn.Module, block: int) -> RemovableHandle:
+        def gated(x: Tensor) -> Tensor:
+            gate = self.values.get(f"blocks.{block}.mlp")  # at 0 the activation gives 0
+            return x if gate is None else x * gate[:, None]
 
-        return hook
+        if self.behind:
+            return mlp.fc2.register_forward_pre_hook(lambda module, args: (gated(args[0]),))
+        return mlp.fc1.register_forward_hook(lambda module, args, output: gated(output))
 
     def _norm(self, writes: bool):
         """LayerNorm with statistics weighted by the gates: at zeros and ones, over the survivors.

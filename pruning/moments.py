@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # relative to the variance of each input
+PRECISION = 1e-6  # of the targets' second moment: an error below is rounding, of products in float32
 PLAIN_RIDGE = 1e-4  # where nothing chooses
 FLOOR = 1e-7  # of the largest eigenvalue or variance: what is below counts as this
 TINY = 1e-30
@@ -90,10 +91,13 @@ def corrected(weight: Tensor, bias: Tensor | None, moments: Moments, ridge: floa
 def correct_(linear: nn.Linear, fit: Moments, held: Moments) -> tuple[float, float]:
     """Correct a layer towards its targets; returns its squared error on the `held` rows before and after.
 
-    The ridge that is best there is then used on all rows. Weights that none improves stay.
+    The ridge that is best there is then used on all rows. Weights that none improves stay, and so do those whose error
+    is no more than rounding.
     """
     present = [None if p is None else p.detach().double() for p in (linear.weight, linear.bias)]
     before = held.error(*present)
+    if before <= PRECISION * float(held.squares.sum() / held.rows):
+        return before, before
     after, ridge = min((held.error(*corrected(*present, fit, ridge)), ridge) for ridge in RIDGES)
     if not after < before:
         return before, before

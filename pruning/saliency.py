@@ -40,78 +40,28 @@ def _local(parameter: str) -> str:
     return parameter.split(".", 2)[2] if parameter.startswith("blocks.") else parameter
 
 
-class Saliency:
-    """Accumulates per-step scores of all units, and averages them over pruning events.
+class EventMean:
+    """Scores of all units, summed over training steps and averaged over pruning events.
 
-    criterion: `taylor_sq` (published 23) (c sum w g)^2; `taylor_elementwise` (22) sum (w g)^2; `magnitude` (2) sum w^2.
     momentum: weight of the past in the moving average over events, bias-corrected (the published code does not correct,
     so that its first scores after a reset are ten times too small).
     """
 
-    CRITERIA = ("taylor_sq", "taylor_elementwise", "magnitude")
-
-    def __init__(self, model: nn.Module, dims: ViTDims, criterion: str, momentum: float = 0.0) -> None:
-        self.criterion, self.momentum = criterion, momentum
-        self.sizes = dims.sizes()
-        device = next(model.parameters()).device
-        total = sum(self.sizes.values())
-        self._sums = torch.zeros(total, device=device)  # this step's sum of every unit, all axes behind one another
-        self._views = dict(zip(self.sizes, self._sums.split(list(self.sizes.values())), strict=True))
-        self._constant = torch.cat([self._constant_of(axis, n, dims) for axis, n in self.sizes.items()]).to(device)
-        self.accumulated = torch.zeros(total, device=device)
+    def __init__(self, dims: ViTDims, momentum: float, device: torch.device) -> None:
+        self.sizes, self.momentum = dims.sizes(), momentum
+        self.accumulated = torch.zeros(sum(self.sizes.values()), device=device)  # one axis behind the other
+        self.average = torch.zeros_like(self.accumulated)
         self.steps = torch.zeros((), device=device)
-        self.average = torch.zeros(total, device=device)
         self.events = 0
-        self._plan = [
-            (p, self._destinations(name, p)) for name, p in model.named_parameters() if _local(name) in SCORED
-        ]
 
-    def _constant_of(self, axis: str, units: int, dims: ViTDims) -> Tensor:
-        squared = self.criterion == "taylor_sq"
-        constant = 1 / len(dims.blocks) if axis == "embed" else CONSTANTS[_kind(axis)]
-        return torch.full((units,), constant if squared else 1.0)
+    def see(self, logits: tuple[Tensor, Tensor], images: Tensor) -> None:
+        """A training step's outputs, before the backward pass."""
 
-    def _destinations(
-        self, name: str, parameter: nn.Parameter
-    ) -> list[tuple[int, slice, list[int], list[int], Tensor]]:
-        """Where a parameter's sums go: (dimension, rows of it, their shape as axes, axes to sum, the axis's sums)."""
-        scored, places = SCORED[_local(name)], []
-        for position, dim in enumerate(axes_of(name)):
-            start, seen = 0, set()
-            for segment in dim:
-                shape = [self.sizes[axis] for axis in segment]
-                rows = slice(start, start + torch.Size(shape).numel())
-                start = rows.stop
-                for axis in segment:
-                    if _kind(axis) in scored and not (_kind(axis) == "qk" and axis in seen):
-                        others = [i for i, other in enumerate(segment) if other != axis]
-                        places.append((position, rows, shape, others, self._views[axis]))
-                    seen.add(axis)
-        return places
-
-    @torch.no_grad()
     def step(self) -> None:
         """Add this step's scores: after backward, with gradients unscaled and weights not yet moved."""
-        self._sums.zero_()
-        for parameter, places in self._plan:
-            if self.criterion == "magnitude":
-                product = parameter.float().square()
-            elif parameter.grad is None:
-                continue
-            else:
-                product = parameter.float() * parameter.grad
-            if self.criterion == "taylor_elementwise":
-                product = product.square()
-            along: dict[int, Tensor] = {}
-            for position, rows, shape, others, sums in places:
-                if position not in along:
-                    rest = [i for i in range(product.dim()) if i != position]
-                    along[position] = product.sum(rest) if rest else product
-                part = along[position][rows].view(shape)
-                sums.add_(part.sum(others) if others else part)
-        scores = self._sums * self._constant
-        if self.criterion == "taylor_sq":
-            scores.square_()
+        raise NotImplementedError
+
+    def _add(self, scores: Tensor) -> None:
         finite = torch.isfinite(scores).all()  # a step that overflowed under AMP is skipped whole, without a host sync
         self.accumulated += torch.where(finite, scores, 0.0)
         self.steps += finite
@@ -143,3 +93,70 @@ class Saliency:
         for name in ("accumulated", "steps", "average"):
             getattr(self, name).copy_(state[name])
         self.events = state["events"]
+
+
+class Saliency(EventMean):
+    """The published scores, from weights and their gradients.
+
+    criterion: `taylor_sq` (published 23) (c sum w g)^2; `taylor_elementwise` (22) sum (w g)^2; `magnitude` (2) sum w^2.
+    """
+
+    CRITERIA = ("taylor_sq", "taylor_elementwise", "magnitude")
+
+    def __init__(self, model: nn.Module, dims: ViTDims, criterion: str, momentum: float = 0.0) -> None:
+        device = next(model.parameters()).device
+        super().__init__(dims, momentum, device)
+        self.criterion = criterion
+        self._sums = torch.zeros_like(self.average)  # this step's sum of every unit
+        self._views = dict(zip(self.sizes, self._sums.split(list(self.sizes.values())), strict=True))
+        self._constant = torch.cat([self._constant_of(axis, n, dims) for axis, n in self.sizes.items()]).to(device)
+        self._plan = [
+            (p, self._destinations(name, p)) for name, p in model.named_parameters() if _local(name) in SCORED
+        ]
+
+    def _constant_of(self, axis: str, units: int, dims: ViTDims) -> Tensor:
+        squared = self.criterion == "taylor_sq"
+        constant = 1 / len(dims.blocks) if axis == "embed" else CONSTANTS[_kind(axis)]
+        return torch.full((units,), constant if squared else 1.0)
+
+    def _destinations(
+        self, name: str, parameter: nn.Parameter
+    ) -> list[tuple[int, slice, list[int], list[int], Tensor]]:
+        """Where a parameter's sums go: (dimension, rows of it, their shape as axes, axes to sum, the axis's sums)."""
+        scored, places = SCORED[_local(name)], []
+        for position, dim in enumerate(axes_of(name)):
+            start, seen = 0, set()
+            for segment in dim:
+                shape = [self.sizes[axis] for axis in segment]
+                rows = slice(start, start + torch.Size(shape).numel())
+                start = rows.stop
+                for axis in segment:
+                    if _kind(axis) in scored and not (_kind(axis) == "qk" and axis in seen):
+                        others = [i for i, other in enumerate(segment) if other != axis]
+                        places.append((position, rows, shape, others, self._views[axis]))
+                    seen.add(axis)
+        return places
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self._sums.zero_()
+        for parameter, places in self._plan:
+            if self.criterion == "magnitude":
+                product = parameter.float().square()
+            elif parameter.grad is None:
+                continue
+            else:
+                product = parameter.float() * parameter.grad
+            if self.criterion == "taylor_elementwise":
+                product = product.square()
+            along: dict[int, Tensor] = {}
+            for position, rows, shape, others, sums in places:
+                if position not in along:
+                    rest = [i for i in range(product.dim()) if i != position]
+                    along[position] = product.sum(rest) if rest else product
+                part = along[position][rows].view(shape)
+                sums.add_(part.sum(others) if others else part)
+        scores = self._sums * self._constant
+        if self.criterion == "taylor_sq":
+            scores.square_()
+        self._add(scores)

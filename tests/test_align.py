@@ -1,6 +1,7 @@
 """Alignment changes coordinates, never the function; and what comes first is what matters."""
 
 import torch
+from conftest import TINY
 
 from models import build_vit
 from pruning import streams
@@ -20,6 +21,15 @@ def test_logits_are_unchanged_to_rounding(family, randomise):
     torch.testing.assert_close(logits(model, images[:5]), before, rtol=1e-9, atol=1e-9)
 
 
+def test_normalised_queries_and_keys_keep_their_channels(randomise):
+    model = randomise(build_vit("vit_tiny_patch16_224", qk_norm=True, **TINY)).double().eval()
+    images, values = torch.randn(24, 3, 16, 16, dtype=torch.float64), model.blocks[0].attn.qkv.weight[64:].clone()
+    before = logits(model, images)
+    align_(model, images.split(8))
+    torch.testing.assert_close(logits(model, images), before, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(model.blocks[0].attn.qkv.weight[64:], values)
+
+
 def test_logits_are_unchanged_when_a_direction_is_dead(tiny, randomise):
     model = randomise(build_vit(**tiny)).double().eval()
     with torch.no_grad():
@@ -32,6 +42,24 @@ def test_logits_are_unchanged_when_a_direction_is_dead(tiny, randomise):
     before = logits(model, images)
     align_(model, images.split(8))
     torch.testing.assert_close(logits(model, images), before, rtol=1e-6, atol=1e-6)
+
+
+def test_values_and_their_readers_share_the_weight(tiny, randomise):
+    """Dead directions apart, so that training finds both sides of every direction at one scale."""
+    model = randomise(build_vit(**tiny)).double().eval()
+    align_(model, torch.randn(24, 3, 16, 16, dtype=torch.float64).split(8), embedding=False)
+    for block in model.blocks:
+        rows, columns = block.attn.qkv.weight[64:].norm(dim=1), block.attn.proj.weight.norm(dim=0)
+        torch.testing.assert_close(rows, columns)
+
+
+def test_the_embedding_may_stay(tiny, randomise):
+    model = randomise(build_vit(**tiny)).double().eval()
+    images = torch.randn(24, 3, 16, 16, dtype=torch.float64)
+    before, token, values = logits(model, images), model.cls_token.clone(), model.blocks[0].attn.qkv.weight.clone()
+    assert align_(model, images.split(8), embedding=False) == ["the embedding stays as it is"]
+    torch.testing.assert_close(logits(model, images), before, rtol=1e-9, atol=1e-9)
+    assert torch.equal(model.cls_token, token) and not torch.equal(model.blocks[0].attn.qkv.weight, values)
 
 
 def test_what_cannot_be_rotated_is_said(tiny):

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from models import Masks, build_vit, compact
+from models import Masks, build_vit, compact, macs, params
 
 
 def relative_error(found, expected):
@@ -82,3 +82,22 @@ def test_compact_does_not_touch_the_masked_model(tiny, images, randomise, prune)
         for parameter in small.parameters():
             parameter.zero_()
     assert torch.equal(model(images), before)
+
+
+def test_a_block_without_both_branches_is_gone(family, images, randomise):
+    """Nothing of it runs or is stored: the model is the one that never had the block."""
+    model = randomise(build_vit(**family)).eval()
+    masks = Masks(model.dims)
+    for axis in ("blocks.0.heads", "blocks.0.mlp"):
+        masks.remove(axis, torch.arange(len(masks.keep[axis])))
+    masks.install_(model)
+    small = compact(model, masks)
+    assert not list(small.blocks[0].parameters()) and not list(small.blocks[0].children())
+    without = build_vit(**family | dict(depth=1)).eval()
+    state = {name.replace("blocks.1.", "blocks.0."): p for name, p in small.state_dict().items()}
+    without.load_state_dict(state)
+    torch.testing.assert_close(without(images), small(images), rtol=0, atol=0)
+    torch.testing.assert_close(model(images), small(images), rtol=1e-4, atol=1e-5)
+    kwargs = {name: value for name, value in family.items() if name not in ("arch", "depth")}
+    assert macs(family["arch"], small.dims, depth=2, **kwargs) == macs(family["arch"], depth=1, **kwargs)
+    assert sum(p.numel() for p in small.parameters()) == params(family["arch"], depth=1, **kwargs)

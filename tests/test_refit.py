@@ -8,6 +8,7 @@ import torch
 from models import Masks, build_vit, compact
 from models.compact import expand_
 from pruning.align import align_
+from pruning.moments import Moments, correct_
 from pruning.refit import divergence, refit_
 
 
@@ -72,3 +73,16 @@ def test_expanding_is_the_inverse_of_compacting(family, case, randomise, prune, 
     with torch.no_grad():
         error = (full(images) - small(images)).norm() / small(images).norm()
     assert error <= 1e-5
+
+
+def test_rounding_is_not_corrected():
+    """Inputs that are nearly collinear, and targets that differ from what the layer gives by rounding alone."""
+    linear = torch.nn.Linear(24, 8)
+    x = torch.randn(200, 6) @ torch.randn(6, 24) + 1e-3 * torch.randn(200, 24)
+    with torch.no_grad():
+        targets = linear(x) * (1 + 1e-6 * torch.randn(200, 8))
+    weight, sets = linear.weight.clone(), [Moments(24, 8), Moments(24, 8)]
+    for moments, rows in zip(sets, (slice(0, 30), slice(30, 200)), strict=True):
+        moments.add(x[rows], targets[rows])
+    correct_(linear, *sets)
+    assert torch.equal(linear.weight, weight)

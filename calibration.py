@@ -1,0 +1,109 @@
+"""Calibration images, and what follows from them without labels or gradients: alignment, and compensation of a cut."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+import training
+from datasets import build_dataset
+from models import Masks, compact, skeleton
+from models.compact import expand_
+from pruning.align import align_
+from pruning.refit import refit_
+from utils import rank, say, world_size
+
+LEAST_IMAGES = 64  # per process, of which a sixteenth judge what a width is worth
+WHEN = ("event", "end")
+
+
+def check(args: Any, images: int) -> None:
+    """Raises ValueError where --calib_images is more than the `images` there are, or too few for the processes."""
+    if args.calib_images > images:
+        raise ValueError(f"--calib_images {args.calib_images} is more than the {images} training images")
+    if (share := args.calib_images // world_size()) < LEAST_IMAGES:
+        raise ValueError(f"--calib_images must be at least {LEAST_IMAGES} for each process, not {share}")
+
+
+def images_of(args: Any, full: training.FullModel) -> Tensor:
+    """This process's share of --calib_images training images, as validation sees them: (n, 3, S, S).
+
+    The seed chooses them, the same ones for any number of processes; labels are not looked at.
+    """
+    sized = copy.copy(args)
+    sized.input_size = skeleton(full.arch, **full.kwargs).patch_embed.img_size[0]
+    dataset, _ = build_dataset(True, sized, augment=False)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
+    chosen = order[rank() : args.calib_images : world_size()][: args.calib_images // world_size()]
+    loader = DataLoader(Subset(dataset, chosen.tolist()), batch_size=args.batch_size, num_workers=args.num_workers,
+                        generator=torch.Generator())  # fmt: skip
+    return torch.cat([images for images, _ in loader])
+
+
+def _agree(model: nn.Module) -> None:
+    """The main rank's weights, to the last bit: other machines may round a decomposition differently."""
+    if world_size() > 1:
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, 0)
+
+
+def align(model: nn.Module, images: Tensor, batch: int, embedding: bool = True) -> str:
+    """Align a full-size model in place (`pruning.align`); returns what was not rotated, or that all was."""
+    device, mode = next(model.parameters()).device, model.training
+    left = align_(model.eval(), [part.to(device) for part in images.split(batch)], embedding)
+    model.train(mode)
+    _agree(model)
+    return "; ".join(left) or "every axis"
+
+
+def prepare(args: Any, setup: Any) -> Tensor | None:
+    """This process's calibration images where training needs them; with --align the dense model is aligned."""
+    if args.one_shot or not args.pruning or not (args.align or args.compensate):
+        return None
+    images = images_of(args, setup.full)
+    if args.align:
+        found = align(setup.model.to(setup.device), images, args.batch_size, embedding=args.align == "all")
+        say(f"aligned on {args.calib_images} images: {found}")
+    return images
+
+
+class Compensation:
+    """After a cut, the survivors take over what the removed units carried, by a refit of the whole model.
+
+    when: `event`, to the student before every pruning event; `end`, to the dense model after the last; None, never.
+    dense: full-size, in eval mode, in the student's coordinates; images: this process's share, read `batch` at a time.
+    """
+
+    def __init__(self, when: str | None, dense: nn.Module, images: Tensor | None, batch: int) -> None:
+        self.when, self.dense, self.images, self.batch = when, dense, images, batch
+        self._before: nn.Module | None = None
+
+    def remember(self, model: nn.Module) -> None:
+        """The student, masked, as it is before an event."""
+        if self.when == "event":
+            self._before = copy.deepcopy(model).eval()
+
+    def apply_(self, model: nn.Module, masks: Masks, full: Masks, last: bool) -> None:
+        """Refit the masked student after an event; full: its masks over the dense model; last: no event follows."""
+        reference, kept = (self.dense, full) if self.when == "end" and last else (self._before, masks)
+        self._before = None
+        if reference is None:
+            return
+        small = compact(model, masks).eval()
+        found = refit_(reference, small, kept, self.images, self.batch)
+        expand_(model, masks, small)
+        _agree(model)
+        say(f"compensated: divergence {found:.2e} nats on held-out images")
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """The dense model where it is needed at the end: another run could not align it the same to the last bit."""
+        return self.dense.state_dict() if self.when == "end" else None
+
+    def load_state_dict(self, state: dict[str, Tensor] | None) -> None:
+        if state is not None:
+            self.dense.load_state_dict(state)
