@@ -126,7 +126,7 @@ class TokenMerge(nn.Module):
             z = x.index_select(1, self._firsts) * weight[:, None]
             if not len(self._rest):
                 return z
-            weight = (self._belongs * merge[self._rest]).expand(len(x), -1, -1)
+            weight = (self._belongs * merge[self._rest]).expand(x.shape[0], -1, -1)
             return torch.baddbmm(z, weight, x.index_select(1, self._others))
 
     def restore(self, out: Tensor, z: Tensor, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class TokenMerge(nn.Module):
                 out = out - self._divided * z
             if self._products():
                 _, R, s = (t.to(x.dtype) for t in self.matrices())
-                return torch.baddbmm(s[:, None] * x, R.expand(len(x), -1, -1), out)
+                return torch.baddbmm(s[:, None] * x, R.expand(x.shape[0], -1, -1), out)
             if len(self._passing):
                 out = torch.cat([out, x.index_select(1, self._passing)], 1)
             weight = torch.where(self._weightless, 1, self.reconstruct.to(x.dtype))
@@ -188,7 +188,7 @@ class DenseTokenMerge(nn.Module):
         """R out + s x: out (B, K, E), x (B, T, E) -> (B, T, E)."""
         with torch.autocast(x.device.type, enabled=False):
             R, s = self.reconstruct_matrix.to(x.dtype), self.skip.to(x.dtype)
-            return torch.baddbmm(s[:, None] * x, R.expand(len(x), -1, -1), out.to(x.dtype))
+            return torch.baddbmm(s[:, None] * x, R.expand(x.shape[0], -1, -1), out.to(x.dtype))
 
 
 def merging(tokens: int, total: int, prefix: int, dense: bool) -> nn.Module | None:

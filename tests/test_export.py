@@ -57,6 +57,21 @@ def test_a_format_computes_the_same_for_any_batch(small, kind, tmp_path, capsys)
         torch.testing.assert_close(result(images), model(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("kind", formats.FORMATS)
+def test_a_token_compressed_model(kind, dense, tmp_path, randomise, capsys):
+    dims = ViTDims(40, (BlockDims(2, 5, 9, 50, 9), BlockDims(0, 5, 9, 30, 18), BlockDims(3, 8, 10, 0, 7)))
+    model = randomise(build_vit("deit_tiny_distilled_patch16_224", dims, **KWARGS, dense_merge=dense))
+    path = write(tmp_path / "tokens.pth", model)
+    if kind == "timm":
+        with pytest.raises(BadArguments, match="also merges tokens"):
+            run(export, path, "--format", kind)
+        return
+    result, images = exported(path, kind, tmp_path / "out", capsys), torch.randn(3, 3, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(result(images), load_dense(path)(images), rtol=1e-4, atol=1e-5)
+
+
 def test_safetensors_are_read_by_load_dense_and_torch_hub(small, tmp_path, capsys):
     exported(small, "safetensors", tmp_path / "out", capsys)
     model, images = load_dense(small), torch.randn(2, 3, 16, 16)

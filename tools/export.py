@@ -24,7 +24,6 @@ from tools.formats import FORMATS, Call, images
 from utils import Problems, RunFailed, make_folder, run_script, say
 
 LIMIT = 1e-4  # of the relative difference that an export may have
-WIDTHS_ONLY = ("timm", "standalone")
 BATCHES = (1, 5)  # of the random images that it is measured on
 
 
@@ -56,9 +55,8 @@ def check_args(args: argparse.Namespace) -> tuple[VisionTransformer, Path]:
     model = problems.attempt(load_dense, args.checkpoint, ema=args.use_ema)
     if args.output and args.output.is_file():
         problems.add(f"--output {args.output} is a file, not a folder")
-    if model is not None and args.format in WIDTHS_ONLY and has_fewer_tokens(model):
-        problems.add(f"--format {args.format} knows widths alone, and this model also merges tokens; safetensors, onnx "
-                     "and torch-export take it")  # fmt: skip
+    if model is not None and args.format == "timm" and has_fewer_tokens(model):
+        problems.add("--format timm knows widths alone, and this model also merges tokens; the other formats take it")
     problems.raise_if_any()
     beside = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent
     folder = problems.attempt(make_folder, args.output or beside / f"export_{args.format.replace('-', '_')}")

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from timm.data import create_transform
 from torch import nn
 
-from models import attention, vit
+from models import attention, tokens, vit
 from models.dims import BlockDims
+from models.tokens import merging
 from models.vit import Block
 
 HEADER = '''"""{title}
@@ -63,12 +64,19 @@ class BlockDims(NamedTuple):
 def build(config: dict[str, Any]) -> nn.Module:
     """The model that config.json describes, with fresh weights: timm's, but for the blocks."""
     blocks = [BlockDims(**block) for block in config["dims"]["blocks"]]
-    left = iter(blocks)
+    left, kwargs = iter(blocks), dict(config["arch"]["kwargs"])
+    dense = kwargs.pop("dense_merge", False)
+
+    def block(**timm_kwargs: Any) -> Block:
+        dims = next(left)
+        tokens = merging(dims.tokens, config["tokens"], config["prefix_tokens"], dense)
+        return Block(dims=dims, scale=config["scale"], tokens=tokens, **timm_kwargs)
+
     return timm.create_model(
         config["arch"]["name"],
-        **config["arch"]["kwargs"] | dict(embed_dim=config["dims"]["embed"], depth=len(blocks)),
+        **kwargs | dict(embed_dim=config["dims"]["embed"], depth=len(blocks)),
         norm_layer=partial(nn.LayerNorm, eps=config["norm_eps"]),
-        block_fn=lambda **kwargs: Block(dims=next(left), scale=config["scale"], **kwargs),
+        block_fn=block,
     )
 
 
@@ -100,5 +108,7 @@ def definitions(module: ModuleType, names: set[str] | None = None) -> str:
 def source(title: str) -> str:
     """The text of model.py."""
     ours = (f.replace("folder: Path", "folder: Path = HERE") for f in map(inspect.getsource, (build, load, transform)))
-    parts = [HEADER.format(title=title), definitions(attention), definitions(vit, {"Attention", "Block"}), *ours]
+    compression = definitions(tokens, {"SKIPPED", "evenly", "TokenMerge", "DenseTokenMerge", "merging"})
+    parts = [HEADER.format(title=title), definitions(attention), compression, definitions(vit, {"Attention", "Block"}),
+             *ours]  # fmt: skip
     return "\n\n\n".join(part.strip() for part in parts) + "\n"
