@@ -250,9 +250,18 @@ def load(path: str | Path) -> dict[str, Any]:
     return content | dict(args=_with_absolute_origin(content["args"], path.parent))
 
 
-def _with_absolute_origin(args: dict[str, Any] | None, folder: Path) -> dict[str, Any] | None:
+def load_model(path: str | Path) -> dict[str, Any]:
+    """A checkpoint that a model can be built from. Raises CheckpointError."""
+    content = load(path)
+    if missing := [key for key in ("arch", "dims", "model") if content[key] is None]:
+        raise CheckpointError(f"checkpoint {path} holds no model: it lacks {', '.join(missing)}")
+    return content
+
+
+def _with_absolute_origin(args: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
     """Where the dense weights are is kept relative to a finetuned checkpoint's folder."""
-    origin = (args or {}).get("initial_checkpoint")
+    args = args or {}
+    origin = args.get("initial_checkpoint")
     if not isinstance(origin, str) or not origin:
         return args
     return args | dict(initial_checkpoint=os.path.normpath(folder.resolve() / origin))

@@ -5,6 +5,8 @@ ImageNet's mean and standard deviation; targets are class indices.
 """
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from torchvision.transforms import InterpolationMode
 from utils import RunFailed, say
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET")
+SAMPLED = 64  # files of a folder whose content is looked at to recognise it
 SMALL = 32  # pixels: up to this side, images are padded and cropped, not resized at random
 
 
@@ -136,6 +139,25 @@ def _image_folder(is_train: bool, args: Any, transform: Callable) -> Dataset:
     if empty := [name for i, name in enumerate(dataset.classes) if i not in filled]:
         raise DataError(f"class folders of {split} without images: {_some(empty)}; each needs at least one image")
     return dataset
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """What tells a data set from another: number of images, digest of names (or pixels) and classes, and, of images in
+    files, digest of the content of some."""
+    while not hasattr(dataset, "targets"):
+        dataset = dataset.dataset  # what wraps it
+    names, some = hashlib.sha256(), hashlib.sha256()
+    names.update(repr(list(map(int, dataset.targets))).encode())
+    if not isinstance(dataset, ImageFolder):
+        for image in getattr(dataset, "images", None) or dataset.data:
+            names.update(image.tobytes())
+        return dict(images=len(dataset.targets), names=names.hexdigest())
+    for path, _ in dataset.samples:
+        names.update(os.path.relpath(path, dataset.root).encode(errors="surrogateescape") + b"\n")
+    for path, _ in dataset.samples[:: max(1, len(dataset.samples) // SAMPLED)]:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            some.update(file.read())
+    return dict(images=len(dataset.samples), names=names.hexdigest(), some_files=some.hexdigest())
 
 
 def read_image(path: str) -> Image.Image:

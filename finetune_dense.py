@@ -97,7 +97,7 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     problems = Problems()
     options.check_values(args, problems)
     _check_flags(args, problems)
-    parent = problems.attempt(checkpoint.load, checkpoint_path(args.finetune)) if args.finetune else None
+    parent = problems.attempt(checkpoint.load_model, checkpoint_path(args.finetune)) if args.finetune else None
     device = problems.attempt(training.start, args)
     problems.raise_if_any()
     full = problems.attempt(_full_model, args, parent)
@@ -109,6 +109,7 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     problems.raise_if_any()
     run = Run(device, full, data, problems.attempt(_model, args, full, parent))
     run.origin = full.path or (parent or {}).get("args", {}).get("initial_checkpoint", "")
+    run.start = parent["model"] if parent and not args.scratch else None
     if not args.eval:
         run.teacher = problems.attempt(training.full_teacher, args, full, device)
         run.cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)

@@ -10,6 +10,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
+import elastic
 from datasets import DataError
 from utils import preserved_random_state, seed_generators
 
@@ -105,13 +106,14 @@ def build_loader(
         pin_memory=args.pin_mem and torch.cuda.is_available(),
         drop_last=is_train,
         generator=torch.Generator(),  # else a loader draws the seeds of its workers from this process's
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_outlive_signals,
     )
 
 
-def _outlive_sigterm(_: int) -> None:
-    """Launchers send SIGTERM to whole process groups; the main process stops its workers when it has stopped."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _outlive_signals(_: int) -> None:
+    """Launchers and terminals send them to whole process groups; the main process ends its workers when it ends."""
+    for number in elastic.STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _train_sampler(dataset: Dataset, args: Any, rank: int, world_size: int) -> Sampler:

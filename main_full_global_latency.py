@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import one_shot
 import options
 import planning
+import provenance
 import results
 import resuming
 import training
@@ -176,7 +177,8 @@ def check_args(args: argparse.Namespace) -> Setup:
     for target in () if args.one_shot else pruner.targets:  # one-shot goes below the floors of the groups
         problems.attempt(target.check_reachable, pruner.floor())
     path = run_folder(args, full, label, cap)
-    resumed = problems.attempt(read_resumed, args, full, config, path)
+    inputs = resuming.inputs_of(data, weights=model.state_dict(), table=table.data, CNN=cnn and cnn.state_dict())
+    resumed = problems.attempt(read_resumed, args, full, config, path, inputs)
     problems.raise_if_any()
     folder = path if args.dry_run else problems.attempt(make_folder, path)
     problems.raise_if_any()
@@ -188,7 +190,7 @@ def check_args(args: argparse.Namespace) -> Setup:
     if (cleaned := table.monotone_report()).raised:
         say(f"latency table: {cleaned.raised} of {cleaned.values} values lie below that of a narrower layer, by up to "
             f"{cleaned.largest_change:.1%}; selection counts such a step as free")  # fmt: skip
-    return Setup(device, full, data, model, cnn, table, config, pruner, folder, resumed)
+    return Setup(device, full, data, model, cnn, table, config, pruner, folder, resumed, inputs)
 
 
 @torch.inference_mode()
@@ -236,7 +238,7 @@ def conclude(args: argparse.Namespace, setup: Setup, top1_dense: float, metrics:
 def prune_one_shot(args: argparse.Namespace, setup: Setup, precision: Precision, top1_dense: float) -> None:
     """--one_shot from beginning to end."""
     resuming.start_anew(setup.folder, CHECKPOINT)
-    write_json(setup.folder / "args.json", vars(args))
+    provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
     conditions = results.Conditions.of(setup.table, args.batch_size)
     found = one_shot.prune_(args, setup, one_shot.calibration_images(args, setup.full),
                             lambda dims: results.measured_ratio(setup.full, dims, conditions, setup.device))
@@ -273,9 +275,9 @@ def main(args: argparse.Namespace) -> None:
     state = State(steps, optimizer, precision, progress, dict(acc1=top1_dense))
     if setup.resumed:
         restore(setup, state)
-    write_json(setup.folder / "args.json", vars(args))
+    provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
     keeper = resuming.Keeper(progress, setup.folder / CHECKPOINT, args.recovery_interval,
-                             partial(save, CHECKPOINT, args, setup, state))  # fmt: skip
+                             partial(save, CHECKPOINT, args, setup, state), args.checkpoint_errors)  # fmt: skip
 
     def after_step(loss: Tensor) -> bool:
         if steps.after_step(loss):
@@ -299,8 +301,9 @@ def main(args: argparse.Namespace) -> None:
             epoch, ratio = progress.epoch, setup.pruner.ratio
             progress.next_epoch()
             state.metrics = test | dict(latency=ratio)
-            append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **results.log_line(stats, test))
-            save(CHECKPOINT, args, setup, state)
+            keeper.attempt(append_log, setup.folder, epoch=epoch, events=steps.events, latency=ratio,
+                           **results.log_line(stats, test))  # fmt: skip
+            keeper.write()
             say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f}")
 
     # ---------------------------------------------------------------- result

@@ -13,6 +13,7 @@ from torch import nn
 import checkpoint
 import importance_files
 import options
+import provenance
 import results
 import savit_scoring
 import training
@@ -139,7 +140,7 @@ def _start(args: argparse.Namespace) -> tuple[training.FullModel, dict[str, Any]
     path = args.finetune or args.initial_checkpoint
     content = checkpoint.read(path) if path else {}
     if "format" in content:
-        content = checkpoint.load(path)
+        content = checkpoint.load_model(path)
         arch, origin = content["arch"], (content["args"] or {}).get("initial_checkpoint", "")
         if args.model not in (None, arch["name"]):
             raise ValueError(f"--model is {args.model} but {path} holds {arch['name']}")
@@ -259,7 +260,7 @@ def main(args: argparse.Namespace) -> None:
     precision = training.precision(args, setup.device)
     before = evaluate(TokenLogits(model), setup.data.val, precision, args.dist_eval)["acc1"]
     say(f"before: top-1 {before:.2f}, {savit_log.complexity(model.arch, start, model.arch_kwargs)}")
-    write_json(setup.folder / "args.json", vars(args))
+    provenance.record(args, setup.folder, setup.device, setup.data, {})
 
     # ---------------------------------------------------------------- score
     importance = setup.importance

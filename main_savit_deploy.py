@@ -111,7 +111,7 @@ def check_args(args: argparse.Namespace) -> Run:
         problems.add("--start_epoch goes with --resume")
     if not args.masked_model:
         problems.add("--masked_model FILE is required: pruned_checkpoint.pth of a pruning run")
-    parent = problems.attempt(checkpoint.load, args.masked_model) if args.masked_model else None
+    parent = problems.attempt(checkpoint.load_model, args.masked_model) if args.masked_model else None
     device = problems.attempt(training.start, args)
     problems.raise_if_any()
     full = problems.attempt(_full_model, args, parent)
@@ -119,7 +119,7 @@ def check_args(args: argparse.Namespace) -> Run:
     data = problems.attempt(training.load_data, args, full)
     problems.raise_if_any()
     run = Run(device, full, data, problems.attempt(_model, args, parent, data.classes), folder=Path(args.output_dir))
-    run.origin = parent["args"].get("initial_checkpoint", "")
+    run.origin, run.start = parent["args"].get("initial_checkpoint", ""), parent["model"]
     run.teacher_tau = args.distillation_tau_full
     teacher = problems.attempt(_teacher, args, full) if args.distillation_type_full != "none" else None
     if teacher is not None:

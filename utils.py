@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import elastic
-from checkpoint import write_atomically
+from checkpoint import clear_unfinished, write_atomically
+from locking import locked
 
 
 class RunFailed(RuntimeError):
@@ -61,10 +63,21 @@ class Problems:
             raise BadArguments(self.found)
 
 
+def explained(error: BaseException | None) -> str:
+    """One line for an error that is no bug: of the machine, or of a process that reads data; '' for any other."""
+    if isinstance(error, OSError | torch.OutOfMemoryError | RunFailed):
+        return " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return f"a process that reads data died: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
 def run_script(main: Callable[[Any], None], args: Any) -> None:
     """Run a script's main; a user's mistake or a failed run ends in one line per problem, never in a traceback."""
+    global _folders
     reason = ""
     try:
+        _folders = contextlib.ExitStack()
         main(args)
     except BadArguments as error:
         reason = "; ".join(error.problems)
@@ -72,17 +85,24 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-    except (RunFailed, OSError, torch.OutOfMemoryError) as error:
+    except KeyboardInterrupt:
+        reason = "interrupted"
+        print("interrupted: what was not written yet is lost; --resume goes on from the last checkpoint",
+              file=sys.stderr, flush=True)  # fmt: skip
+        sys.exit(130)
+    except Exception as error:
         together = isinstance(error, FailedTogether)
-        line = " ".join(str(error).split())
-        reason = "" if together else line
-        _fail(line, said=is_main() or not together, reason=reason)
-    except RuntimeError as error:
-        if not _heartbeat or not (reason := _heartbeat.who_is_gone()):
-            reason = type(error).__name__
+        line = explained(error)
+        if not line and isinstance(error, RuntimeError):
+            line = _heartbeat.who_is_gone() if _heartbeat else ""
+        reason = "" if together else line or type(error).__name__
+        if not line:
             raise
-        _fail(reason, said=True, reason=reason)
+        _fail(line, said=is_main() or not together, reason=reason)
     finally:
+        at_end()
+        _folders.close()
+        _folders = None
         if _heartbeat:
             _heartbeat.stop(failure=reason)
         if dist.is_initialized():
@@ -94,12 +114,28 @@ def _fail(line: str, said: bool, reason: str) -> None:
     if said:
         print(f"error: {'' if is_main() else f'rank {rank()}: '}{line}", file=sys.stderr, flush=True)
     if _heartbeat:
+        at_end()
         _heartbeat.stop(failure=reason)
         os._exit(1)
     sys.exit(1)
 
 
 _heartbeat: elastic.Heartbeat | None = None
+_folders: contextlib.ExitStack | None = None  # this run's, locked until its end
+_last_words: list[Callable[[], str]] = []
+
+
+def say_at_end(line: Callable[[], str]) -> None:
+    """Have a process say a line at its run's end, however that ends; '' for nothing."""
+    _last_words.append(line)
+
+
+def at_end() -> None:
+    """Say what was to be said."""
+    for line in dict.fromkeys(line() for line in _last_words):
+        if line:
+            print(f"warning: {line}" if is_main() else f"warning: rank {rank()}: {line}", file=sys.stderr, flush=True)
+    _last_words.clear()
 
 
 def init_distributed(device: str, timeout: float) -> torch.device:
@@ -201,8 +237,11 @@ def preserved_random_state() -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-def make_folder(path: Path) -> Path:
-    """Create a run's folder and prove that it can be written. Raises ValueError."""
+def make_folder(path: Path, lock: bool = True) -> Path:
+    """Create a run's folder, prove that it can be written, and lock it until the run's end. Raises ValueError.
+
+    lock: False for what only adds to a finished run.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{os.getpid()}"
@@ -210,6 +249,10 @@ def make_folder(path: Path) -> Path:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"output folder {path} cannot be written: {error.strerror}") from None
+    if lock and _folders is not None and is_main():
+        if note := _folders.enter_context(locked(path)):
+            say(note)
+        clear_unfinished(path)
     return path
 
 
@@ -225,10 +268,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_log(folder: Path, **line: Any) -> None:
-    """Add one JSON object to log.txt, on the main rank."""
+    """Add one JSON object to log.txt, whole or not at all, on the main rank."""
     if is_main():
-        with open(folder / "log.txt", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        with open(folder / "log.txt", "ab", buffering=0) as file:
+            before = file.tell()
+            text = (json.dumps(line) + "\n").encode()
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)
+                raise
 
 
 def key_values(items: list[str], flag: str) -> dict[str, Any]:

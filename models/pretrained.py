@@ -67,7 +67,7 @@ def load_dense(path: str | Path, device: torch.device | str = "cpu", ema: bool =
 
     A pruned checkpoint is compacted first; ema takes the moving average of the weights. Raises CheckpointError.
     """
-    return from_checkpoint(checkpoint.load(path), path, ema).to(device).eval()
+    return from_checkpoint(checkpoint.load_model(path), path, ema).to(device).eval()
 
 
 def read_initial(path: str | Path) -> tuple[str | None, dict[str, Any], dict[str, torch.Tensor]]:

@@ -78,7 +78,7 @@ def plot_widths(dims: ViTDims, dense: ViTDims | None, path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     stages = read_run(args.run)
-    output = make_folder(args.output or args.run)
+    output = make_folder(args.output or args.run, lock=False)
     widths = {name: ViTDims.from_dict(stage["dims"]) for name, stage in stages.items()}
     last = list(stages)[-1]
     plot_widths(widths[last], widths.get("dense"), output / "widths.png")
