@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
@@ -21,7 +23,7 @@ from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
 
-from utils import RunFailed, say
+from utils import RunFailed, say, say_at_end
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET")
 SAMPLED = 64  # files of a folder whose content is looked at to recognise it
@@ -41,6 +43,42 @@ class CorruptImage(RunFailed):
 
     def __init__(self, message: str) -> None:
         super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+class Skipping(Dataset):
+    """Leaves out images that cannot be read, names each, and says at the run's end how many they were.
+
+    stand_in: the next image that can be read takes the place, so that batches keep their size; else None does. What is
+    found is shared with the processes that read.
+    """
+
+    def __init__(self, dataset: ImageFolder, stand_in: bool) -> None:
+        self.dataset, self.stand_in = dataset, stand_in
+        self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        say_at_end(self.summary)
+
+    def __getitem__(self, index: int) -> tuple[Any, int] | None:
+        for number in range(len(self)):
+            image = (index + number) % len(self)
+            if not self.unreadable[image]:
+                try:
+                    return self.dataset[image]
+                except CorruptImage as error:
+                    self.unreadable[image] = True
+                    print(f"warning: {error}: left out", file=sys.stderr, flush=True)
+            if not self.stand_in:
+                return None
+        raise CorruptImage(f"no image of {self.dataset.root} can be read")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def summary(self) -> str:
+        """A line for the run's end, '' where every image could be read."""
+        paths = [self.dataset.samples[i][0] for i in self.unreadable.nonzero().flatten().tolist()]
+        what = "another stood in for each" if self.stand_in else "evaluation left them out"
+        return (f"{len(paths)} of {len(self)} images of {self.dataset.root} could not be read, {what}: {_some(paths)}"
+                if paths else "")  # fmt: skip
 
 
 class Digits(Dataset):
@@ -73,7 +111,7 @@ def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Data
     augment: False shows training images as validation sees them.
 
     Only the split asked for has to be there: validation images are enough to evaluate. Raises DataError; reading an
-    image from the result may raise CorruptImage.
+    image from the result may raise CorruptImage, or where args.bad_images is "skip" give None (`Skipping`).
     """
     transform = build_transform(is_train and augment, args)
     if args.data_set == "DIGITS":
@@ -84,7 +122,10 @@ def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Data
         dataset = _image_folder(is_train, args, transform)
     else:
         raise DataError(f"no data set {args.data_set!r}; --data-set is one of {', '.join(DATA_SETS)}")
-    return dataset, len(dataset.classes)
+    classes = len(dataset.classes)
+    if isinstance(dataset, ImageFolder) and getattr(args, "bad_images", "error") == "skip":
+        dataset = Skipping(dataset, stand_in=is_train)
+    return dataset, classes
 
 
 def _data_folder(args: Any) -> Path:

@@ -245,6 +245,8 @@ def evaluate(model: nn.Module, loader: Iterable, precision: Precision, sharded: 
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1 hits, top-5 hits, loss sum, samples
     with reading(loader) as batches:
         for images, targets in progress_bar(batches, len(loader), "evaluate"):
+            if not len(targets):  # none of them could be read
+                continue
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             with precision.autocast():
                 logits = model(images)
@@ -256,6 +258,8 @@ def evaluate(model: nn.Module, loader: Iterable, precision: Precision, sharded: 
     if sharded and world_size() > 1:
         dist.all_reduce(totals)
     top1, top5, loss, samples = totals.tolist()
+    if not samples:
+        raise RunFailed("there is no image to evaluate on")
     if not math.isfinite(loss):
         raise RunFailed("the model's outputs are not finite")
     return dict(acc1=100 * top1 / samples, acc5=100 * top5 / samples, loss=loss / samples, samples=samples)

@@ -138,8 +138,7 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
 
 def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
     """summary.json and dims.json of a finished run; the earlier stages come from the pruning run's summary."""
-    earlier = checkpoint_path(args.finetune).parent / "summary.json" if args.finetune else None
-    summary = json.loads(earlier.read_text()) if earlier and earlier.exists() else {}
+    summary = results.earlier(checkpoint_path(args.finetune).parent) if args.finetune else {}
     pruned = summary.get("pruned", {})
     dims = run.model.dims
     conditions = results.Conditions(**{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}

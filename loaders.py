@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 
 import elastic
 from datasets import DataError
@@ -105,9 +105,16 @@ def build_loader(
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and torch.cuda.is_available(),
         drop_last=is_train,
+        collate_fn=None if is_train else _those_there,
         generator=torch.Generator(),  # else a loader draws the seeds of its workers from this process's
         worker_init_fn=_outlive_signals,
     )
+
+
+def _those_there(samples: list[tuple[Tensor, int] | None]) -> Any:
+    """A batch without the images that could not be read; it may be empty."""
+    there = [sample for sample in samples if sample is not None]
+    return default_collate(there) if there else (torch.empty(0), torch.empty(0, dtype=torch.int64))
 
 
 def _outlive_signals(_: int) -> None:

@@ -254,8 +254,9 @@ def main(args: argparse.Namespace) -> None:
         return
     precision = training.precision(args, setup.device)
     teacher = training.frozen(copy.deepcopy(setup.model), setup.device)
-    top1_dense = evaluate(teacher, setup.data.val, precision, args.dist_eval)["acc1"]
-    say(f"dense model: top-1 {top1_dense:.2f} on {len(setup.data.val.dataset)} images")
+    dense = evaluate(teacher, setup.data.val, precision, args.dist_eval)
+    top1_dense = dense["acc1"]
+    say(f"dense model: top-1 {top1_dense:.2f} on {int(dense['samples'])} images")
     if args.one_shot:
         prune_one_shot(args, setup, precision, top1_dense)
         return

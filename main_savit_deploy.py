@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +134,7 @@ def check_args(args: argparse.Namespace) -> Run:
 
 def finish(args: argparse.Namespace, run: Run, top1: float) -> None:
     """summary.json and dims.json; the earlier stages come from the pruning run's summary."""
-    earlier = Path(args.masked_model).parent / "summary.json"
-    summary = json.loads(earlier.read_text()) if earlier.exists() else {}
+    summary = results.earlier(Path(args.masked_model).parent)
     conditions = results.Conditions(args.batch_size, compiled=args.compile)
     dims = run.model.dims
     measured = results.measured_ratio(run.full, dims, conditions, run.device)

@@ -136,8 +136,9 @@ def save(name: str, args: Any, setup: Setup, state: State) -> None:
     checkpoint.save(
         setup.folder / name, keep_older=name == CHECKPOINT, arch=setup.full.record, dims=dims.to_dict(),
         dim=dims.to_dim(), masks=steps.masks.state_dict(), model=setup.model.state_dict(),
-        optimizer=state.optimizer.state_dict(), scaler=state.precision.scaler.state_dict(), pruner=steps.state_dict(), epoch=progress["epoch"],
-        step=steps.steps, rng=checkpoint.rng_state(), metrics=state.metrics | progress["metrics"],
+        optimizer=state.optimizer.state_dict(), scaler=state.precision.scaler.state_dict(), pruner=steps.state_dict(),
+        epoch=progress["epoch"], step=steps.steps, rng=checkpoint.rng_state(),
+        metrics=state.metrics | progress["metrics"],
         args=resuming.saved_args(args, setup.full.path, setup.inputs),
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from typing import Any
 import checkpoint
 import elastic
 import options
+import utils
 from datasets import fingerprint
 from engine import Progress
 from utils import BadArguments, RunFailed, check_identical, explained, is_main, rank, say, warn, world_size, write_text
@@ -202,6 +203,7 @@ class Keeper:
                 self.write()
             except RunFailed as failed:
                 error = failed
+        utils.safe = self._safe() if error is None else ""
         if isinstance(error, RunFailed):
             raise type(error)(f"{error}; {self._safe()}") from error
         if reason := explained(error):

@@ -92,7 +92,7 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
         sys.exit(130)
     except Exception as error:
         together = isinstance(error, FailedTogether)
-        line = explained(error)
+        line = explained(error) + (f"; {safe}" if safe and isinstance(error, OSError) else "")
         if not line and isinstance(error, RuntimeError):
             line = _heartbeat.who_is_gone() if _heartbeat else ""
         reason = "" if together else line or type(error).__name__
@@ -122,6 +122,7 @@ def _fail(line: str, said: bool, reason: str) -> None:
 
 _heartbeat: elastic.Heartbeat | None = None
 _folders: contextlib.ExitStack | None = None  # this run's, locked until its end
+safe = ""  # what a run has on disk once its training is over
 _last_words: list[Callable[[], str]] = []
 
 
