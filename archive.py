@@ -186,6 +186,8 @@ def header(path: str | Path) -> Any:
         raise
     except (RecursionError, MemoryError) as error:
         raise Damaged(f"is damaged ({type(error).__name__})") from None
-    except Exception as error:  # a damaged pickle can fail in every instruction, each in its own way
-        line = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise Damaged(f"is truncated or not a torch file ({line[:80]})") from None
+    except Exception:  # a damaged pickle can fail in every instruction, each in its own way
+        with open(path, "rb") as file:
+            begun = file.read(4) == b"PK\3\4"
+        what = "truncated or damaged: it only begins as a torch file does" if begun else "truncated or not a torch file"
+        raise Damaged(f"is {what}") from None

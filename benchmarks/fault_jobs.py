@@ -14,8 +14,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import checkpoint
 import utils
 from datasets import Digits
@@ -101,24 +99,25 @@ class Process:
 class Material:
     """What the jobs are made from, in a folder: dense weights, others, a table, a pruned model, images."""
 
-    def __init__(self, root: Path, epochs: int, prune: Any, tune: Any) -> None:
+    def __init__(self, root: Path, epochs: int, prune: Any, tune: Any, dense: Path | None = None,
+                 pruned: Path | None = None) -> None:  # fmt: skip
+        """dense, pruned: checkpoints that are there already (default: they are made)."""
         self.root, self.epochs, self.prune, self.tune = root, epochs, prune, tune
-        self.dense, self.table = root / "dense.pth", root / "table.json"
-        torch.manual_seed(0)
-        self._run(tune, ["--scratch", *MODEL, "--data-set", "DIGITS", *PLAIN, "--kl_loss_coeff", "0", "--lr", "1e-2",
-                         "--epochs", "2", "--output_dir", str(root / "dense")])  # fmt: skip
-        self.dense = next(root.glob("dense/*/ft_checkpoint.pth"))
+        self.table, self.images = root / "table.json", root / "images"
         self.table.write_text(json.dumps(_table()))
-        self._run(prune, [*self.prune_flags(4), "--output_dir", str(root)])
-        self.pruned = next(root.glob("global_prune_*")) / "pruned_checkpoint.pth"
-        self.images = root / "images"
+        self.dense = dense or self._made(tune, "dense/*/ft_checkpoint.pth", [
+            "--scratch", *MODEL, "--data-set", "DIGITS", *PLAIN, "--kl_loss_coeff", "0", "--lr", "1e-2",
+            "--epochs", "2", "--output_dir", str(root / "dense")])  # fmt: skip
+        self.pruned = pruned or self._made(prune, "global_prune_*/pruned_checkpoint.pth",
+                                           [*self.prune_flags(4), "--output_dir", str(root)])  # fmt: skip
         for split, train in (("train", True), ("val", False)):
             _write_images(self.images / split, Digits(train), PER_CLASS if train else PER_CLASS // 4)
 
-    def _run(self, script: Any, flags: list[str]) -> None:
+    def _made(self, script: Any, result: str, flags: list[str]) -> Path:
         process = Process(script, flags, self.root / "log", None, {})
         if process.wait(600):
             raise utils.RunFailed(f"the material cannot be made: {process.errors()[-500:]}")
+        return next(self.root.glob(result))
 
     def prune_flags(self, epochs: int) -> list[str]:
         return ["--data-set", "DIGITS", *PLAIN, "--initial-checkpoint", str(self.dense), "--pruning",

@@ -50,7 +50,8 @@ def damage(path, how):
     path.write_bytes(b"" if how == "empty" else data[: len(data) // 3] if how == "truncated" else data)
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "empty", "gone"])
+@pytest.mark.parametrize("how", ["flipped", *(pytest.param(how, marks=pytest.mark.slow)
+                                              for how in ("truncated", "empty", "gone"))])  # fmt: skip
 def test_a_damaged_newest_falls_back_to_the_one_before(runs, tuned, how, capsys):
     flags, folder = tuned
     newest, before = folder / "ft_checkpoint.pth", folder / "ft_checkpoint.older.pth"
@@ -124,7 +125,7 @@ def full_disk(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit if limit else hard, hard))
 
 
-@pytest.mark.parametrize("errors", ["stop", "warn"])
+@pytest.mark.parametrize("errors", ["stop", pytest.param("warn", marks=pytest.mark.slow)])
 def test_a_full_disk(runs, tmp_path, errors, monkeypatch, capsys):
     """Full in the second epoch: the run stops with what is safe, or goes on until there is room again."""
     folder = tmp_path / "pruned"
@@ -157,6 +158,7 @@ def test_a_full_disk(runs, tmp_path, errors, monkeypatch, capsys):
     assert all(torch.equal(equal[0][name], equal[1][name]) for name in equal[1])
 
 
+@pytest.mark.slow
 def test_an_end_that_cannot_be_written_is_no_success(runs, tmp_path, monkeypatch):
     shutil.copy(runs["pruned"] / "pruned_checkpoint.pth", tmp_path)
     monkeypatch.setattr(checkpoint, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
@@ -164,6 +166,7 @@ def test_an_end_that_cannot_be_written_is_no_success(runs, tmp_path, monkeypatch
         run(finetune_dense, *TUNE, "--finetune", tmp_path, "--checkpoint_errors", "warn")
 
 
+@pytest.mark.slow
 def test_a_new_run_does_not_show_an_earlier_ones_results(tuned, monkeypatch):
     flags, folder = tuned
 
@@ -178,6 +181,7 @@ def test_a_new_run_does_not_show_an_earlier_ones_results(tuned, monkeypatch):
     assert {"summary.previous.json", "ft_best.previous.pth", "ft_checkpoint.previous.pth"} <= there
 
 
+@pytest.mark.slow
 def test_equal_runs_write_equal_files(runs, tmp_path):
     """Dense training, pruning and finetuning again, elsewhere, from the same table."""
     root = tmp_path / "elsewhere"
@@ -194,6 +198,7 @@ def test_equal_runs_write_equal_files(runs, tmp_path):
     run(finetune_dense, "--eval", "--finetune", tuned, *TUNE)  # the dense weights are found from there
 
 
+@pytest.mark.slow
 def test_what_is_needed_to_repeat_a_run(runs, tuned, monkeypatch):
     flags, folder = tuned
     (start,) = json.loads((folder / "run.json").read_text())["starts"]
@@ -278,6 +283,7 @@ def test_states_that_do_not_fit_are_one_line(tuned):
         run(finetune_dense, *flags, "--resume")
 
 
+@pytest.mark.slow
 def test_a_summary_that_is_none_costs_no_result(tuned, capsys):
     flags, folder = tuned
     (folder.parent / "summary.json").write_text('{"pruned": {"batch": 1000000000')

@@ -40,6 +40,7 @@ def test_the_inputs_are_worth_it():
     assert find(files(), lambda data: data[:2] == b"PK")
 
 
+@pytest.mark.slow
 def test_a_fuzzer_for_some_seconds(capsys):
     fuzz_run.main(fuzz_run.get_args_parser().parse_args(["config", "--minutes", "0.001", "--with", "hypothesis"]))
     assert "config: 500 examples" in capsys.readouterr().out

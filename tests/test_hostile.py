@@ -185,7 +185,7 @@ def test_the_header_is_the_content_without_the_tensors(tmp_path):
         assert header["model"][name].dtype == tensor.dtype
 
 
-ENTRIES = 12_000_000
+ENTRIES = 3_000_000
 
 
 @pytest.mark.parametrize("read, error", [
