@@ -214,12 +214,26 @@ def train_one_epoch(
 
 @contextlib.contextmanager
 def reading(loader: Iterable) -> Iterator[Iterator]:
-    """Its batches; the processes that read them end with the context, whatever ends it."""
+    """Its batches; the processes that read them end with the context, whatever ends it.
+
+    Raises RunFailed where one of them died: the connection to it is lost, unless torch notices before.
+    """
     batches = iter(loader)
     try:
-        yield batches
+        yield _received(batches)
     finally:
         getattr(batches, "_shutdown_workers", nothing)()
+
+
+def _received(batches: Iterator) -> Iterator:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (OSError, EOFError) as error:
+            raise RunFailed(f"a process that reads data died: {error}") from None
+        yield batch
 
 
 def _backward(model: nn.Module, criterion: Criterion, images: Tensor, targets: Tensor, precision: Precision,
