@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +29,7 @@ KEYS = (
 )  # fmt: skip
 
 
+_UNFINISHED = re.compile(r"\..+\.(pth|json|txt|safetensors)\.([a-z0-9_]{8}|link)")  # as tempfile and `_set_aside` name
 os.umask(_UMASK := os.umask(0))  # temporary files are private; finished ones get the mode that open() would give
 
 
@@ -112,8 +114,8 @@ def _flush_folder(folder: Path) -> None:
 
 def clear_unfinished(folder: Path) -> None:
     """Remove what a killed run was about to write. Only while no other run has the folder."""
-    for name in (".*.pth.*", ".*.json.*", ".*.txt.*"):
-        for left in folder.glob(name):
+    for left in folder.glob(".*"):
+        if _UNFINISHED.fullmatch(left.name):
             left.unlink(missing_ok=True)
 
 

@@ -11,6 +11,7 @@ repeated.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -25,8 +26,6 @@ from typing import Any
 
 import torch
 
-import finetune_dense
-import main_full_global_latency
 import results
 from benchmarks.fault_jobs import Job, Material
 from benchmarks.fault_kinds import KINDS, counting
@@ -34,6 +33,7 @@ from utils import table
 
 OF_KIND = {"rank killed": "ranks", "rank stopped": "ranks", "data file lost": "images"}  # the others take turns
 TURNS = ("prune", "tune")
+SCRIPTS = ("main_full_global_latency", "finetune_dense")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
     todo = [fault for fault in plan(args.kinds, args.faults) if fault not in done]
     args.rows.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
-        material = Material(Path(folder), args.epochs, main_full_global_latency, finetune_dense)
+        material = Material(Path(folder), args.epochs, *map(importlib.import_module, SCRIPTS))
         references: dict[str, Job] = {}
         for kind, number in todo:
             if time.monotonic() - begin > 60 * args.minutes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import json
 import math
@@ -21,19 +22,15 @@ import torch
 from hypothesis import strategies as st
 
 import checkpoint
-import finetune_dense
-import main_full_global_latency
-import main_savit
-import main_savit_deploy
 import options
-import revit_scratch
 from latency.points import read_dims
 from latency.table import LatencyTable
 from models import ViTDims, build_vit, load_dense
 from pruning.config import PruningConfig, load_config
 from utils import Problems
 
-SCRIPTS = (main_full_global_latency, finetune_dense, revit_scratch, main_savit, main_savit_deploy)
+NAMES = ("main_full_global_latency", "finetune_dense", "revit_scratch", "main_savit", "main_savit_deploy")
+SCRIPTS = {name: importlib.import_module(name) for name in NAMES}
 ARCH = "deit_tiny_distilled_patch16_224"
 KWARGS = dict(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3)
 
@@ -78,7 +75,7 @@ def arguments(words: bytes | list[str]) -> None:
     """The flags of every script; bytes are split at line ends."""
     if isinstance(words, bytes):
         words = words.decode(errors="replace").splitlines()
-    for script in SCRIPTS:
+    for name, script in SCRIPTS.items():
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             try:
                 args = script.get_args_parser().parse_args(words)
@@ -86,13 +83,13 @@ def arguments(words: bytes | list[str]) -> None:
                 assert end.code in (0, 2)
                 continue
             problems = Problems()
-            if script is main_savit_deploy:
-                args = main_savit_deploy.with_losses(args)
+            if name == "main_savit_deploy":
+                args = script.with_losses(args)
             options.check_values(args, problems)
             if check := getattr(script, "_check_flags", None):
                 check(args, problems)
-            if script is main_full_global_latency:
-                problems.attempt(main_full_global_latency._prune_dict, args.prune_dict)
+            if name == "main_full_global_latency":
+                problems.attempt(script._prune_dict, args.prune_dict)
 
 
 TARGETS = dict(table=table, dims=dims, config=config, checkpoint=checkpoints, arguments=arguments)
@@ -218,7 +215,7 @@ def _signed(content: Any) -> Any:
 
 @cache
 def _flags() -> list[str]:
-    return sorted({flag for script in SCRIPTS for action in script.get_args_parser()._actions
+    return sorted({flag for script in SCRIPTS.values() for action in script.get_args_parser()._actions
                    for flag in action.option_strings if flag not in ("-h", "--help")})  # fmt: skip
 
 

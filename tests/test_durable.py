@@ -236,7 +236,7 @@ class TestLock:
         assert not list(tmp_path.iterdir())
 
     def test_what_a_killed_run_was_writing_is_removed(self, tmp_path, monkeypatch):
-        (tmp_path / ".ft_checkpoint.pth.abcd").write_text("half")
+        (tmp_path / ".ft_checkpoint.pth.abcd12_z").write_text("half")
         (tmp_path / "checkpoint.pth").write_text("whole")
         run_script(lambda path: utils.make_folder(path), tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]

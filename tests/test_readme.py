@@ -13,6 +13,7 @@ import main_savit
 import main_savit_deploy
 import revit_scratch
 import run_with_submitit
+from benchmarks import faults, fuzz_run
 from benchmarks import savit as savit_benchmark
 from latency import build_table, compare, validate
 from tools import convert, convert_importance, report
@@ -24,7 +25,7 @@ PARSERS = {
     "latency.validate": validate, "latency.compare": compare, "tools.report": report,
     "tools.convert": convert, "run_with_submitit.py": run_with_submitit,
     "main_savit.py": main_savit, "main_savit_deploy.py": main_savit_deploy, "benchmarks.savit": savit_benchmark,
-    "tools.convert_importance": convert_importance,
+    "tools.convert_importance": convert_importance, "benchmarks.faults": faults, "benchmarks.fuzz_run": fuzz_run,
 }  # fmt: skip
 OTHERS = {"--disable-pip-version-check", "--version", "--nproc_per_node"}  # of pip, python and torchrun
 
