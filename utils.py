@@ -7,6 +7,7 @@ import datetime
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import sys
@@ -101,6 +102,8 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
         _fail(line, said=is_main() or not together, reason=reason)
     finally:
         at_end()
+        for reader in multiprocessing.active_children():  # they outlive SIGTERM, and this process would wait for them
+            reader.kill()
         _folders.close()
         _folders = None
         if _heartbeat:

@@ -301,3 +301,17 @@ def test_damage_is_told_from_other_files(tmp_path):
     with pytest.raises(checkpoint.CheckpointError) as error:
         checkpoint.load(tmp_path / "b.pth")
     assert not isinstance(error.value, DamagedError)
+
+
+def test_no_process_is_waited_for_that_outlives_sigterm():
+    """Where a data worker dies while the others start, nobody has asked those to end."""
+    code = ("import multiprocessing, signal, sys, time; sys.path.insert(0, '.')\nimport utils\n"
+            "def stay():\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    time.sleep(100)\n"
+            "def main(_):\n    multiprocessing.get_context('fork').Process(target=stay, daemon=True).start()\n"
+            "    time.sleep(0.5)\n"
+            "    raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed.')\n"
+            "utils.run_script(main, None)\n")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == ("error: a process that reads data died: DataLoader worker (pid 1) is killed by signal: "
+                           "Killed.\n")  # fmt: skip

@@ -147,6 +147,21 @@ def test_overflows_without_end_are_a_fault(parts):
         train_one_epoch(model, spoilt_in(*range(40)), loader, optimizer, scaled(), Progress(40))
 
 
+def test_a_reader_that_died_is_named(parts):
+    model, *_ = parts
+
+    class Dying:
+        def __len__(self):
+            return 1
+
+        def __iter__(self):
+            raise ConnectionResetError("Connection reset by peer")
+            yield
+
+    with pytest.raises(RunFailed, match="a process that reads data died: Connection reset by peer"):
+        evaluate(model, Dying(), Precision(CPU, None))
+
+
 def test_evaluation_is_exact(parts):
     model, loader, _ = parts
     model.train()
