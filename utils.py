@@ -101,15 +101,21 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
             raise
         _fail(line, said=is_main() or not together, reason=reason)
     finally:
-        at_end()
-        for reader in multiprocessing.active_children():  # they outlive SIGTERM, and this process would wait for them
-            reader.kill()
-        _folders.close()
-        _folders = None
-        if _heartbeat:
-            _heartbeat.stop(failure=reason)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _let_go(reason)
+
+
+def _let_go(reason: str) -> None:
+    """Say what is left to say, and give back what a run holds; reason: why it failed, '' where it did not."""
+    global _folders
+    at_end()
+    for reader in multiprocessing.active_children():  # they outlive SIGTERM, and this process would wait for them
+        reader.kill()
+    _folders.close()
+    _folders = None
+    if _heartbeat:
+        _heartbeat.stop(failure=reason)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _fail(line: str, said: bool, reason: str) -> None:
