@@ -71,8 +71,9 @@ def _newest(path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def read(args: Any, folder: Path, name: str, *, run: str, fitting: dict[str, Any], needed: str,
-         inputs: dict[str, str], may_differ: set[str] = frozenset()) -> dict[str, Any] | None:  # fmt: skip
-    """The checkpoint to go on from: what --resume names, or after a restart by torchrun the newest; None to start anew.
+         inputs: dict[str, str] | None = None,
+         may_differ: set[str] = frozenset()) -> dict[str, Any] | None:  # fmt: skip
+    """The checkpoint to go on from: what --resume names, or after a restart the newest; None to start anew.
 
     run: what kind of run it must be of; fitting: what some of its keys must hold; needed: a key that it must have;
     inputs: what the run must have been made from. Raises ValueError for one that does not fit, or whose epoch or
@@ -94,7 +95,7 @@ def read(args: Any, folder: Path, name: str, *, run: str, fitting: dict[str, Any
     if differing := _differences(saved_args(args, ""), content["args"], MAY_DIFFER | may_differ):
         raise ValueError(f"--resume: {path} was made with other arguments: {'; '.join(differing)}")
     made_from = content["args"].get("inputs", {})
-    if others := [name for name in inputs if made_from.get(name, inputs[name]) != inputs[name]]:
+    if others := [name for name, digest in (inputs or {}).items() if made_from.get(name, digest) != digest]:
         raise ValueError(f"--resume: {path} was made from other {', '.join(others)} than this run has")
     return content | dict(path=path)
 
