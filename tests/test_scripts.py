@@ -23,7 +23,7 @@ def files(folder):
 
 def test_a_pruning_run_leaves_the_files_of_the_contract(runs):
     assert files(runs["pruned"]) == [
-        "args.json", "checkpoint.older.pth", "checkpoint.pth", "dims.json", "log.txt", "pruned_checkpoint.pth",
+        "args.json", "checkpoint.pth", "dims.json", "log.txt", "pruned_checkpoint.pth",
         "run.json", "summary.json"
     ]  # fmt: skip
     assert runs["pruned"].name == (
