@@ -1,17 +1,26 @@
-"""Checkpoints: one schema for every stage, tensors and plain values only, written atomically, loaded without code."""
+"""Checkpoints: one schema for every stage, tensors and plain values only, written atomically, loaded without code.
+
+The checksum inside, of names, values and tensors, finds damage that the format of torch's files does not. It is no
+signature: who can write the file can write the checksum.
+"""
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
-import pickle
 import random
+import re
+import sys
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+import archive
+import schema
 
 FORMAT = {"name": "vit-compression", "version": 1}
 KEYS = (
@@ -20,6 +29,7 @@ KEYS = (
 )  # fmt: skip
 
 
+_UNFINISHED = re.compile(r"\..+\.(pth|json|txt|safetensors)\.([a-z0-9_]{8}|link)")  # as tempfile and `_set_aside` name
 os.umask(_UMASK := os.umask(0))  # temporary files are private; finished ones get the mode that open() would give
 
 
@@ -27,66 +37,236 @@ class CheckpointError(ValueError):
     """A file that is not a whole, safe checkpoint of this project; the message says why and what would be right."""
 
 
-def write_atomically(path: str | Path, write: Any) -> None:
-    """Call `write(file)` on a temporary file beside `path`, flush it to disk and rename it: whole or not there."""
+class DamagedError(CheckpointError):
+    """One that is missing or not whole: the one before it may be."""
+
+
+class _Patient:
+    """A file that remembers the first error of writing: torch's writer, in C++, would report another in its place."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                return self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def older(path: Path) -> Path:
+    """Where the checkpoint before `path` is kept."""
+    return path.with_suffix(".older.pth")
+
+
+def write_atomically(path: str | Path, write: Any, keep_older: bool = False) -> None:
+    """Call `write(file)` on a temporary file beside `path`, flush it to disk and rename it: whole or not there.
+
+    keep_older: what was there becomes `older(path)`; at no moment is there neither. Raises OSError.
+    """
     path = Path(path)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            write(file)
+            patient = _Patient(file)
+            write(patient)
+            if patient.error is not None:
+                raise patient.error
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o666 & ~_UMASK)
+            if keep_older and path.exists():
+                _set_aside(path)
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
+    _flush_folder(path.parent)
 
 
-def save(path: str | Path, **state: Any) -> None:
+def _set_aside(path: Path) -> None:
+    """Make `path` the older one under both names, so that one is always there."""
+    link = path.with_name(f".{path.name}.link")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    except OSError:  # a file system without links: for a moment only the older one is there
+        os.replace(path, older(path))
+    else:
+        os.replace(link, older(path))
+
+
+def _flush_folder(folder: Path) -> None:
+    """The renaming itself on disk, where the system can do that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed run was about to write. Only while no other run has the folder."""
+    for left in folder.glob(".*"):
+        if _UNFINISHED.fullmatch(left.name):
+            left.unlink(missing_ok=True)
+
+
+def _canonical(value: Any, place: str = "it") -> Any:
+    """The same values as a file that depends on nothing else: no shared strings, no storage larger than its tensor.
+
+    Raises TypeError for what is no plain value.
+    """
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu().contiguous()
+        return value if value.untyped_storage().nbytes() == value.numel() * value.itemsize else value.clone()
+    if isinstance(value, dict):
+        return {_canonical(key): _canonical(child, f"{place}.{key}") for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return (list if isinstance(value, list) else tuple)([_canonical(child, place) for child in value])
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, str):
+        return sys.intern(str(value))
+    if value is None:
+        return None
+    raise TypeError(f"a checkpoint holds tensors and plain values: {place} is a {type(value).__name__}")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of tensors and plain values, names and types included."""
+    sha = hashlib.sha256()
+
+    def take(item: Any) -> None:
+        if isinstance(item, torch.Tensor):
+            sha.update(f"{item.dtype}{tuple(item.shape)}".encode())
+            flat = item.detach().cpu().contiguous().view(-1)
+            sha.update(flat.view(torch.uint8).numpy())
+        elif isinstance(item, dict):
+            sha.update(b"dict%d" % len(item))
+            for key, child in item.items():
+                take(key)
+                take(child)
+        elif isinstance(item, list | tuple):
+            sha.update(f"{type(item).__name__}{len(item)}".encode())
+            for child in item:
+                take(child)
+        else:
+            text = repr(item).encode()
+            sha.update(b"%d:" % len(text) + text)
+
+    take(value)
+    return sha.hexdigest()
+
+
+def not_finite(tensors: dict[str, Any] | None) -> str:
+    """The first of the named tensors that holds a value which is not finite, '' where all are."""
+    floating = ((n, t) for n, t in (tensors or {}).items() if isinstance(t, torch.Tensor) and t.is_floating_point())
+    return next((name for name, t in floating if not torch.isfinite(t).all()), "")
+
+
+def save(path: str | Path, keep_older: bool = False, **state: Any) -> None:
     """Write a checkpoint. Every key of KEYS is stored, None where this stage has no such state.
 
-    arch is {"name": timm name, "kwargs": {...}}; masks are bool tensors per axis, True is keep.
+    arch is {"name": timm name, "kwargs": {...}}; masks are bool tensors per axis, True is keep. keep_older: as of
+    `write_atomically`. Equal states make equal files. Raises OSError, and CheckpointError for weights that are not
+    finite.
     """
     if unknown := set(state) - set(KEYS):
         raise ValueError(f"a checkpoint has no keys {sorted(unknown)}")
-    content = dict.fromkeys(KEYS) | state | dict(format=FORMAT)
-    write_atomically(path, lambda file: torch.save(content, file))
+    content = _canonical({key: state.get(key) for key in KEYS} | dict(format=FORMAT))
+    for key in ("model", "model_ema"):
+        if name := not_finite(content[key]):
+            raise CheckpointError(f"{key}: {name} is not finite, so that {path} is not written")
+    content["format"]["sha256"] = digest(content)
+    write_atomically(path, lambda file: torch.save(content, file), keep_older)
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """Tensors and plain values of a file, as a dict on the CPU. Raises CheckpointError; never runs code."""
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
+        raise DamagedError(f"checkpoint {path} does not exist")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) or "GLOBAL" in str(error):
-            reason = "needs unpickling of code, which could run anything: only tensors and plain values are read"
-        else:
-            reason = f"is truncated or not a torch file ({str(error).splitlines()[0][:80]})"
-        raise CheckpointError(f"checkpoint {path} {reason}") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        header = archive.header(path)
+        if not isinstance(header, dict):
+            raise CheckpointError(f"checkpoint {path} holds a {type(header).__name__}, not a dict")
+        _check(header)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except archive.Damaged as error:
+        raise DamagedError(f"checkpoint {path} {error}") from None
+    except (archive.ArchiveError, schema.SchemaError) as error:
+        raise CheckpointError(f"checkpoint {path} {error}") from None
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch's readers raise a dozen kinds
         line = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise CheckpointError(f"checkpoint {path} is truncated or not a torch file ({line})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"checkpoint {path} holds a {type(content).__name__}, not a dict")
-    return content
+        raise DamagedError(f"checkpoint {path} is truncated or not a torch file ({line})") from None
+
+
+def _check(header: dict[str, Any]) -> None:
+    """What can be said of a file's content before its tensors are read. Raises SchemaError."""
+    if _is_ours(header) and not set(KEYS) - set(header):
+        try:
+            schema.check_checkpoint(header)
+        except schema.SchemaError as error:
+            raise schema.SchemaError(f"is not as this project writes it: {error}") from None
+    elif isinstance(header.get("kwargs"), dict):
+        try:
+            schema.check_kwargs(header["kwargs"])
+        except schema.SchemaError as error:
+            raise schema.SchemaError(f"describes no model: {error}") from None
+
+
+def _is_ours(content: dict[str, Any]) -> bool:
+    return isinstance(content.get("format"), dict) and content["format"].get("name") == FORMAT["name"]
 
 
 def load(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this project. Raises CheckpointError for anything else."""
-    content = read(path)
-    if not isinstance(content.get("format"), dict) or content["format"].get("name") != FORMAT["name"]:
+    path, content = Path(path), read(path)
+    if not _is_ours(content):
         raise CheckpointError(
             f"checkpoint {path} was not written by this project (keys {', '.join(map(str, list(content)[:6]))}); "
             "a plain timm state dict starts a run through --initial-checkpoint"
         )
-    if content["format"].get("version", 0) > FORMAT["version"]:
+    form = dict(content["format"])
+    if not isinstance(version := form.get("version", 0), int) or version > FORMAT["version"]:
         raise CheckpointError(f"checkpoint {path} is of a newer version than this code")
     if missing := [key for key in KEYS if key not in content]:
         raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)}")
+    checksum = form.pop("sha256", None)
+    if set(form) != set(FORMAT) or checksum not in (None, digest(content | dict(format=form))):
+        raise DamagedError(f"checkpoint {path} is damaged: its checksum is not that of its content")
+    for key in ("model", "model_ema"):
+        if name := not_finite(content[key]):
+            raise CheckpointError(f"checkpoint {path} cannot be used: {name} of its {key} is not finite")
+    return content | dict(args=_with_absolute_origin(content["args"], path.parent))
+
+
+def load_model(path: str | Path) -> dict[str, Any]:
+    """A checkpoint that a model can be built from. Raises CheckpointError."""
+    content = load(path)
+    if missing := [key for key in ("arch", "dims", "model") if content[key] is None]:
+        raise CheckpointError(f"checkpoint {path} holds no model: it lacks {', '.join(missing)}")
     return content
+
+
+def _with_absolute_origin(args: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
+    """Where the dense weights are is kept relative to a finetuned checkpoint's folder."""
+    args = args or {}
+    origin = args.get("initial_checkpoint")
+    if not isinstance(origin, str) or not origin:
+        return args
+    return args | dict(initial_checkpoint=os.path.normpath(folder.resolve() / origin))
 
 
 def rng_state() -> dict[str, Any]:

@@ -5,26 +5,31 @@ ImageNet's mean and standard deviation; targets are class indices.
 """
 from __future__ import annotations
 
+import contextlib
 import difflib
+import hashlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
 
 import inat
 import shards
-from utils import RunFailed, say
+from utils import RunFailed, say, say_at_end
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
+SAMPLED = 64  # files of a folder whose content is looked at to recognise it
 SMALL = 32  # pixels: up to this side, images are padded and cropped, not resized at random
 
 
@@ -41,6 +46,42 @@ class CorruptImage(RunFailed):
 
     def __init__(self, message: str) -> None:
         super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+class Skipping(Dataset):
+    """Leaves out images that cannot be read, names each, and says at the run's end how many they were.
+
+    stand_in: the next image that can be read takes the place, so that batches keep their size; else None does. What is
+    found is shared with the processes that read.
+    """
+
+    def __init__(self, dataset: ImageFolder, stand_in: bool) -> None:
+        self.dataset, self.stand_in = dataset, stand_in
+        self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        say_at_end(self.summary)
+
+    def __getitem__(self, index: int) -> tuple[Any, int] | None:
+        for number in range(len(self)):
+            image = (index + number) % len(self)
+            if not self.unreadable[image]:
+                try:
+                    return self.dataset[image]
+                except CorruptImage as error:
+                    self.unreadable[image] = True
+                    print(f"warning: {error}: left out", file=sys.stderr, flush=True)
+            if not self.stand_in:
+                return None
+        raise CorruptImage(f"no image of {self.dataset.root} can be read")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def summary(self) -> str:
+        """A line for the run's end, '' where every image could be read."""
+        paths = [self.dataset.samples[i][0] for i in self.unreadable.nonzero().flatten().tolist()]
+        what = "another stood in for each" if self.stand_in else "evaluation left them out"
+        return (f"{len(paths)} of {len(self)} images of {self.dataset.root} could not be read, {what}: {_some(paths)}"
+                if paths else "")  # fmt: skip
 
 
 class Digits(Dataset):
@@ -73,7 +114,7 @@ def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Data
     augment: False shows training images as validation sees them.
 
     Only the split asked for has to be there: validation images are enough to evaluate. Raises DataError; reading an
-    image from the result may raise CorruptImage.
+    image from the result may raise CorruptImage, or where args.bad_images is "skip" give None (`Skipping`).
     """
     transform = build_transform(is_train and augment, args)
     if args.data_set == "DIGITS":
@@ -88,7 +129,10 @@ def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Data
         dataset = shards.build(is_train, args, transform)
     else:
         raise DataError(_unknown(args.data_set))
-    return dataset, len(dataset.classes)
+    classes = len(dataset.classes)
+    if isinstance(dataset, ImageFolder) and getattr(args, "bad_images", "error") == "skip":
+        dataset = Skipping(dataset, stand_in=is_train)
+    return dataset, classes
 
 
 def _unknown(spec: str) -> str:
@@ -164,6 +208,27 @@ def _image_folder(is_train: bool, args: Any, transform: Callable) -> Dataset:
     if empty := [name for i, name in enumerate(dataset.classes) if i not in filled]:
         raise DataError(f"class folders of {split} without images: {_some(empty)}; each needs at least one image")
     return dataset
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """What tells a data set from another: number of images, digest of names (or pixels) and classes, and, of images in
+    files, digest of the content of some."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.fingerprint
+    while not hasattr(dataset, "targets"):
+        dataset = dataset.dataset  # what wraps it
+    names, some = hashlib.sha256(), hashlib.sha256()
+    names.update(repr(list(map(int, dataset.targets))).encode())
+    if not isinstance(dataset, ImageFolder):
+        for image in getattr(dataset, "images", None) or dataset.data:
+            names.update(image.tobytes())
+        return dict(images=len(dataset.targets), names=names.hexdigest())
+    for path, _ in dataset.samples:
+        names.update(os.path.relpath(path, dataset.root).encode(errors="surrogateescape") + b"\n")
+    for path, _ in dataset.samples[:: max(1, len(dataset.samples) // SAMPLED)]:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            some.update(file.read())
+    return dict(images=len(dataset.samples), names=names.hexdigest(), some_files=some.hexdigest())
 
 
 def read_image(path: str) -> Image.Image:

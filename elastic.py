@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TERMINATED = 128 + signal.SIGTERM  # exit code of a run that SIGTERM stopped
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 _meeting = 1  # how often the ranks of this run have met at their store
@@ -36,70 +36,77 @@ def restarts() -> int:
 
 
 class Terminated(SystemExit):
-    """SIGTERM asked the run to end."""
+    """SIGTERM or SIGINT asked the run to end: exit code 143 or 130."""
 
-    def __init__(self) -> None:
-        super().__init__(TERMINATED)
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number).name
 
 
 class StopRequest:
-    """SIGTERM, noticed between two updates, on all ranks between the same two.
+    """SIGTERM or SIGINT, noticed between two updates, on all ranks between the same two. A second SIGINT ends at once.
 
     Ranks are told at different moments, so each update's answers are gathered in the background during the next one:
     no step waits for it, and all ranks stop one update later.
     """
 
     def __init__(self) -> None:
-        self.seen = self.interruptible = False
-        self._before: Any = None
+        self.seen = 0  # the signal's number
+        self.interruptible = False
+        self._when = 0.0
+        self._before: dict[int, Any] = {}
         several = dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group(backend="gloo") if several else None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def listen(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, self._handle)
+        self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
 
-    def _handle(self, *_: Any) -> None:
-        self.seen = True
+    def _handle(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if number == self.seen == signal.SIGINT and now - self._when > 1:  # a terminal and a launcher may both send it
+            raise KeyboardInterrupt
+        self.seen, self._when = number, now
         if self.interruptible:
-            raise Terminated
+            raise Terminated(number)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """SIGTERM raises Terminated right here: for work that may be broken off anywhere, such as evaluation.
+        """A signal raises Terminated right here: for work that may be broken off anywhere, such as evaluation.
 
         Among several ranks it waits for the next updates: one that left alone would leave the others in a collective.
         """
         self.interruptible = self._group is None
         try:
             if self.seen and self.interruptible:
-                raise Terminated
+                raise Terminated(self.seen)
             yield
         finally:
             self.interruptible = False
 
-    def agreed(self) -> bool:
-        """Whether to stop now; the same on every rank. Called after each update, by all."""
+    def agreed(self) -> int:
+        """The signal to stop for now, or 0; the same on every rank. Called after each update, by all."""
         if self._group is None:
             return self.seen
         answer = self._collect()
-        flag = torch.tensor(int(self.seen))
+        flag = torch.tensor(self.seen)
         self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
         return answer
 
-    def _collect(self) -> bool:
+    def _collect(self) -> int:
         if self._pending is None:
-            return False
+            return 0
         work, flag = self._pending
         work.wait()
         self._pending = None
-        return bool(flag)
+        return int(flag)
 
     def close(self, waiting: bool) -> None:
-        """SIGTERM means again what it meant before. waiting: for the other ranks' last answers, where they live."""
+        """The signals mean what they meant before. waiting: for the other ranks' last answers, where they live."""
         if waiting:
             self._collect()
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 class Heartbeat(threading.Thread):

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,40 +17,67 @@ from utils import RunFailed, is_main, seed_everything, world_size
 
 
 class Precision:
-    """Mixed precision: autocast to `dtype` (None: off), with loss scaling where float16 needs it."""
+    """Mixed precision: autocast to `dtype` (None: off), with loss scaling where float16 needs it.
+
+    overflows: updates that the scaler has left out, in all and without one in between that was not.
+    """
+
+    MOST_IN_A_ROW = 30  # from 2^16 the scale is then far below 1: the gradients are at fault
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None) -> None:
         self.device, self.dtype = device, dtype
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        self.overflows = self.in_a_row = 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def overflowed(self, yes: bool) -> bool:
+        """Count an update; whether too many in a row overflowed."""
+        self.overflows += yes
+        self.in_a_row = self.in_a_row + 1 if yes else 0
+        return self.in_a_row > self.MOST_IN_A_ROW
+
 
 class FiniteGuard:
-    """Stops a run whose loss is not finite, naming the step.
+    """Stops a run before an update with values that are not finite, naming epoch, step, batch and tensor.
 
-    On a CPU the loss is looked at before it is used; on a GPU a flag stays on the device, and `check` reads it at the
-    log interval and before anything is saved, so that no step waits for the host.
+    Losses of an update are looked at together with its gradients: one value goes to the host per update.
     """
 
-    def __init__(self, device: torch.device, epoch: int = 0) -> None:
-        self.epoch = epoch
-        self.immediate = device.type == "cpu"
-        self.first_bad = torch.full((), math.inf, device=device)
+    def __init__(self, precision: Precision, epoch: int = 0) -> None:
+        self.precision, self.epoch = precision, epoch
+        self.losses: list[tuple[int, Tensor]] = []
 
-    def see(self, loss: Tensor, step: int) -> None:
-        """Note the loss (scalar) of a step."""
-        bad = ~torch.isfinite(loss.detach())
-        self.first_bad = torch.minimum(self.first_bad, torch.where(bad, float(step), math.inf))
-        if self.immediate:
-            self.check()
+    def see(self, loss: Tensor, batch: int) -> None:
+        """The loss of a batch, which `check` looks at. batch: its number in the epoch, from 0."""
+        self.losses.append((batch, loss.detach()))
 
-    def check(self) -> None:
-        if math.isfinite(step := self.first_bad.item()):
-            raise RunFailed(f"the loss is not finite in epoch {self.epoch}, step {int(step)}")
+    def check(self, model: nn.Module, step: int) -> bool:
+        """Whether the optimizer may go by the gradients: not so after an overflow under loss scaling.
+
+        Raises RunFailed for a loss, or a gradient where nothing is scaled, that is not finite.
+        """
+        losses, self.losses = self.losses, []
+        gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in gradients]))
+        seen = torch.cat([torch.stack([loss.float() for _, loss in losses]), norms.float()]).isfinite()
+        scaled = self.precision.scaler.is_enabled()
+        if bool(seen.all()):
+            return not (scaled and self.precision.overflowed(False))
+        where, sound = f"in epoch {self.epoch}, step {step}", seen.tolist()
+        for (batch, _), finite in zip(losses, sound[: len(losses)], strict=True):
+            if not finite:
+                raise RunFailed(f"the loss of batch {batch} is not finite {where}")
+        odd = [name for (name, g), finite in zip(gradients, sound[len(losses) :], strict=True)
+               if not finite and not g.isfinite().all()]  # a norm may overflow where its values do not  # fmt: skip
+        if odd and (not scaled or self.precision.overflowed(True)):
+            name = odd[0].removeprefix("module.").removeprefix("model.")
+            batches = f"batch {losses[0][0]}" + (f" to {losses[-1][0]}" if len(losses) > 1 else "")
+            raise RunFailed(f"the gradient of {name} ({batches}) is not finite {where}")
+        return not odd
 
 
 def progress_bar(iterable: Iterable, total: int, label: str, done: int = 0) -> tqdm:
@@ -103,19 +130,13 @@ class Progress:
     epoch: int = 0
     step: int = 0
     meters: Meters = field(default_factory=Meters)
-    guard: FiniteGuard | None = None
     ended: bool = False
 
     def next_epoch(self) -> None:
         self.epoch, self.step, self.meters, self.ended = self.epoch + 1, 0, Meters(), False
 
     def state_dict(self) -> dict[str, Any]:
-        """Under a checkpoint's keys: the last epoch that is complete, all updates so far, and the losses of the rest.
-
-        Raises RunFailed when the loss of an update was not finite.
-        """
-        if self.guard:
-            self.guard.check()
+        """Under a checkpoint's keys: the last epoch that is complete, all updates so far, the losses of the rest."""
         running = self.meters.state_dict() if self.step else {}
         metrics = dict(running=running, updates=self.updates)
         return dict(epoch=self.epoch - 1, step=self.epoch * self.updates + self.step, metrics=metrics)
@@ -152,44 +173,68 @@ def train_one_epoch(
     `loader` starts with the first batch that is left, and an update takes `accumulate` of them. What an update draws is
     a function of seed, rank and its number alone. before_step gets that number, counted since training began (timm's
     `scheduler.step_update`); after_backward runs with gradients unscaled and weights not yet moved; after_step(loss)
-    runs with the weights moved and the update counted, and ends the epoch early by returning True. The caller chooses
-    train or eval mode. Raises RunFailed when the loss is not finite.
+    runs with the weights moved and the update counted, and ends the epoch early by returning True. An update that
+    overflows under loss scaling is left out, without after_backward. The caller chooses train or eval mode. Raises
+    RunFailed when a loss or a gradient is not finite, before the weights move.
     """
-    meters = progress.meters
-    guard = progress.guard = FiniteGuard(precision.device, progress.epoch)
-    batches = iter(loader)
+    meters, guard = progress.meters, FiniteGuard(precision, progress.epoch)
+    overflows = precision.overflows
     left = range(progress.step, progress.step if progress.ended else progress.updates)
     bar = progress_bar(left, progress.updates, f"epoch {progress.epoch}", done=progress.step)
-    for step in bar:
-        update = progress.epoch * progress.updates + step
-        seed_everything(seed, update)
-        before_step(update)
-        optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=precision.device)
-        for last in [False] * (accumulate - 1) + [True]:
-            images, targets = (t.to(precision.device, non_blocking=True) for t in next(batches))
-            with contextlib.nullcontext() if last or world_size() == 1 else model.no_sync():
-                part, values = _backward(model, criterion, images, targets, precision, mixup, 1 / accumulate)
-            guard.see(part, step)
-            meters.add(dict(loss=part) | values, len(images))
-            loss += part / accumulate
-        precision.scaler.unscale_(optimizer)
-        if not precision.scaler.is_enabled():  # a loss that is not finite on another rank arrives with its gradients
-            guard.see(next(p.grad for p in model.parameters() if p.grad is not None).sum(), step)
-        after_backward()
-        if clip_grad is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
-        progress.step = step + 1
-        if step % log_interval == 0:
-            guard.check()
-            bar.set_postfix({name: f"{mean:.4f}" for name, mean in meters.fetch().items()}, refresh=False)
-        if after_step(loss):
-            progress.ended = True
-            break
-    guard.check()
-    return meters.fetch() | dict(lr=optimizer.param_groups[0]["lr"])
+    with reading(loader) as batches:
+        for step in bar:
+            update = progress.epoch * progress.updates + step
+            seed_everything(seed, update)
+            before_step(update)
+            optimizer.zero_grad(set_to_none=True)
+            loss = torch.zeros((), device=precision.device)
+            for number in range(accumulate):
+                images, targets = (t.to(precision.device, non_blocking=True) for t in next(batches))
+                last = number == accumulate - 1
+                with contextlib.nullcontext() if last or world_size() == 1 else model.no_sync():
+                    part, values = _backward(model, criterion, images, targets, precision, mixup, 1 / accumulate)
+                guard.see(part, step * accumulate + number)
+                meters.add(dict(loss=part) | values, len(images))
+                loss += part / accumulate
+            precision.scaler.unscale_(optimizer)
+            if guard.check(model, step):
+                after_backward()
+                if clip_grad is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+            precision.scaler.step(optimizer)
+            precision.scaler.update()
+            progress.step = step + 1
+            if step % log_interval == 0:
+                bar.set_postfix({name: f"{mean:.4f}" for name, mean in meters.fetch().items()}, refresh=False)
+            if after_step(loss):
+                progress.ended = True
+                break
+    left_out = dict(overflows=precision.overflows - overflows) if precision.scaler.is_enabled() else {}
+    return meters.fetch() | dict(lr=optimizer.param_groups[0]["lr"]) | left_out
+
+
+@contextlib.contextmanager
+def reading(loader: Iterable) -> Iterator[Iterator]:
+    """Its batches; the processes that read them end with the context, whatever ends it.
+
+    Raises RunFailed where one of them died: the connection to it is lost, unless torch notices before.
+    """
+    batches = iter(loader)
+    try:
+        yield _received(batches)
+    finally:
+        getattr(batches, "_shutdown_workers", nothing)()
+
+
+def _received(batches: Iterator) -> Iterator:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (OSError, EOFError) as error:
+            raise RunFailed(f"a process that reads data died: {error}") from None
+        yield batch
 
 
 def _backward(model: nn.Module, criterion: Criterion, images: Tensor, targets: Tensor, precision: Precision,
@@ -213,18 +258,23 @@ def evaluate(model: nn.Module, loader: Iterable, precision: Precision, sharded: 
     model.eval()
     device = precision.device
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1 hits, top-5 hits, loss sum, samples
-    for images, targets in progress_bar(loader, len(loader), "evaluate"):
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        with precision.autocast():
-            logits = model(images)
-        logits = (sum(logits) / 2 if isinstance(logits, tuple) else logits).float()
-        hits = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-        count = torch.tensor(float(len(targets)), device=device)
-        totals += torch.stack([hits[:, 0].sum(), hits.sum(), loss, count]).double()
+    with reading(loader) as batches:
+        for images, targets in progress_bar(batches, len(loader), "evaluate"):
+            if not len(targets):  # none of them could be read
+                continue
+            images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            with precision.autocast():
+                logits = model(images)
+            logits = (sum(logits) / 2 if isinstance(logits, tuple) else logits).float()
+            hits = logits.topk(min(5, logits.shape[1]), 1).indices == targets[:, None]
+            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            count = torch.tensor(float(len(targets)), device=device)
+            totals += torch.stack([hits[:, 0].sum(), hits.sum(), loss, count]).double()
     if sharded and world_size() > 1:
         dist.all_reduce(totals)
     top1, top5, loss, samples = totals.tolist()
+    if not samples:
+        raise RunFailed("there is no image to evaluate on")
     if not math.isfinite(loss):
         raise RunFailed("the model's outputs are not finite")
     return dict(acc1=100 * top1 / samples, acc5=100 * top5 / samples, loss=loss / samples, samples=samples)

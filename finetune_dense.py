@@ -109,7 +109,7 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     problems = Problems()
     options.check_values(args, problems)
     _check_flags(args, problems)
-    parent = problems.attempt(checkpoint.load, checkpoint_path(args.finetune)) if args.finetune else None
+    parent = problems.attempt(checkpoint.load_model, checkpoint_path(args.finetune)) if args.finetune else None
     device = problems.attempt(training.start, args)
     problems.raise_if_any()
     full = problems.attempt(_full_model, args, parent)
@@ -122,6 +122,7 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     run = Run(device, full, data, problems.attempt(_model, args, full, parent))
     run.origin = full.path or (parent or {}).get("args", {}).get("initial_checkpoint", "")
     run.transfer = parent is not None and is_other_data(args, parent, data)
+    run.start = parent["model"] if parent and not args.scratch else None
     if not args.eval:
         run.teacher = problems.attempt(training.full_teacher, args, full, device)
         run.cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
@@ -153,8 +154,7 @@ def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[
 
     They are left out where the data is another: their accuracy would not compare.
     """
-    earlier = checkpoint_path(args.finetune).parent / "summary.json" if args.finetune else None
-    summary = json.loads(earlier.read_text()) if earlier and earlier.exists() else {}
+    summary = results.earlier(checkpoint_path(args.finetune).parent) if args.finetune else {}
     pruned = summary.get("pruned", {})
     if run.transfer:
         summary = {}

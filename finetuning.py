@@ -1,6 +1,7 @@
 """Training a dense model to its end: epochs, checkpoints and log, shared by finetuning and training from scratch."""
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import checkpoint
+import provenance
 import results
 import resuming
 import training
@@ -18,7 +20,7 @@ from curves import Curves
 from engine import Precision, Progress, evaluate, train_one_epoch
 from loaders import start_epoch
 from models.vit import TokenLogits
-from utils import append_log, is_main, say, write_args
+from utils import append_log, is_main, say
 
 CHECKPOINT = "ft_checkpoint.pth"
 
@@ -27,7 +29,7 @@ CHECKPOINT = "ft_checkpoint.pth"
 class Run:
     """What the arguments named, loaded and checked. origin: path of the dense weights; resumed: the checkpoint;
     transfer: whether the model was pruned on other data; teacher_tau: temperature of the teacher's KL where it is not
-    --distillation-tau."""
+    --distillation-tau; start: weights of the pruned checkpoint; inputs: see `resuming.inputs_of`."""
 
     device: torch.device
     full: training.FullModel
@@ -40,6 +42,8 @@ class Run:
     teacher_tau: float | None = None
     resumed: dict[str, Any] | None = None
     transfer: bool = False
+    start: dict[str, Any] | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,37 +59,45 @@ class State:
 
 
 def save(name: str, args: Any, run: Run, state: State) -> None:
-    """Write a checkpoint into the run's folder, on the main rank."""
+    """Write a checkpoint into the run's folder, on the main rank.
+
+    Equal runs write equal files, wherever they lie: the dense weights' path is relative to the folder.
+    """
     if not is_main():
         return
+    origin = os.path.relpath(run.origin, run.folder.resolve()) if run.origin else ""
     dims = run.model.dims
     progress = state.progress.state_dict()
     checkpoint.save(
-        run.folder / name, arch=run.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
+        run.folder / name, keep_older=name == CHECKPOINT, arch=run.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
         model=run.model.state_dict(), model_ema=state.ema.module.state_dict() if state.ema else None,
         optimizer=state.optimizer.state_dict(), lr_scheduler=state.scheduler.state_dict(),
         scaler=state.precision.scaler.state_dict(), epoch=progress["epoch"], step=progress["step"],
         rng=checkpoint.rng_state(), metrics=state.metrics | progress["metrics"],
-        args=resuming.saved_args(args, run.origin),
+        args=resuming.saved_args(args, origin, run.inputs),
     )  # fmt: skip
 
 
 def read_resumed(args: Any, run: Run, folder: Path) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None. Raises ValueError where it does not fit the arguments."""
     fitting = dict(arch=run.full.record, dims=run.model.dims.to_dict())
-    return resuming.read(args, folder, CHECKPOINT, run="finetuning", fitting=fitting, needed="lr_scheduler")
+    named = {name: model.state_dict() for name, model in (("teacher", run.teacher), ("CNN", run.cnn)) if model}
+    run.inputs = resuming.inputs_of(run.data, weights=run.start or run.full.state, **named)
+    return resuming.read(args, folder, CHECKPOINT, run="finetuning", fitting=fitting, needed="lr_scheduler",
+                         inputs=run.inputs)  # fmt: skip
 
 
 def restore(run: Run, state: State) -> None:
     """Go on from the resumed checkpoint."""
     content = run.resumed
-    run.model.load_state_dict(content["model"])
-    if state.ema and content["model_ema"]:
-        state.ema.module.load_state_dict(content["model_ema"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.scheduler.load_state_dict(content["lr_scheduler"])
-    state.precision.scaler.load_state_dict(content["scaler"])
-    state.metrics = resuming.restore(content, state.progress, run.folder)
+    with resuming.restoring(content["path"]):
+        run.model.load_state_dict(content["model"])
+        if state.ema and content["model_ema"]:
+            state.ema.module.load_state_dict(content["model_ema"])
+        state.optimizer.load_state_dict(content["optimizer"])
+        state.scheduler.load_state_dict(content["lr_scheduler"])
+        state.precision.scaler.load_state_dict(content["scaler"])
+        state.metrics = resuming.restore(content, state.progress, run.folder)
 
 
 def train(args: Any, run: Run) -> dict[str, Any]:
@@ -101,7 +113,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
     criterion = training.make_loss(args, run.cnn, run.teacher, tau=run.teacher_tau or args.distillation_tau,
                                    per_token=True)  # fmt: skip
     mixup = training.make_mixup(args, run.data.classes)
-    write_args(run.folder, args)
+    provenance.record(args, run.folder, run.device, run.data, run.inputs)
     test = partial(evaluate, loader=val_loader, precision=state.precision, sharded=args.dist_eval)
     parameters = sum(p.numel() for p in run.model.parameters())
 
@@ -113,7 +125,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
         say(f"before: top-1 {state.metrics['acc1']:.2f}, {parameters:,} parameters, widths {run.model.dims.to_dim()}")
     curves = Curves(run.folder, purge_step=progress.epoch)
     keeper = resuming.Keeper(progress, run.folder / CHECKPOINT, args.recovery_interval,
-                             partial(save, CHECKPOINT, args, run, state))  # fmt: skip
+                             partial(save, CHECKPOINT, args, run, state), args.checkpoint_errors)  # fmt: skip
 
     def after_step(loss: Tensor) -> None:
         if ema:
@@ -139,11 +151,11 @@ def train(args: Any, run: Run) -> dict[str, Any]:
             epoch = progress.epoch
             progress.next_epoch()
             state.metrics = tested | dict(best=max(state.metrics["best"], tested["acc1"]))
-            append_log(run.folder, **line, epoch=epoch, n_parameters=parameters)
+            keeper.attempt(append_log, run.folder, **line, epoch=epoch, n_parameters=parameters)
             if tested["acc1"] >= state.metrics["best"]:
-                save("ft_best.pth", args, run, state)
-            save(CHECKPOINT, args, run, state)
-            curves.epoch(line, epoch)
+                keeper.attempt(save, "ft_best.pth", args, run, state)
+            keeper.write()
+            keeper.attempt(curves.epoch, line, epoch)
             shown = f", EMA {line['test_ema_acc1']:.2f}" if ema else ""
             say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {tested['acc1']:.2f}{shown}, "
                 f"best {state.metrics['best']:.2f}")  # fmt: skip

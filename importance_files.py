@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+import schema
 import training
 from checkpoint import write_atomically
 from models import ViTDims
-from pruning.gates import axes_of_component
+from pruning.gates import COMPONENTS, axes_of_component
 from pruning.savit import Importance
 from utils import write_json
 
@@ -54,17 +54,22 @@ def save(folder: Path, importance: Importance, model: dict[str, Any], data: dict
 
 def _described(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
+    if not path.is_file():
+        raise ValueError(f"importance file {path}: No such file or directory; {HINT}")
     try:
-        described = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"importance file {path}: {error.strerror}; {HINT}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"importance file {path} is not JSON: {error}") from None
+        described = schema.read_json(path)
+    except schema.SchemaError as error:
+        raise ValueError(f"importance file {error}") from None
     keys = ("format", "model", "data", "components", "method")
     if not isinstance(described, dict) or any(key not in described for key in keys):
         raise ValueError(f"importance file {path} needs the keys {', '.join(keys)}")
     if described["format"] != FORMAT:
-        raise ValueError(f"importance file {path} has format {described['format']}, not {FORMAT}")
+        raise ValueError(f"importance file {path} has format {str(described['format'])[:60]}, not {FORMAT}")
+    named = described["components"]
+    if not isinstance(named, list) or not named or any(name not in COMPONENTS for name in named):
+        raise ValueError(f"importance file {path}: components must be some of {', '.join(COMPONENTS)}")
+    if not isinstance(described["data"], dict):
+        raise ValueError(f"importance file {path}: data must be an object")
     return described
 
 
@@ -100,7 +105,8 @@ def load(folder: str | Path, model: dict[str, Any], data_set: str, method: int) 
         {axis: _vector(tensors, f"{kind}/{axis}", dims.sizes()[axis], folder) for axis in axes}
         for kind in ("score", "gradient", "fisher")
     ]
-    return Importance(components, method, *units, tensors.get("hessian"), tensors.get("hessian_error"))
+    square = [_interactions(tensors, name, len(components), folder) for name in ("hessian", "hessian_error")]
+    return Importance(components, method, *units, *square)
 
 
 def _vector(tensors: dict[str, Tensor], name: str, length: int, folder: Path) -> Tensor:
@@ -108,7 +114,24 @@ def _vector(tensors: dict[str, Tensor], name: str, length: int, folder: Path) ->
     if found is None or found.shape != (length,):
         shape = None if found is None else tuple(found.shape)
         raise ValueError(f"importance file {folder / TENSORS}: {name} has shape {shape}, not ({length},)")
-    return found.double()
+    return _finite(found, name, folder).double()
+
+
+def _interactions(tensors: dict[str, Tensor], name: str, count: int, folder: Path) -> Tensor | None:
+    if (found := tensors.get(name)) is None:
+        return None
+    if found.shape != (count, count):
+        raise ValueError(f"importance file {folder / TENSORS}: {name} has shape {tuple(found.shape)}, "
+                         f"not ({count}, {count})")  # fmt: skip
+    if name == "hessian_error" and found.is_floating_point() and found.isnan().all():
+        return found  # converted files do not know it
+    return _finite(found, name, folder)
+
+
+def _finite(found: Tensor, name: str, folder: Path) -> Tensor:
+    if not found.is_floating_point() or not found.isfinite().all():
+        raise ValueError(f"importance file {folder / TENSORS}: {name} holds values that are not finite numbers")
+    return found
 
 
 def read_for(args: Any, model: nn.Module) -> Importance:

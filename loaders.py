@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
 
+import elastic
 from datasets import DataError
 from shards import ShardLoader
 from utils import preserved_random_state, seed_generators
@@ -107,14 +108,22 @@ def build_loader(
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and torch.cuda.is_available(),
         drop_last=is_train,
+        collate_fn=None if is_train else _those_there,
         generator=torch.Generator(),  # else a loader draws the seeds of its workers from this process's
-        worker_init_fn=_outlive_sigterm,
+        worker_init_fn=_outlive_signals,
     )
 
 
-def _outlive_sigterm(_: int) -> None:
-    """Launchers send SIGTERM to whole process groups; the main process stops its workers when it has stopped."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _those_there(samples: list[tuple[Tensor, int] | None]) -> Any:
+    """A batch without the images that could not be read; it may be empty."""
+    there = [sample for sample in samples if sample is not None]
+    return default_collate(there) if there else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+
+
+def _outlive_signals(_: int) -> None:
+    """Launchers and terminals send them to whole process groups; the main process ends its workers when it ends."""
+    for number in elastic.STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _train_sampler(dataset: Dataset, args: Any, rank: int, world_size: int) -> Sampler:

@@ -17,6 +17,7 @@ import calibration
 import one_shot
 import options
 import planning
+import provenance
 import pruning_options
 import results
 import resuming
@@ -38,7 +39,6 @@ from utils import (
     run_script,
     say,
     warn,
-    write_args,
     write_json,
 )
 
@@ -143,7 +143,8 @@ def check_args(args: argparse.Namespace) -> Setup:
     for target in () if args.one_shot else pruner.targets:  # one-shot goes below the floors of the groups
         problems.attempt(target.check_reachable, pruner.floor())
     path = run_folder(args, full, label, cap)
-    resumed = problems.attempt(read_resumed, args, full, config, path)
+    inputs = resuming.inputs_of(data, weights=model.state_dict(), table=table.data, CNN=cnn and cnn.state_dict())
+    resumed = problems.attempt(read_resumed, args, full, config, path, inputs)
     problems.raise_if_any()
     folder = path if args.dry_run else problems.attempt(make_folder, path)
     problems.raise_if_any()
@@ -155,7 +156,7 @@ def check_args(args: argparse.Namespace) -> Setup:
     if (cleaned := table.monotone_report()).raised:
         say(f"latency table: {cleaned.raised} of {cleaned.values} values lie below that of a narrower layer, by up to "
             f"{cleaned.largest_change:.1%}; selection counts such a step as free")  # fmt: skip
-    return Setup(device, full, data, model, cnn, table, config, pruner, folder, resumed)
+    return Setup(device, full, data, model, cnn, table, config, pruner, folder, resumed, inputs)
 
 
 @torch.inference_mode()
@@ -205,13 +206,20 @@ def conclude(args: argparse.Namespace, setup: Setup, top1_dense: float, metrics:
 def prune_one_shot(args: argparse.Namespace, setup: Setup, precision: Precision, top1_dense: float) -> None:
     """--one_shot from beginning to end."""
     resuming.start_anew(setup.folder, CHECKPOINT)
-    write_args(setup.folder, args)
+    provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
     conditions = results.Conditions.of(setup.table, args.batch_size)
     found = one_shot.prune_(args, setup, calibration.images_of(args, setup.full),
                             lambda dims: results.measured_ratio(setup.full, dims, conditions, setup.device))
     metrics = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
     append_log(setup.folder, epoch=0, **found, **results.log_line({}, metrics))
     conclude(args, setup, top1_dense, metrics, lambda name: one_shot.save(name, args, setup, metrics))
+
+
+def evaluated(dense: nn.Module, args: argparse.Namespace, setup: Setup, precision: Precision) -> float:
+    """Top-1 of the dense model in percent, said."""
+    found = evaluate(dense, setup.data.val, precision, args.dist_eval)
+    say(f"dense model: top-1 {found['acc1']:.2f} on {int(found['samples'])} images")
+    return found["acc1"]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -222,8 +230,7 @@ def main(args: argparse.Namespace) -> None:
     precision = training.precision(args, setup.device)
     images = calibration.prepare(args, setup)
     teacher = training.frozen(copy.deepcopy(setup.model), setup.device)
-    top1_dense = evaluate(teacher, setup.data.val, precision, args.dist_eval)["acc1"]
-    say(f"dense model: top-1 {top1_dense:.2f} on {len(setup.data.val.dataset)} images")
+    top1_dense = evaluated(teacher, args, setup, precision)
     if args.one_shot:
         prune_one_shot(args, setup, precision, top1_dense)
         return
@@ -243,9 +250,9 @@ def main(args: argparse.Namespace) -> None:
     state = State(steps, optimizer, precision, progress, dict(acc1=top1_dense))
     if setup.resumed:
         restore(setup, state)
-    write_args(setup.folder, args)
+    provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
     keeper = resuming.Keeper(progress, setup.folder / CHECKPOINT, args.recovery_interval,
-                             partial(save, CHECKPOINT, args, setup, state))  # fmt: skip
+                             partial(save, CHECKPOINT, args, setup, state), args.checkpoint_errors)  # fmt: skip
 
     def after_step(loss: Tensor) -> bool:
         if steps.after_step(loss):
@@ -270,9 +277,10 @@ def main(args: argparse.Namespace) -> None:
             epoch, ratio = progress.epoch, setup.pruner.ratio
             progress.next_epoch()
             state.metrics = test | dict(latency=ratio)
-            append_log(setup.folder, epoch=epoch, events=steps.events, latency=ratio, **results.log_line(stats, test))
-            steps.curves.epoch(results.log_line(stats, test), epoch)
-            save(CHECKPOINT, args, setup, state)
+            keeper.attempt(append_log, setup.folder, epoch=epoch, events=steps.events, latency=ratio,
+                           **results.log_line(stats, test))  # fmt: skip
+            keeper.attempt(steps.curves.epoch, results.log_line(stats, test), epoch)
+            keeper.write()
             say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f}")
 
     # ---------------------------------------------------------------- result

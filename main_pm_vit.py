@@ -13,6 +13,7 @@ from torch import nn
 import checkpoint
 import options
 import pm_vit_steps as steps
+import provenance
 import results
 import resuming
 import training
@@ -86,6 +87,8 @@ def _add_token_args(parser: argparse.ArgumentParser) -> None:
 
 # --------------------------------------------------------------------------------------------------------------- prune
 def prune(args: argparse.Namespace, run: Run) -> None:
+    """Compress the model and write pruned_checkpoint.pth with what it is worth."""
+    provenance.record(args, run.folder, run.device, run.data, {})
     model = run.model.to(run.device).eval()
     found = steps.structure(args, run)
     merging = pm_vit.Merging(args.merge, args.merge_entries == "published", args.shortcut == "merged")
@@ -99,7 +102,6 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     checkpoint.save(path, arch=dict(name=small.arch, kwargs=training.structural(small.arch_kwargs) | run.full.kwargs),
                     dims=small.dims.to_dict(), dim=small.dims.to_dim(), model=small.state_dict(),
                     metrics=dict(acc1=after), args=resuming.saved_args(args, run.origin))  # fmt: skip
-    write_json(run.folder / "args.json", vars(args))
     append_log(run.folder, dense_acc1=before, test_acc1=after, tokens=[b.tokens for b in small.dims.blocks])
     counts = " ".join(str(b.tokens) for b in small.dims.blocks)
     say(f"tokens per block {counts} of {found.centres.shape[1] + model.num_prefix_tokens}, "
@@ -112,8 +114,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
 def summarise(args: argparse.Namespace, run: Run, path: Path, dims: ViTDims, **top1: float) -> None:
     """Add a stage to summary.json beside a checkpoint; the earlier stages come from --resume's folder."""
     here = path.parent / "summary.json"
-    earlier = here if here.exists() else Path(args.resume).parent / "summary.json"
-    summary = json.loads(earlier.read_text()) if earlier.exists() else {}
+    summary = results.earlier(path.parent if here.exists() else Path(args.resume).parent)
     conditions = results.Conditions(args.batch_size, compiled=args.compile)
     ((name, accuracy),) = top1.items()
     dense = dims == training.dims_of(run.full)
@@ -133,6 +134,7 @@ def freeze_(args: argparse.Namespace, model: nn.Module) -> None:
 
 
 def finetune(args: argparse.Namespace, run: Run) -> None:
+    """Train the compressed model to the last epoch."""
     freeze_(args, run.model)
     metrics = train(steps.with_losses(args), run)
     if is_main():
@@ -143,6 +145,7 @@ def finetune(args: argparse.Namespace, run: Run) -> None:
 
 # ----------------------------------------------------------------------------------------------------- eval and speed
 def evaluated(args: argparse.Namespace, run: Run) -> None:
+    """Say the accuracy of a compressed model and what it costs."""
     result = evaluate(run.model.to(run.device), run.data.val, training.precision(args, run.device), args.dist_eval)
     counted = (run.model.arch, run.model.dims)
     kwargs = run.model.arch_kwargs
@@ -205,7 +208,7 @@ def check_args(args: argparse.Namespace) -> Run:
     problems.raise_if_any()
     problems.attempt(check_model, args, model)
     problems.raise_if_any()
-    run = Run(device, model.full, training.Data(None, None, 0), None, origin=model.origin)
+    run = Run(device, model.full, training.Data(None, None, 0), None, origin=model.origin, start=model.weights)
     if args.speed_only:
         run.model = model
         return run

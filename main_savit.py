@@ -14,6 +14,7 @@ from torch import nn
 import checkpoint
 import importance_files
 import options
+import provenance
 import results
 import savit_scoring
 import shards
@@ -29,7 +30,7 @@ from pruning.gates import COMPONENTS, axes_of_component
 from pruning.interaction import FORMS, without_second_derivative
 from pruning.macs_search import SEARCHES, Problem
 from pruning.savit import FORMULAS, METHODS, Importance
-from utils import Problems, RunFailed, is_main, make_folder, run_script, say, warn, write_args, write_json
+from utils import Problems, RunFailed, is_main, make_folder, run_script, say, warn, write_json
 
 DEFAULT_MODEL = "deit_base_patch16_224"
 
@@ -141,7 +142,7 @@ def _start(args: argparse.Namespace) -> tuple[training.FullModel, dict[str, Any]
     path = args.finetune or args.initial_checkpoint
     content = checkpoint.read(path) if path else {}
     if "format" in content:
-        content = checkpoint.load(path)
+        content = checkpoint.load_model(path)
         arch, origin = content["arch"], (content["args"] or {}).get("initial_checkpoint", "")
         if args.model not in (None, arch["name"]):
             raise ValueError(f"--model is {args.model} but {path} holds {arch['name']}")
@@ -265,7 +266,7 @@ def main(args: argparse.Namespace) -> None:
     precision = training.precision(args, setup.device)
     before = evaluate(TokenLogits(model), setup.data.val, precision, args.dist_eval)["acc1"]
     say(f"before: top-1 {before:.2f}, {savit_log.complexity(model.arch, start, model.arch_kwargs)}")
-    write_args(setup.folder, args)
+    provenance.record(args, setup.folder, setup.device, setup.data, {})
 
     # ---------------------------------------------------------------- score
     importance = setup.importance

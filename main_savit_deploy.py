@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +110,7 @@ def check_args(args: argparse.Namespace) -> Run:
         problems.add("--start_epoch goes with --resume")
     if not args.masked_model:
         problems.add("--masked_model FILE is required: pruned_checkpoint.pth of a pruning run")
-    parent = problems.attempt(checkpoint.load, args.masked_model) if args.masked_model else None
+    parent = problems.attempt(checkpoint.load_model, args.masked_model) if args.masked_model else None
     device = problems.attempt(training.start, args)
     problems.raise_if_any()
     full = problems.attempt(_full_model, args, parent)
@@ -119,7 +118,7 @@ def check_args(args: argparse.Namespace) -> Run:
     data = problems.attempt(training.load_data, args, full)
     problems.raise_if_any()
     run = Run(device, full, data, problems.attempt(_model, args, parent, data.classes), folder=Path(args.output_dir))
-    run.origin = parent["args"].get("initial_checkpoint", "")
+    run.origin, run.start = parent["args"].get("initial_checkpoint", ""), parent["model"]
     run.teacher_tau = args.distillation_tau_full
     teacher = problems.attempt(_teacher, args, full) if args.distillation_type_full != "none" else None
     if teacher is not None:
@@ -135,8 +134,7 @@ def check_args(args: argparse.Namespace) -> Run:
 
 def finish(args: argparse.Namespace, run: Run, top1: float) -> None:
     """summary.json and dims.json; the earlier stages come from the pruning run's summary."""
-    earlier = Path(args.masked_model).parent / "summary.json"
-    summary = json.loads(earlier.read_text()) if earlier.exists() else {}
+    summary = results.earlier(Path(args.masked_model).parent)
     conditions = results.Conditions(args.batch_size, compiled=args.compile)
     dims = run.model.dims
     measured = results.measured_ratio(run.full, dims, conditions, run.device)

@@ -76,6 +76,9 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_workers", metavar="N", type=int, default=10, help="loader processes (default: 10)")
     group.add_argument("--pin-mem", action=argparse.BooleanOptionalAction, default=True,
                        help="page-locked memory for faster transfers to a GPU")
+    group.add_argument("--bad_images", choices=("error", "skip"), default="error",
+                       help="an unreadable image ends the run, or another training image stands in for it and "
+                            "evaluation leaves it out, which is counted and said (default: error)")
     group.add_argument("--dist-eval", action="store_true",
                        help="share the validation images out among processes, each counted once (default: off)")
 
@@ -207,6 +210,8 @@ def add_run_args(parser: argparse.ArgumentParser, output: str, trains: bool = Tr
                        help="recompute each block in the backward pass: less memory, more time (default: off)")
     group.add_argument("--recovery-interval", metavar="STEPS", type=int, default=0,
                        help="updates between checkpoints inside an epoch (default: 0, at its end only)")
+    group.add_argument("--checkpoint_errors", choices=("stop", "warn"), default="stop",
+                       help="what a checkpoint that cannot be written does, inside the run (default: stop)")
 
 
 def add_resume_args(parser: argparse.ArgumentParser, name: str) -> None:
@@ -259,6 +264,7 @@ UNDERSCORED = {  # flags that the published commands spell so
     "latency_measured", "prune_mode", "prune_iter", "prune_rate", "keep_rate", "merge_list", "merge_entries",
     "per_image", "depth_factor", "dense_merge", "freeze_param", "freeze_matrix",
     "saliency_loss", "shrink_interval",
+    "bad_images", "checkpoint_errors",
 }  # fmt: skip
 RANGES = {  # flag: (what it must be, test); a flag that a script lacks, or that is None, passes
     "batch_size": ("above 0", lambda x: x > 0),

@@ -36,6 +36,7 @@ class Model:
     origin: str = ""
 
     def build(self, args: Any) -> nn.Module:
+        """With its weights, and drop rates as the flags say. Raises ValueError."""
         drops = training.drop_rates(args)
         if self.content is None:
             return self.full.build(**drops)
@@ -47,6 +48,10 @@ class Model:
             return self.full.check_classifier()
         if (own := self.content["arch"]["kwargs"].get("num_classes", 1000)) != classes:
             raise ValueError(f"{args.resume} has {own} classes, the data has {classes}")
+
+    @property
+    def weights(self) -> dict[str, Tensor] | None:
+        return self.full.state if self.content is None else self.content["model"]
 
     @property
     def dims(self) -> ViTDims:

@@ -11,6 +11,7 @@ from utils import Problems
 
 
 def add_pruning_args(parser: Any) -> None:
+    """How a pruning run chooses, scores and keeps what it can."""
     group = parser.add_argument_group("pruning")
     group.add_argument("--pruning", action="store_true", help="prune; without it the dense model is evaluated")
     group.add_argument("--pruning_config", metavar="FILE", default="pruning_configs/group8_m23_m09.json",
@@ -59,6 +60,7 @@ def add_pruning_args(parser: Any) -> None:
 
 
 def add_one_shot_args(parser: Any) -> None:
+    """Flags of --one_shot."""
     group = parser.add_argument_group("one-shot pruning")
     group.add_argument("--one_shot", action="store_true",
                        help="prune to --latency_target without labels, gradients or training (default: off)")

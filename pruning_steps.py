@@ -32,7 +32,7 @@ CHECKPOINT = "checkpoint.pth"
 
 @dataclass
 class Setup:
-    """What the arguments named, loaded and checked."""
+    """What the arguments named, loaded and checked. inputs: see `resuming.inputs_of`."""
 
     device: torch.device
     full: training.FullModel
@@ -44,6 +44,7 @@ class Setup:
     pruner: GlobalPruner
     folder: Path
     resumed: dict[str, Any] | None
+    inputs: dict[str, str] = field(default_factory=dict)
 
 
 def make_pruner(args: Any, full: training.FullModel, masks: Masks, table: LatencyTable, config: PruningConfig,
@@ -105,8 +106,11 @@ class PruningSteps:
         return self.criterion(logits, images, targets)
 
     def after_backward(self) -> None:
+        """Raises RunFailed, before the weights move, for a score that is not finite."""
         self.masks.drop_gradients_(self.model)
         self.saliency.step()
+        if odd := self.saliency.not_finite():
+            raise RunFailed(f"the saliency of {odd[0]} is not finite in update {self.steps} of the run")
 
     def after_step(self, loss: Tensor) -> bool:
         """True once the run is over: the target is met or nothing may be removed any more."""
@@ -205,18 +209,20 @@ def save(name: str, args: Any, setup: Setup, state: State) -> None:
     steps, progress = state.steps, state.progress.state_dict()
     model, masks = steps.shrunk.expanded(steps.model, steps.masks)
     checkpoint.save(
-        setup.folder / name, arch=setup.full.record, dims=masks.dims.to_dict(), dim=masks.dims.to_dim(),
-        masks=masks.state_dict(), model=model.state_dict(), optimizer=steps.shrunk.optimizer_state(steps.model),
-        scaler=state.precision.scaler.state_dict(), pruner=steps.state_dict(), epoch=progress["epoch"],
-        step=steps.steps, rng=checkpoint.rng_state(), metrics=state.metrics | progress["metrics"],
-        args=resuming.saved_args(args, setup.full.path),
+        setup.folder / name, keep_older=name == CHECKPOINT, arch=setup.full.record, dims=masks.dims.to_dict(),
+        dim=masks.dims.to_dim(), masks=masks.state_dict(), model=model.state_dict(),
+        optimizer=steps.shrunk.optimizer_state(steps.model), scaler=state.precision.scaler.state_dict(),
+        pruner=steps.state_dict(), epoch=progress["epoch"], step=steps.steps, rng=checkpoint.rng_state(),
+        metrics=state.metrics | progress["metrics"],
+        args=resuming.saved_args(args, setup.full.path, setup.inputs),
     )  # fmt: skip
 
 
-def read_resumed(args: Any, full: training.FullModel, config: PruningConfig, folder: Path) -> dict[str, Any] | None:
+def read_resumed(args: Any, full: training.FullModel, config: PruningConfig, folder: Path,
+                 inputs: dict[str, str]) -> dict[str, Any] | None:  # fmt: skip
     """The checkpoint to go on from, or None. Raises ValueError where it does not fit the arguments."""
     content = resuming.read(args, folder, CHECKPOINT, run="pruning", fitting=dict(arch=full.record), needed="pruner",
-                            may_differ={"epochs"})  # the learning rate is constant  # fmt: skip
+                            inputs=inputs, may_differ={"epochs"})  # the learning rate is constant  # fmt: skip
     if content is not None and content["pruner"]["config"] != asdict(config):
         raise ValueError(f"--resume: {args.pruning_config} is not the pruning config of that run")
     return content
@@ -225,9 +231,10 @@ def read_resumed(args: Any, full: training.FullModel, config: PruningConfig, fol
 def restore(setup: Setup, state: State) -> None:
     """Go on from the resumed checkpoint."""
     content = setup.resumed
-    setup.model.load_state_dict(content["model"])
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.precision.scaler.load_state_dict(content["scaler"])
-    state.steps.restore(content["pruner"], content["masks"])
-    state.metrics = resuming.restore(content, state.progress, setup.folder)
+    with resuming.restoring(content["path"]):
+        setup.model.load_state_dict(content["model"])
+        state.optimizer.load_state_dict(content["optimizer"])
+        state.precision.scaler.load_state_dict(content["scaler"])
+        state.steps.restore(content["pruner"], content["masks"])
+        state.metrics = resuming.restore(content, state.progress, setup.folder)
     state.progress.ended = state.steps.done

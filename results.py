@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import schema
 from latency.measure import DTYPES, device_name, interleaved, ratio
 from latency.table import LatencyTable
 from latency.whole import measured_ratios
@@ -16,6 +17,7 @@ from models import ViTDims, build_vit, macs, params, sparsity
 from training import FullModel
 from utils import say, warn
 
+MOST_BATCH = 65_536  # of a measurement that a file asks for
 BUILDS, ROUNDS = 5, 15  # fresh pairs of models per measurement, and how often each is measured
 
 
@@ -95,6 +97,27 @@ def after_training(folder: Path) -> tuple[str, str]:
     quoted = shlex.quote(str(folder))
     return (f"-m tools.report {quoted}",
             f"-m tools.export {shlex.quote(str(folder / 'ft_checkpoint.pth'))} --format onnx")  # fmt: skip
+
+
+def earlier(folder: Path) -> dict[str, Any]:
+    """The stages before this one, from the summary in `folder`: what is no summary is left out, with a warning."""
+    path = folder / "summary.json"
+    if not path.exists():
+        return {}
+    try:
+        return {name: _checked(name, found) for name, found in schema.read_json(path).items()}
+    except (schema.SchemaError, AttributeError) as error:
+        reason = "it is no object" if isinstance(error, AttributeError) else str(error).removeprefix(f"{path} ")
+        warn(f"{path} is left out of this run's summary: {reason}")
+        return {}
+
+
+def _checked(name: str, found: Any) -> dict[str, Any]:
+    schema.check_plain(found, name)
+    batch = found.get("batch", 1)
+    if not isinstance(batch, int) or not 0 < batch <= MOST_BATCH or found.get("dtype", "fp32") not in DTYPES:
+        raise schema.SchemaError(f"{name}: batch or dtype is none")
+    return found
 
 
 def result_line(path: Path, result: dict[str, Any]) -> str:

@@ -12,22 +12,38 @@ from typing import Any
 import checkpoint
 import elastic
 import options
+import utils
+from datasets import fingerprint
 from engine import Progress
-from utils import BadArguments, RunFailed, check_identical, is_main, rank, say, world_size, write_text
+from utils import BadArguments, RunFailed, check_identical, explained, is_main, rank, say, warn, world_size, write_text
 
 # What may differ between a run and its continuation: the checkpoint holds the model, paths are only where things lie,
 # and the rest changes how a step is computed but not what it computes.
-MAY_DIFFER = {
-    "model", "model_kwargs", "input_size", "initial_checkpoint", "finetune", "teacher_path", "data_path", "output_dir",
-    "latency_look_up_table", "pruning_config", "resume", "start_epoch", "device", "num_workers", "pin_mem", "dist_eval",
+PATHS = {
+    "initial_checkpoint", "finetune", "masked_model", "teacher_path", "teacher_path_full", "data_path", "output_dir",
+    "latency_look_up_table", "pruning_config", "dims",
+}  # fmt: skip
+MAY_DIFFER = PATHS | {
+    "model", "model_kwargs", "input_size", "resume", "start_epoch", "device", "num_workers", "pin_mem", "dist_eval",
     "dist_timeout", "log_interval", "recovery_interval", "compile", "grad_checkpointing", "batch_size",
-    "grad_accum_steps", "world_size", "dims", "dry_run",
+    "grad_accum_steps", "world_size", "dry_run", "bad_images", "checkpoint_errors", "inputs",
 }  # fmt: skip
 
 
-def saved_args(args: Any, origin: str) -> dict[str, Any]:
-    """The arguments as a checkpoint holds them; origin: path of the dense weights."""
-    return vars(args) | dict(initial_checkpoint=origin, world_size=world_size())
+def saved_args(args: Any, origin: str, inputs: dict[str, str] | None = None) -> dict[str, Any]:
+    """The arguments as a checkpoint holds them: what is computed, not where things lie or how it was gone on with.
+
+    origin: path of the dense weights; inputs: see `inputs_of`.
+    """
+    kept = {name: value for name, value in vars(args).items() if name not in PATHS | {"resume", "start_epoch"}}
+    return kept | dict(initial_checkpoint=origin, world_size=world_size(), inputs=inputs or {})
+
+
+def inputs_of(data: Any, **states: Any) -> dict[str, str]:
+    """Digests of what a run is made from: its images, and named weights and tables (None: there is none)."""
+    images = {f"{split} images": fingerprint(loader.dataset)["names"] for split, loader in
+              (("training", data.train), ("validation", data.val)) if loader is not None}  # fmt: skip
+    return images | {name: checkpoint.digest(state) for name, state in states.items() if state is not None}
 
 
 def _global_batch(args: dict[str, Any]) -> int:
@@ -42,28 +58,58 @@ def _differences(now: dict[str, Any], before: dict[str, Any], may_differ: set[st
     return found
 
 
-def read(args: Any, folder: Path, name: str, *, run: str, fitting: dict[str, Any], needed: str,
-         may_differ: set[str] = frozenset()) -> dict[str, Any] | None:  # fmt: skip
-    """The checkpoint to go on from: what --resume names, or after a restart by torchrun the newest; None to start anew.
+def _newest(path: Path) -> tuple[dict[str, Any], Path]:
+    """A checkpoint, or where it is missing or damaged the one before it, which is said. Raises CheckpointError."""
+    try:
+        return checkpoint.load(path), path
+    except checkpoint.DamagedError as error:
+        if not (before := checkpoint.older(path)).exists():
+            raise
+        content = checkpoint.load(before)
+        warn(f"{error}; going on from the one before it, {before}")
+        return content, before
 
-    run: what kind of run it must be of; fitting: what some of its keys must hold; needed: a key that it must have.
-    Raises ValueError for one that does not fit, or whose epoch or hyper-parameters are not the arguments'.
+
+def read(args: Any, folder: Path, name: str, *, run: str, fitting: dict[str, Any], needed: str,
+         inputs: dict[str, str] | None = None,
+         may_differ: set[str] = frozenset()) -> dict[str, Any] | None:  # fmt: skip
+    """The checkpoint to go on from: what --resume names, or after a restart the newest; None to start anew.
+
+    run: what kind of run it must be of; fitting: what some of its keys must hold; needed: a key that it must have;
+    inputs: what the run must have been made from. Raises ValueError for one that does not fit, or whose epoch or
+    hyper-parameters are not the arguments'.
     """
     own = folder / name
-    if elastic.restarts() and own.exists():
+    if elastic.restarts() and (own.exists() or checkpoint.older(own).exists()):
         path = own
     elif args.resume:
         path = own if args.resume == "auto" else Path(args.resume)
     else:
         return None
-    content = checkpoint.load(path)
-    if content[needed] is None or any(content[key] != value for key, value in fitting.items()):
+    content, path = _newest(path)
+    whole = content[needed] is not None and content["epoch"] is not None
+    if not whole or any(content[key] != value for key, value in fitting.items()):
         raise ValueError(f"--resume: {path} is not a {run} run of this model")
     if args.start_epoch not in (None, content["epoch"] + 1):
         raise ValueError(f"--start_epoch is {args.start_epoch} but {path} goes on with epoch {content['epoch'] + 1}")
     if differing := _differences(saved_args(args, ""), content["args"], MAY_DIFFER | may_differ):
         raise ValueError(f"--resume: {path} was made with other arguments: {'; '.join(differing)}")
+    made_from = content["args"].get("inputs", {})
+    if others := [name for name, digest in (inputs or {}).items() if made_from.get(name, digest) != digest]:
+        raise ValueError(f"--resume: {path} was made from other {', '.join(others)} than this run has")
     return content | dict(path=path)
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Around putting a checkpoint's states in place: RunFailed where they do not fit."""
+    try:
+        yield
+    except RunFailed:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise RunFailed(f"{path} cannot be gone on from: {type(error).__name__}: {reason}") from None
 
 
 def restore(content: dict[str, Any], progress: Progress, folder: Path) -> dict[str, Any]:
@@ -78,17 +124,25 @@ def restore(content: dict[str, Any], progress: Progress, folder: Path) -> dict[s
     if rank() == 0:
         checkpoint.set_rng_state(content["rng"])
     if is_main():
+        _put_damaged_aside(content["path"])
         _take_over_logs(content["path"], content["epoch"], folder)
     where = f"epoch {progress.epoch}" + (f", update {progress.step} of {progress.updates}" if progress.step else "")
     say(f"resumed: going on with {where}")
     return {name: value for name, value in content["metrics"].items() if name not in ("running", "updates")}
 
 
+def _put_damaged_aside(path: Path) -> None:
+    """Where `path` is the one before the newest, the newest is damaged, and must not become the one before the next."""
+    newest = path.with_name(path.name.replace(".older.pth", ".pth"))
+    if newest != path and newest.exists():
+        newest.replace(newest.with_suffix(".damaged.pth"))
+
+
 def _take_over_logs(path: Path, epoch: int, folder: Path) -> None:
     """The log up to the checkpoint's epoch, from its folder."""
     source = path.parent
     if source.resolve() != folder.resolve():
-        start_anew(folder, path.name)
+        start_anew(folder, path.name.replace(".older.pth", ".pth"))
         if (source / "debug").is_dir():
             shutil.copytree(source / "debug", folder / "debug", dirs_exist_ok=True)
     log = source / "log.txt"
@@ -104,26 +158,39 @@ def _epoch_of(line: str) -> float:
         return math.inf
 
 
+RESULTS = ("pruned_checkpoint.pth", "ft_best.pth", "dims.json", "summary.json")
+
+
 def start_anew(folder: Path, name: str) -> None:
-    """Clear the folder of an earlier run's logs, and set its checkpoint aside: this run's restart must not find it."""
+    """Clear the folder of an earlier run's logs, and set its checkpoint and results aside: they are not this run's."""
     if not is_main():
         return
     for old in (folder / "log.txt", *folder.glob("debug/debugOutput_*"), *folder.glob("events.out.tfevents.*")):
         old.unlink(missing_ok=True)
-    if (old := folder / name).exists():
-        old.replace(aside := old.with_suffix(".previous.pth"))
+    newest, before = folder / name, checkpoint.older(folder / name)
+    if before.exists() and not newest.exists():
+        before.replace(newest)
+    before.unlink(missing_ok=True)
+    for result in RESULTS:
+        if (old := folder / result).exists():
+            old.replace(old.with_suffix(f".previous{old.suffix}"))
+    if newest.exists():
+        newest.replace(aside := newest.with_suffix(".previous.pth"))
         say(f"{folder} holds an earlier run: its checkpoint is now {aside.name}")
 
 
 class Keeper:
-    """Writes a run's checkpoint inside an epoch: every `interval` updates, and when SIGTERM asks the run to end.
+    """Writes a run's checkpoints: every `interval` updates, when a signal asks the run to end, and on `write`.
 
-    A context around the training loop; a run that fails in there names its last good checkpoint.
+    A context around the training loop; a run that fails in there names its last good checkpoint. errors: what a
+    checkpoint that cannot be written does, "stop" the run or "warn".
     """
 
-    def __init__(self, progress: Progress, path: Path, interval: int, save: Callable[[], None]) -> None:
-        self.progress, self.path, self.interval, self.save = progress, path, interval, save
+    def __init__(self, progress: Progress, path: Path, interval: int, save: Callable[[], None],
+                 errors: str = "stop") -> None:  # fmt: skip
+        self.progress, self.path, self.interval, self.save, self.errors = progress, path, interval, save, errors
         self.request = elastic.StopRequest()
+        self.unwritten = ""  # why the newest state is on no disk
 
     def __enter__(self) -> None:
         check_identical("epoch and update to go on with", repr((self.progress.epoch, self.progress.step)).encode())
@@ -131,27 +198,60 @@ class Keeper:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         self.request.close(waiting=error is None)
+        if error is None and self.unwritten:
+            self.errors = "stop"
+            try:
+                self.write()
+            except RunFailed as failed:
+                error = failed
+        utils.safe = self._safe() if error is None else ""
         if isinstance(error, RunFailed):
-            good = f"the last good checkpoint is {self.path}" if self.path.exists() else "no checkpoint was written yet"
-            raise type(error)(f"{error}; {good}") from error
+            raise type(error)(f"{error}; {self._safe()}") from error
+        if reason := explained(error):
+            raise RunFailed(f"{reason}; {self._safe()}") from error
+
+    def _safe(self) -> str:
+        """What is on the disk."""
+        found = next((path for path in (self.path, checkpoint.older(self.path)) if path.exists()), None)
+        return f"the last good checkpoint is {found}" if found else "no checkpoint was written yet"
+
+    def attempt(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+        """Whether the action, which writes, went well. Raises RunFailed where it did not, unless errors are to warn."""
+        try:
+            action(*args, **kwargs)
+        except checkpoint.CheckpointError as error:
+            raise RunFailed(str(error)) from None
+        except OSError as error:
+            self.unwritten = f"cannot write to {self.path.parent}: {error.strerror or error}"
+            if self.errors == "stop":
+                raise RunFailed(self.unwritten) from None
+            warn(f"{self.unwritten}; the run goes on, and {self._safe()}")
+            return False
+        return True
+
+    def write(self) -> None:
+        """A checkpoint of how things stand. Raises RunFailed."""
+        if self.attempt(self.save):
+            self.unwritten = ""
 
     def after_step(self) -> None:
         """Called after every update, by all ranks. Raises elastic.Terminated."""
-        if self.request.agreed():
-            self._end()
+        if number := self.request.agreed():
+            self._end(elastic.Terminated(number))
         if self.interval and self.progress.step % self.interval == 0:
-            self.save()
+            self.write()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around evaluation, which SIGTERM may break off: it is done again."""
+        """Around evaluation, which a signal may break off: it is done again."""
         try:
             with self.request.at_once():
                 yield
-        except elastic.Terminated:
-            self._end()
+        except elastic.Terminated as request:
+            self._end(request)
 
-    def _end(self) -> None:
-        self.save()
-        say(f"stopped by SIGTERM: {self.path} is written, go on with --resume")
-        raise elastic.Terminated
+    def _end(self, request: elastic.Terminated) -> None:
+        self.errors = "stop"  # nothing is written after this
+        self.write()
+        say(f"stopped by {request.signal}: {self.path} is written, go on with --resume")
+        raise request

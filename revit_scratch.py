@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import options
 import results
 import training
 from finetuning import Run, read_resumed, train
+from latency.points import read_dims
 from models import ViTDims, build_vit
 from models.redistribution import RULES, redistributed
 from utils import Problems, is_main, make_folder, run_script, say, write_json
@@ -42,10 +42,7 @@ def _dims(args: argparse.Namespace, full: training.FullModel) -> ViTDims:
     tokens = training.dims_of(full).blocks[0].tokens
     if not args.dims:
         return redistributed(args.EMB, tokens, args.rule)
-    try:
-        dims = ViTDims.from_dict(json.loads(Path(args.dims).read_text()))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--dims {args.dims}: {error}") from None
+    dims = read_dims(args.dims)
     if odd := [b.tokens for b in dims.blocks if b.tokens != tokens]:
         raise ValueError(f"--dims {args.dims} has blocks of {odd[0]} tokens, the model has {tokens}")
     return dims

@@ -5,6 +5,7 @@ shard_lengths) and in it also `classes`, their names; `python -m tools.to_shards
 """
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ def check_indexed(args: Any, what: str) -> None:
 
 
 def build(is_train: bool, args: Any, transform: Callable) -> IterableDataset:
-    """A split of args.data_set (wds/NAME) under args.data_path, with `classes`. Raises ShardError."""
+    """A split of args.data_set (wds/NAME) under args.data_path, with `classes` and `fingerprint`. Raises ShardError."""
     if not args.data_path:
         raise ShardError(f"--data-set {args.data_set} needs --data-path, the folder that holds the shards")
     root, split = Path(args.data_path), "train" if is_train else "val"
@@ -68,6 +69,8 @@ def build(is_train: bool, args: Any, transform: Callable) -> IterableDataset:
     dataset = create_dataset(args.data_set, root=str(root), split=split, is_training=is_train, seed=args.seed,
                              batch_size=args.batch_size, input_key=KEYS)  # fmt: skip
     dataset.transform, dataset.classes = transform, info["classes"]
+    names = hashlib.sha256(repr((info["splits"][split], info["classes"])).encode()).hexdigest()
+    dataset.fingerprint = dict(images=info["splits"][split]["num_samples"], names=names)
     return dataset
 
 

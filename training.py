@@ -22,7 +22,7 @@ from engine import Precision
 from loaders import build_loader
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models import ViTDims, build_vit, skeleton
-from models.pretrained import load_initial_, read_initial
+from models.pretrained import check_initial, load_initial_, read_initial
 from models.vit import TokenLogits
 from utils import init_distributed, rank, say, seed_everything, world_size
 
@@ -43,6 +43,8 @@ class FullModel:
         """The model with its weights, or freshly initialised where it has none. Raises ValueError."""
         if self.state is None and self.pretrained:
             return self._download(drop_rates)
+        if self.state is not None:
+            check_initial(self.arch, self.kwargs, self.state, self.path)
         model = build_vit(self.arch, **self.kwargs | drop_rates)
         if self.state is not None and (fresh := load_initial_(model, self.state, self.path)):
             say(f"classifier of {self.path} is for other classes: {', '.join(fresh)} start fresh")

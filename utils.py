@@ -4,25 +4,25 @@ from __future__ import annotations
 import ast
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
+import multiprocessing
 import os
-import platform
 import random
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import elastic
-from checkpoint import write_atomically
+from checkpoint import clear_unfinished, write_atomically
+from locking import locked
 
 
 class RunFailed(RuntimeError):
@@ -64,10 +64,21 @@ class Problems:
             raise BadArguments(self.found)
 
 
+def explained(error: BaseException | None) -> str:
+    """One line for an error that is no bug: of the machine, or of a process that reads data; '' for any other."""
+    if isinstance(error, OSError | torch.OutOfMemoryError | RunFailed):
+        return " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return f"a process that reads data died: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
 def run_script(main: Callable[[Any], None], args: Any) -> None:
     """Run a script's main; a user's mistake or a failed run ends in one line per problem, never in a traceback."""
+    global _folders
     reason = ""
     try:
+        _folders = contextlib.ExitStack()
         main(args)
     except BadArguments as error:
         reason = "; ".join(error.problems)
@@ -75,21 +86,36 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
-    except (RunFailed, OSError, torch.OutOfMemoryError) as error:
+    except KeyboardInterrupt:
+        reason = "interrupted"
+        print("interrupted: what was not written yet is lost; --resume goes on from the last checkpoint",
+              file=sys.stderr, flush=True)  # fmt: skip
+        sys.exit(130)
+    except Exception as error:
         together = isinstance(error, FailedTogether)
-        line = " ".join(str(error).split())
-        reason = "" if together else line
-        _fail(line, said=is_main() or not together, reason=reason)
-    except RuntimeError as error:
-        if not _heartbeat or not (reason := _heartbeat.who_is_gone()):
-            reason = type(error).__name__
+        line = explained(error) + (f"; {safe}" if safe and isinstance(error, OSError) else "")
+        if not line and isinstance(error, RuntimeError):
+            line = _heartbeat.who_is_gone() if _heartbeat else ""
+        reason = "" if together else line or type(error).__name__
+        if not line:
             raise
-        _fail(reason, said=True, reason=reason)
+        _fail(line, said=is_main() or not together, reason=reason)
     finally:
-        if _heartbeat:
-            _heartbeat.stop(failure=reason)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _let_go(reason)
+
+
+def _let_go(reason: str) -> None:
+    """Say what is left to say, and give back what a run holds; reason: why it failed, '' where it did not."""
+    global _folders
+    at_end()
+    for reader in multiprocessing.active_children():  # they outlive SIGTERM, and this process would wait for them
+        reader.kill()
+    _folders.close()
+    _folders = None
+    if _heartbeat:
+        _heartbeat.stop(failure=reason)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _fail(line: str, said: bool, reason: str) -> None:
@@ -97,12 +123,29 @@ def _fail(line: str, said: bool, reason: str) -> None:
     if said:
         print(f"error: {'' if is_main() else f'rank {rank()}: '}{line}", file=sys.stderr, flush=True)
     if _heartbeat:
+        at_end()
         _heartbeat.stop(failure=reason)
         os._exit(1)
     sys.exit(1)
 
 
 _heartbeat: elastic.Heartbeat | None = None
+_folders: contextlib.ExitStack | None = None  # this run's, locked until its end
+safe = ""  # what a run has on disk once its training is over
+_last_words: list[Callable[[], str]] = []
+
+
+def say_at_end(line: Callable[[], str]) -> None:
+    """Have a process say a line at its run's end, however that ends; '' for nothing."""
+    _last_words.append(line)
+
+
+def at_end() -> None:
+    """Say what was to be said."""
+    for line in dict.fromkeys(line() for line in _last_words):
+        if line:
+            print(f"warning: {line}" if is_main() else f"warning: rank {rank()}: {line}", file=sys.stderr, flush=True)
+    _last_words.clear()
 
 
 def init_distributed(device: str, timeout: float) -> torch.device:
@@ -204,8 +247,11 @@ def preserved_random_state() -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-def make_folder(path: Path) -> Path:
-    """Create a run's folder and prove that it can be written. Raises ValueError."""
+def make_folder(path: Path, lock: bool = True) -> Path:
+    """Create a run's folder, prove that it can be written, and lock it until the run's end. Raises ValueError.
+
+    lock: False for what only adds to a finished run.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe-{os.getpid()}"
@@ -213,6 +259,10 @@ def make_folder(path: Path) -> Path:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"output folder {path} cannot be written: {error.strerror}") from None
+    if lock and _folders is not None and is_main():
+        if note := _folders.enter_context(locked(path)):
+            say(note)
+        clear_unfinished(path)
     return path
 
 
@@ -227,18 +277,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_args(folder: Path, args: Any) -> None:
-    """args.json: the arguments of a run, and the command and the versions that made it."""
-    versions = dict(python=platform.python_version(), torch=torch.__version__, timm=timm.__version__)
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    write_json(folder / "args.json", vars(args) | dict(made_by=dict(command=command, versions=versions)))
-
-
 def append_log(folder: Path, **line: Any) -> None:
-    """Add one JSON object to log.txt, on the main rank."""
+    """Add one JSON object to log.txt, whole or not at all, on the main rank."""
     if is_main():
-        with open(folder / "log.txt", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        with open(folder / "log.txt", "ab", buffering=0) as file:
+            before = file.tell()
+            text = (json.dumps(line) + "\n").encode()
+            try:
+                if file.write(text) < len(text):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)
+                raise
 
 
 def key_values(items: list[str], flag: str) -> dict[str, Any]:

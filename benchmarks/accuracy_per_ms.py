@@ -35,7 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD",
                         help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--targets", nargs="+", type=float, default=[0.7, 0.5, 0.3], help="latency ratios")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="rows of each method")
     parser.add_argument("--calib", type=int, default=1024, help="calibration images")
     parser.add_argument("--epochs", type=int, default=0, help="of recovery")
     parser.add_argument("--per-class", type=int, default=1000, help="training images a class for recovery")

@@ -1,15 +1,14 @@
 """Which widths a table is measured at, and random architectures to check one with."""
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 
+import schema
 from models.dims import BlockDims, ViTDims
 
 GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units pruned together; at most an eighth
@@ -70,6 +69,7 @@ def branches(grid: dict[str, list[int]], tokens: int) -> Iterator[tuple[tuple[st
 def read_dims(path: str) -> ViTDims:
     """Widths from a `dims.json`. Raises ValueError."""
     try:
-        return ViTDims.from_dict(json.loads(Path(path).read_text()))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{path} is no dims.json: {error}") from None
+        return ViTDims.from_dict(schema.read_json(path))
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}").lstrip(": ")
+        raise ValueError(f"{path} is no dims.json: {reason}") from None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from latency.grid import COLUMNS, Grid, LatencyTableError
+from latency.grid import COLUMNS, MAX_LEAVES, Grid, LatencyTableError
 from models.dims import BlockDims, ViTDims
 
 MAX_BYTES = 200_000_000
@@ -103,6 +103,8 @@ class LatencyTable:
             raise LatencyTableError(f"{path}: cannot read the latency table: {error.strerror}; {hint}") from None
         except UnicodeDecodeError:
             raise LatencyTableError(f"{path}: the latency table is not a text file; expected JSON") from None
+        if (values := sum(map(text.count, ",[{"))) > 2 * MAX_LEAVES:  # before anything is made of them
+            raise LatencyTableError(f"{path}: some {values:,} values; a latency table has at most {MAX_LEAVES:,}")
         if not text.strip():
             raise LatencyTableError(f"{path}: the file is empty; expected a JSON object with keys EMB_{{embed}}")
         try:
@@ -112,6 +114,10 @@ class LatencyTable:
             raise LatencyTableError(f"{path}: not JSON at {where}: {error.msg}") from None
         except RecursionError:
             raise LatencyTableError(f"{path}: nested too deeply for a latency table") from None
+        except LatencyTableError:
+            raise
+        except ValueError as error:  # a number of thousands of digits
+            raise LatencyTableError(f"{path}: not JSON: {str(error)[:60]}") from None
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the table as JSON, atomically."""

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+MOST = 1_000_000  # of any width; what a model is built from never comes unchecked from a file
+MOST_BLOCKS = 1_000
+
 
 class DimsError(ValueError):
     """Widths that do not describe a model; the message names the block and the width."""
@@ -12,16 +15,18 @@ class DimsError(ValueError):
 
 def _whole(name: str, value: Any, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise DimsError(f"{name} must be a whole number, not {value!r}")
+        raise DimsError(f"{name} must be a whole number, not {repr(value)[:40]}")
     if value < minimum:
         raise DimsError(f"{name} must be at least {minimum}, not {value}")
+    if value > MOST:
+        raise DimsError(f"{name} must be at most {MOST:,}, not {str(value)[:40]}")
     return value
 
 
 def _known_keys(data: Any, cls: type, what: str) -> None:
     names = [f.name for f in fields(cls)]
-    if not isinstance(data, dict) or sorted(data) != sorted(names):
-        found = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
+    if not isinstance(data, dict) or set(data) != set(names):
+        found = ", ".join(map(str, data))[:200] if isinstance(data, dict) else type(data).__name__
         raise DimsError(f"{what} needs exactly the keys {', '.join(names)}; found: {found}")
 
 
@@ -85,6 +90,8 @@ class ViTDims:
         _known_keys(data, cls, "dims")
         if not isinstance(data["blocks"], list | tuple):
             raise DimsError("dims: blocks must be a list")
+        if len(data["blocks"]) > MOST_BLOCKS:
+            raise DimsError(f"dims: at most {MOST_BLOCKS:,} blocks, not {len(data['blocks']):,}")
         blocks = []
         for i, block in enumerate(data["blocks"]):
             _known_keys(block, BlockDims, f"dims: block {i}")
@@ -106,7 +113,7 @@ class ViTDims:
         `tokens` is one count for every block, or one per block.
         """
         lists = ("head", "QK", "V", "MLP")
-        if not isinstance(dim, dict) or sorted(dim) != sorted(("EMB", *lists)):
+        if not isinstance(dim, dict) or set(dim) != {"EMB", *lists}:
             raise DimsError(f"dim needs exactly the keys EMB, {', '.join(lists)}")
         if not all(isinstance(dim[k], list | tuple) for k in lists):
             raise DimsError(f"dim: {', '.join(lists)} must be lists, one entry per block")

@@ -12,9 +12,10 @@ import checkpoint
 from checkpoint import CheckpointError
 from models import hub
 from models.compact import compact
+from models.count import params
 from models.dims import DimsError, ViTDims
 from models.masks import Masks
-from models.vit import ModelError, build_vit
+from models.vit import ModelError, build_vit, skeleton
 
 
 def _fill(model: VisionTransformer, state: dict[str, torch.Tensor], path: str | Path) -> None:
@@ -25,6 +26,13 @@ def _fill(model: VisionTransformer, state: dict[str, torch.Tensor], path: str | 
         raise CheckpointError(
             f"the weights of {path} do not fit its architecture: {' '.join(lines[1:3])[:300]}"
         ) from None
+
+
+def _check_size(weights: dict[str, torch.Tensor], expected: int, path: str | Path) -> None:
+    """Raises CheckpointError where a described model is larger than the weights: it must not be built first."""
+    if (found := sum(t.numel() for t in weights.values())) < expected:
+        raise CheckpointError(f"the weights of {path} do not fit its architecture: it has {expected:,} parameters, "
+                              f"they are {found:,}")  # fmt: skip
 
 
 def full_dims(dims: ViTDims, masks: dict[str, torch.Tensor]) -> ViTDims:
@@ -48,13 +56,18 @@ def from_checkpoint(
         kwargs = content["arch"]["kwargs"] | overrides
         dims = ViTDims.from_dict(content["dims"])
         if content["masks"] is None:
+            _check_size(weights, params(arch, dims, **kwargs), path)
             model = build_vit(arch, dims, **kwargs)
             _fill(model, weights, path)
             return model
-        student = build_vit(arch, full_dims(dims, content["masks"]), **kwargs)
+        parent = full_dims(dims, content["masks"])
+        _check_size(weights, params(arch, parent, **kwargs), path)
+        student = build_vit(arch, parent, **kwargs)
         _fill(student, weights, path)
         masks = Masks(student.dims)
         masks.load_state_dict(content["masks"])
+        if masks.dims != dims:
+            raise CheckpointError(f"checkpoint {path} contradicts itself: its masks keep other widths than its dims")
         masks.install_(student)
         return compact(student, masks)
     except CheckpointError:
@@ -69,7 +82,7 @@ def load_dense(path: str | Path, device: torch.device | str = "cpu", ema: bool =
     A pruned checkpoint is compacted first; ema takes the moving average of the weights. `path` may also be a folder
     that tools.export has written, or hf-hub:OWNER/NAME. Raises CheckpointError.
     """
-    content = hub.read_folder(path) if hub.is_folder(path) else checkpoint.load(path)
+    content = hub.read_folder(path) if hub.is_folder(path) else checkpoint.load_model(path)
     return from_checkpoint(content, path, ema).to(device).eval()
 
 
@@ -88,7 +101,16 @@ def read_initial(path: str | Path) -> tuple[str | None, dict[str, Any], dict[str
     tensors = isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values())
     if not tensors or not isinstance(kwargs, dict) or not isinstance(arch, str | None):
         raise CheckpointError(f"{path} holds no state dict: expected the keys arch, kwargs and model, or model alone")
+    if name := checkpoint.not_finite(state):
+        raise CheckpointError(f"{path} cannot be used: {name} is not finite")
     return arch, kwargs, state
+
+
+def check_initial(arch: str, kwargs: dict[str, Any], state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Raises CheckpointError where the model that was named is larger than the weights, classifiers aside."""
+    named = skeleton(arch, **kwargs).named_parameters()
+    expected = sum(p.numel() for name, p in named if not name.startswith("head"))
+    _check_size(state, expected, path)
 
 
 def load_initial_(model: VisionTransformer, state: dict[str, torch.Tensor], path: str | Path) -> list[str]:

@@ -198,7 +198,7 @@ def _skeleton(arch: str, kwargs_json: str) -> VisionTransformer:
     try:
         with torch.device("meta"):
             model = timm.create_model(arch, **json.loads(kwargs_json))
-    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+    except (TypeError, AssertionError, RuntimeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise ModelError(f"timm cannot build {arch} with {kwargs_json}: {error}") from error
     if reason := _why_not_plain(model):
         raise ModelError(f"{arch} is not a plain Vision Transformer: {reason}")

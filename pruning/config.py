@@ -1,12 +1,12 @@
 """`pruning_configs/*.json` as a value: what is scored, how it is averaged, in what groups units go."""
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import schema
 from models.dims import ViTDims
 from pruning.saliency import Saliency
 
@@ -36,12 +36,12 @@ class PruningConfig:
     group_size: dict[str, int] = field(default_factory=lambda: dict(PUBLISHED_GROUPS))
 
     def __post_init__(self) -> None:
-        if self.criterion not in Saliency.CRITERIA:
+        if not isinstance(self.criterion, str) or self.criterion not in Saliency.CRITERIA:
             raise ConfigError(f"criterion {self.criterion!r} is none of {', '.join(Saliency.CRITERIA)}")
         number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
         if not number or not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must be a number in [0, 1), not {self.momentum!r}")
-        if not isinstance(self.group_size, dict) or sorted(self.group_size) != sorted(AXES):
+        if not isinstance(self.group_size, dict) or set(self.group_size) != set(AXES):
             raise ConfigError(f"group_size needs exactly the axes {', '.join(AXES)}")
         for axis, size in self.group_size.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -65,7 +65,7 @@ class PruningConfig:
 
 
 def _from_published(data: dict[str, Any]) -> tuple[PruningConfig, list[str]]:
-    if data["method"] not in PUBLISHED_METHODS:
+    if not isinstance(data["method"], int) or data["method"] not in PUBLISHED_METHODS:
         known = ", ".join(f"{number} ({word})" for number, word in PUBLISHED_METHODS.items())
         raise ConfigError(f"method {data['method']!r} is none of {known}")
     if unknown := set(data) - PUBLISHED_DEAD - {"method", "pruning_momentum"}:
@@ -81,11 +81,9 @@ def load_config(path: str | Path) -> tuple[PruningConfig, list[str]]:
     ConfigError.
     """
     try:
-        data = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise ConfigError(f"pruning config {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"pruning config {path} is not JSON: {error}") from None
+        data = schema.read_json(path)
+    except schema.SchemaError as error:
+        raise ConfigError(f"pruning config {error}") from None
     try:
         if not isinstance(data, dict):
             raise ConfigError("expected an object")

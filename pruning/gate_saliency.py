@@ -50,6 +50,7 @@ class GateSaliency(EventMean):
             self._leaves.append(self._gates.values)
 
     def see(self, logits: tuple[Tensor, Tensor], images: Tensor) -> None:
+        """Differentiate the loss on labels drawn from the teacher, where there is one; logits: both (B, classes)."""
         if self.teacher is None:
             return
         with torch.no_grad():
@@ -61,6 +62,7 @@ class GateSaliency(EventMean):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Add this step's scores: after backward, with gradients unscaled."""
         self._gates.values = {}
         passes = len(self._leaves)
         scale = self.scaler.scale(torch.ones_like(self.steps)) * (1 if self.teacher is None else passes)

@@ -6,7 +6,7 @@ Legend: L layers, N patches, B batch, H heads, T tokens, P of them prefix, K tok
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,7 +65,7 @@ def received(attention: Attention, qkv: Tensor, prefix: int, mode: str) -> Tenso
 
 
 @contextmanager
-def recorded(model: VisionTransformer, layers: Sequence[int]):
+def recorded(model: VisionTransformer, layers: Sequence[int]) -> Iterator[list[Tensor]]:
     """A list of the fused qkv rows of `layers`, with their gradients after a backward pass. Weights get none."""
     rows: list[Tensor] = []
     frozen = [p for p in model.parameters() if p.requires_grad]

@@ -64,7 +64,15 @@ class EventMean:
     def _add(self, scores: Tensor) -> None:
         finite = torch.isfinite(scores).all()  # a step that overflowed under AMP is skipped whole, without a host sync
         self.accumulated += torch.where(finite, scores, 0.0)
+        self._last, self._finite = scores, finite
         self.steps += finite
+
+    def not_finite(self) -> list[str]:
+        """Axes with a score that was not finite in the last step."""
+        if bool(self._finite):
+            return []
+        parts = self._last.split(list(self.sizes.values()))
+        return [axis for axis, part in zip(self.sizes, parts, strict=True) if not part.isfinite().all()]
 
     def close_window(self) -> dict[str, Tensor]:
         """Scores (float64, on the CPU) per axis at a pruning event: the mean over the steps since the last, averaged.
@@ -139,6 +147,7 @@ class Saliency(EventMean):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Add this step's scores: after backward, with gradients unscaled and weights not yet moved."""
         self._sums.zero_()
         for parameter, places in self._plan:
             if self.criterion == "magnitude":

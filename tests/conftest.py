@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,11 @@ from models import Masks
 # models are too small to share out: on a busy machine two threads take eight times as long, and they round differently
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("fast", max_examples=40, deadline=None, database=None, derandomize=True)
+hypothesis.settings.register_profile("long", max_examples=10_000, deadline=None,
+                                     suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+hypothesis.settings.load_profile("fast")
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
 NO_CLS = dict(class_token=False, global_pool="avg")

@@ -5,7 +5,7 @@ import re
 
 import torch
 
-from benchmarks import attention_routes, handmade, one_shot_cost, pruning_overhead, savit
+from benchmarks import attention_routes, checkpoint_overhead, handmade, one_shot_cost, pruning_overhead, savit
 from benchmarks import latency as latency_targets
 from latency.table import LatencyTable
 from models import ViTDims, build_vit
@@ -78,3 +78,10 @@ def test_one_shot_cost_prints_its_stages(capsys, monkeypatch, tiny):
     one_shot_cost.main(one_shot_cost.get_args_parser().parse_args(["--images", "32"]))
     printed = re.findall(r"^(.+): \d+\.\d s$", capsys.readouterr().out, re.M)
     assert printed == ["align", "price every width", "allocate", "refit", "in all"]
+
+
+def test_checkpoint_overhead_prints_the_share(tmp_path, capsys):
+    torch.save(dict(arch=ARCH, kwargs=KWARGS, model=build_vit(ARCH, **KWARGS).state_dict()), tmp_path / "dense.pth")
+    words = ["--initial-checkpoint", str(tmp_path / "dense.pth"), "--batch-size", "4", "--steps", "2", "--saves", "2"]
+    checkpoint_overhead.main(checkpoint_overhead.get_args_parser().parse_args(words))
+    assert re.search(r"two saves are \d+\.\d\d % of it", capsys.readouterr().out)

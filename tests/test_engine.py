@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import FiniteGuard, Precision, Progress, evaluate, train_one_epoch
+from engine import Precision, Progress, evaluate, train_one_epoch
 from utils import RunFailed
 
 CPU = torch.device("cpu")
@@ -88,13 +88,78 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(parts):
     assert len(weights) == 2 and torch.equal(model.linear.weight, weights[-1])
 
 
-def test_the_deferred_guard_names_the_first_bad_step():
-    guard = FiniteGuard(CPU)
-    guard.immediate = False  # as on a GPU
-    for step, loss in enumerate([1.0, math.inf, math.nan, 1.0]):
-        guard.see(torch.tensor(loss), step)
-    with pytest.raises(RunFailed, match="step 1"):
-        guard.check()
+class Spoils(torch.autograd.Function):
+    """The identity, with a gradient of infinity for what it is given `spoilt`."""
+
+    @staticmethod
+    def forward(ctx, x, spoilt):
+        ctx.spoilt = spoilt
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad * math.inf if ctx.spoilt else grad), None
+
+
+def spoilt_in(*updates):
+    """A criterion whose loss is finite, and whose gradient is not in those updates."""
+    calls = []
+
+    def criterion(logits, images, targets):
+        calls.append(1)
+        return nn.functional.cross_entropy(Spoils.apply(logits[0].float(), len(calls) - 1 in updates), targets), {}
+
+    return criterion
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(parts):
+    model, loader, optimizer = parts
+    seen = []
+    line = r"the gradient of linear.weight \(batch 2 to 3\) is not finite in epoch 0, step 1"
+    with pytest.raises(RunFailed, match=line):
+        train_one_epoch(model, spoilt_in(3), loader, optimizer, Precision(CPU, None), Progress(2), accumulate=2,
+                        after_backward=lambda: seen.append(1),
+                        after_step=lambda loss: seen.append(model.linear.weight.clone()))  # fmt: skip
+    assert len(seen) == 2 and torch.equal(model.linear.weight, seen[-1])
+
+
+def scaled():
+    precision = Precision(CPU, None)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    return precision
+
+
+def test_an_overflow_under_loss_scaling_is_left_out_and_counted(parts):
+    model, loader, optimizer = parts
+    precision, weights, scored = scaled(), [], []
+    stats = train_one_epoch(model, spoilt_in(1), loader, optimizer, precision, Progress(4),
+                            after_backward=lambda: scored.append(1),
+                            after_step=lambda loss: weights.append(model.linear.weight.clone()))  # fmt: skip
+    assert stats["overflows"] == precision.overflows == 1 and len(scored) == 3
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
+    assert precision.scaler.get_scale() == 2.0**9
+
+
+def test_overflows_without_end_are_a_fault(parts):
+    model, _, optimizer = parts
+    loader = DataLoader(TensorDataset(torch.randn(40, 4), torch.randint(0, 3, (40,))), batch_size=1)
+    with pytest.raises(RunFailed, match="the gradient of linear.weight .* step 30"):
+        train_one_epoch(model, spoilt_in(*range(40)), loader, optimizer, scaled(), Progress(40))
+
+
+def test_a_reader_that_died_is_named(parts):
+    model, *_ = parts
+
+    class Dying:
+        def __len__(self):
+            return 1
+
+        def __iter__(self):
+            raise ConnectionResetError("Connection reset by peer")
+            yield
+
+    with pytest.raises(RunFailed, match="a process that reads data died: Connection reset by peer"):
+        evaluate(model, Dying(), Precision(CPU, None))
 
 
 def test_evaluation_is_exact(parts):

@@ -9,7 +9,8 @@ FOLDERS = (".", "models", "latency", "pruning", "tools", "benchmarks", "scripts"
 PATHS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PATHS}
 PACKAGES = {"models", "latency", "pruning"}
-MAY_IMPORT = {"models": {"models", "checkpoint"}, "latency": {"models", "latency"}, "pruning": PACKAGES}
+MAY_IMPORT = {"models": {"models", "checkpoint"}, "latency": {"models", "latency", "schema"},
+              "pruning": PACKAGES | {"schema"}}  # fmt: skip
 SCRIPTS = {name for name, path in FILES.items() if '__name__ == "__main__"' in path.read_text()}
 
 
@@ -43,7 +44,7 @@ def test_imports_point_one_way(name):
     if name not in SCRIPTS:
         assert "argparse" not in roots(found) or name == "options", "only scripts and options know argparse"
         assert roots(ours) <= MAY_IMPORT.get(package, roots(ours))
-    if name in ("engine", "losses", "datasets", "utils", "checkpoint"):
+    if name in ("engine", "losses", "datasets", "utils", "checkpoint", "schema", "archive"):
         assert not roots(ours) & PACKAGES
     if name in ("latency.table", "latency.grid"):
         assert all(n.startswith(("models.dims", "latency")) for n in ours - {"models"}), ours

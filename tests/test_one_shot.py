@@ -42,7 +42,7 @@ def pruned(flags, tmp_path_factory):
 
 def test_the_files_of_the_contract(pruned):
     assert sorted(p.name for p in pruned.iterdir()) == [
-        "args.json", "dims.json", "log.txt", "pruned_checkpoint.pth", "summary.json"
+        "args.json", "dims.json", "log.txt", "pruned_checkpoint.pth", "run.json", "summary.json"
     ]  # fmt: skip
     (line,) = (json.loads(line) for line in (pruned / "log.txt").read_text().splitlines())
     assert line["calib_images"] == 512 and list(line["seconds"]) == ["aligned", "allocated", "refitted"]

@@ -9,14 +9,17 @@ import pytest
 
 import finetune_dense
 import main_full_global_latency
+import main_pm_vit
 import main_savit
 import main_savit_deploy
 import revit_scratch
 import run_with_submitit
+from benchmarks import faults, fuzz_run
 from benchmarks import loader as loader_benchmark
 from benchmarks import savit as savit_benchmark
+from benchmarks import tokens as tokens_benchmark
 from latency import build_table, compare, validate
-from tools import api_reference, convert, convert_importance, digits_folder, export, report, to_shards
+from tools import api_reference, convert, convert_importance, digits_folder, export, report, show_tokens, to_shards
 
 ROOT = Path(__file__).parent.parent
 PARSERS = {
@@ -28,6 +31,8 @@ PARSERS = {
     "tools.convert_importance": convert_importance, "tools.export": export, "tools.digits_folder": digits_folder,
     "tools.api_reference": api_reference, "tools.to_shards": to_shards,
     "benchmarks.loader": loader_benchmark,
+    "benchmarks.faults": faults, "benchmarks.fuzz_run": fuzz_run, "main_pm_vit.py": main_pm_vit,
+    "tools.show_tokens": show_tokens, "benchmarks.tokens": tokens_benchmark,
 }  # fmt: skip
 OTHERS = {"--disable-pip-version-check", "--version", "--nproc_per_node"}  # of pip, python and torchrun
 

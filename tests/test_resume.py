@@ -13,6 +13,7 @@ import pytest
 import torch
 from jobs import PRUNE, TUNE, run, same
 
+import checkpoint
 import finetune_dense
 import finetuning
 import main_full_global_latency
@@ -200,9 +201,9 @@ def test_going_on_in_another_folder_takes_the_log_along(runs, pruned, monkeypatc
 def test_another_number_of_updates_is_refused(runs, pruned, monkeypatch, tmp_path):
     interrupted(monkeypatch, finetune_dense, [*TUNE, "--finetune", pruned], 5)
     path = only(pruned, "ft_dense_*") / "ft_checkpoint.pth"
-    content = torch.load(path, weights_only=True)
+    content = checkpoint.load(path)
     content["metrics"]["updates"] = 20
-    torch.save(content, path)
+    checkpoint.save(path, **content)
     with pytest.raises(BadArguments, match="an epoch had 20 updates, now 22"):
         run(finetune_dense, *TUNE, "--finetune", pruned, "--resume")
 

@@ -65,12 +65,12 @@ def files(folder):
 
 
 def test_files_of_a_run(runs):
-    common = ["args.json", "dims.json", "logs", "pruned_checkpoint.pth", "summary.json"]
+    common = ["args.json", "dims.json", "logs", "pruned_checkpoint.pth", "run.json", "summary.json"]
     assert files(runs / "with") == sorted([*common, "importance.json", "importance.safetensors"])
     assert files(runs / "without") == common
     assert files(runs / "with" / "logs") == ["savit.json", "savit.log"]
     assert files(runs / "tuned") == [
-        "args.json", "dims.json", "ft_best.pth", "ft_checkpoint.pth", "log.txt", "summary.json"
+        "args.json", "dims.json", "ft_best.pth", "ft_checkpoint.pth", "log.txt", "run.json", "summary.json"
     ]  # fmt: skip
 
 

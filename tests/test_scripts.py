@@ -23,7 +23,8 @@ def files(folder):
 
 def test_a_pruning_run_leaves_the_files_of_the_contract(runs):
     assert files(runs["pruned"]) == [
-        "args.json", "checkpoint.pth", "dims.json", "log.txt", "pruned_checkpoint.pth", "summary.json"
+        "args.json", "checkpoint.pth", "dims.json", "log.txt", "pruned_checkpoint.pth",
+        "run.json", "summary.json"
     ]  # fmt: skip
     assert runs["pruned"].name == (
         "global_prune_DIGITS_deit_tiny_distilled_patch16_224_lr0.004_Global_0_lat_0.0001_target_0.6_ft_5"
@@ -67,7 +68,8 @@ def test_the_target_is_met_and_the_summary_says_so(runs):
 def test_a_finetuning_run_leaves_the_files_of_the_contract(runs):
     assert runs["tuned"].name == "ft_dense_2_lr_0.004_a_0.5_T_1.0"
     assert files(runs["tuned"]) == [
-        "args.json", "dims.json", "ft_best.pth", "ft_checkpoint.pth", "log.txt", "summary.json"
+        "args.json", "dims.json", "ft_best.pth", "ft_checkpoint.older.pth", "ft_checkpoint.pth", "log.txt", "run.json",
+        "summary.json"
     ]  # fmt: skip
     lines = [json.loads(line) for line in (runs["tuned"] / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]

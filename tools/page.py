@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
@@ -82,11 +83,10 @@ def headline(run: Run) -> str:
 
 def _made(run: Run) -> str:
     said = []
-    for args in run.made:
-        made = args.get("made_by", {})
-        versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
-        said.append(f"python {made.get('command', '… (made before commands were kept)')}\n# {versions}")
-    return element("pre", escape("\n\n".join(said) or "no args.json in the folder"))
+    for start in run.made:
+        versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
+        said.append(f"python {shlex.join(start['command'][1:])}\n# {versions}")
+    return element("pre", escape("\n\n".join(said) or "no run.json in the folder"))
 
 
 def _section(run: Run, level: int) -> str:

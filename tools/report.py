@@ -47,7 +47,7 @@ def check_args(args: argparse.Namespace) -> tuple[list[Run], Path]:
     if len({folder.resolve() for folder in args.runs}) < len(args.runs):
         problems.add("the same run is named twice")
     problems.raise_if_any()
-    output = problems.attempt(make_folder, args.output or args.runs[0])
+    output = problems.attempt(make_folder, args.output or args.runs[0], lock=False)
     problems.raise_if_any()
     return runs, output
 

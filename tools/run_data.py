@@ -26,7 +26,7 @@ class Event:
 class Run:
     """A finished run: its stages by name, as in summary.json, what pruning and finetuning logged, and how it was made.
 
-    pruning, finetuning: log.txt's lines; events: of pruning by saliency; made: args.json of both parts.
+    pruning, finetuning: log.txt's lines; events: of pruning by saliency; made: the last start of both, from run.json.
     """
 
     name: str
@@ -114,7 +114,7 @@ def read_run(folder: Path) -> Run:
         found = (_event(path) for path in sorted(outer.glob("debug/debugOutput_dimension_*.txt")))
         run.events = [event for event in found if event]
     places = dict.fromkeys([outer, folder] if has_outer else [folder])
-    run.made = [made for place in places if (made := _json(place / "args.json"))]
+    run.made = [found["starts"][-1] for place in places if (found := _json(place / "run.json"))]
     return run
 
 

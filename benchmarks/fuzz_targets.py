@@ -1,0 +1,238 @@
+"""What the fuzzers call: readers of files and of argument lists, each given anything at all.
+
+A target takes bytes (or a list of arguments) and returns; the errors that users see as one line are its normal end.
+Whatever else comes out of it is a bug. `STRATEGIES` makes inputs for hypothesis: valid ones, with something odd inside.
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import io
+import json
+import math
+import pickle
+import tempfile
+import zipfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+import checkpoint
+import options
+from latency.points import read_dims
+from latency.table import LatencyTable
+from models import ViTDims, build_vit, load_dense
+from pruning.config import PruningConfig, load_config
+from utils import Problems
+
+NAMES = ("main_full_global_latency", "finetune_dense", "revit_scratch", "main_savit", "main_savit_deploy")
+SCRIPTS = {name: importlib.import_module(name) for name in NAMES}
+ARCH = "deit_tiny_distilled_patch16_224"
+KWARGS = dict(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3)
+
+
+@contextlib.contextmanager
+def _file(data: bytes) -> Any:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        path = Path(folder) / "x"
+        path.write_bytes(data)
+        yield path
+
+
+def table(data: bytes) -> None:
+    """A latency table, and a lookup in it."""
+    with _file(data) as path, contextlib.suppress(ValueError):
+        LatencyTable.load(path).model_seconds(ViTDims.from_dict(DIMS))
+
+
+def dims(data: bytes) -> None:
+    """A dims.json, in this project's spelling and the published one."""
+    with _file(data) as path:
+        with contextlib.suppress(ValueError):
+            read_dims(str(path))
+        with contextlib.suppress(ValueError):
+            ViTDims.from_dim(json.loads(data), 17)
+
+
+def config(data: bytes) -> None:
+    """A pruning config, and the groups it makes."""
+    with _file(data) as path, contextlib.suppress(ValueError):
+        found, _ = load_config(path)
+        found.group_sizes(ViTDims.from_dict(DIMS))
+
+
+def checkpoints(data: bytes) -> None:
+    """A checkpoint, as a model."""
+    with _file(data) as path, contextlib.suppress(ValueError):
+        load_dense(path)
+
+
+def arguments(words: bytes | list[str]) -> None:
+    """The flags of every script; bytes are split at line ends."""
+    if isinstance(words, bytes):
+        words = words.decode(errors="replace").splitlines()
+    for name, script in SCRIPTS.items():
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            try:
+                args = script.get_args_parser().parse_args(words)
+            except SystemExit as end:
+                assert end.code in (0, 2)
+                continue
+            problems = Problems()
+            if name == "main_savit_deploy":
+                args = script.with_losses(args)
+            options.check_values(args, problems)
+            if check := getattr(script, "_check_flags", None):
+                check(args, problems)
+            if name == "main_full_global_latency":
+                problems.attempt(script._prune_dict, args.prune_dict)
+
+
+TARGETS = dict(table=table, dims=dims, config=config, checkpoint=checkpoints, arguments=arguments)
+
+# ---------------------------------------------------------------- inputs
+DIMS = dict(embed=8, blocks=[dict(heads=2, qk=4, v=4, mlp=32, tokens=6)])
+DIM = dict(EMB=8, head=[2], QK=[4], V=[4], MLP=[32])
+TABLE = {"EMB_4": {"QK_1_1": {"V_1": {"MLP_1": 1e-6, "MLP_32": 2e-6}, "V_4": {"MLP_1": 1e-6, "MLP_32": 2e-6}}},
+         "EMB_8": {"QK_1_1": {"V_1": {"MLP_1": 1e-6, "MLP_32": 2e-6}, "V_4": {"MLP_1": 1e-6, "MLP_32": 2e-6}}},
+         "_meta": dict(device="x", batch=4, tokens=6), "_overhead": {"EMB_8": 1e-6}}  # fmt: skip
+WORDS = st.sampled_from(["", "x", "nan", "inf", "-1", "0", "1", "1e999", "9" * 30, "9" * 5000, "True", "{", '{"G":1}',
+                         "\0", "a=b", "=", "4.2G", "K", "heads", "é", "--"])  # fmt: skip
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6),
+    st.sampled_from([0, -1, 1, 10**6, 10**9, 10**30, 2**63, -(2**63), math.nan, math.inf, 1e308, "", "EMB_8", [], {}]),
+)  # fmt: skip
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@st.composite
+def odd(draw: Any, value: Any) -> Any:
+    """The value with one place replaced, dropped, doubled or renamed."""
+    if isinstance(value, dict) and value and draw(st.integers(0, 4)):
+        value = dict(value)
+        key = draw(st.sampled_from(sorted(value, key=str)))
+        how = draw(st.sampled_from(("inside", "inside", "inside", "drop", "rename", "add")))
+        if how == "inside":
+            value[key] = draw(odd(value[key]))
+        elif how == "add":
+            value[draw(st.text(max_size=8))] = draw(VALUES)
+        else:
+            taken = value.pop(key)
+            if how == "rename":
+                value[draw(st.text(max_size=8)) if draw(st.booleans()) else f"{key}0"] = taken
+        return value
+    if isinstance(value, list | tuple) and value and draw(st.integers(0, 4)):
+        place = draw(st.integers(0, len(value) - 1))
+        return [*value[:place], draw(odd(value[place])), *value[place + draw(st.integers(0, 1)) :]]
+    return draw(VALUES)
+
+
+@st.composite
+def torn(draw: Any, data: bytes) -> bytes:
+    """The bytes with some flipped, cut out or put in."""
+    found = bytearray(data)
+    for _ in range(draw(st.integers(1, 4))):
+        where = draw(st.integers(0, max(0, len(found) - 1)))
+        how = draw(st.sampled_from(("flip", "flip", "cut", "put", "end")))
+        if how == "flip" and found:
+            found[where] ^= 1 << draw(st.integers(0, 7))
+        elif how == "cut":
+            del found[where : where + draw(st.integers(1, 64))]
+        elif how == "put":
+            found[where:where] = draw(st.binary(max_size=16))
+        else:
+            del found[where:]
+    return bytes(found)
+
+
+@st.composite
+def texts(draw: Any, valid: list[Any]) -> bytes:
+    """JSON that is nearly one of the valid values, or anything."""
+    value = copy.deepcopy(draw(st.sampled_from(valid)))
+    for _ in range(draw(st.integers(0, 3))):
+        value = draw(odd(value))
+    text = json.dumps(value).encode()
+    return draw(st.one_of(st.just(text), torn(text), st.just(text), st.binary(max_size=40)))
+
+
+@cache
+def valid_checkpoint() -> dict[str, Any]:
+    """A finetuned one, of a model of one block."""
+    torch.manual_seed(0)
+    model = build_vit(ARCH, **KWARGS)
+    return dict.fromkeys(checkpoint.KEYS) | dict(
+        format=dict(checkpoint.FORMAT), arch=dict(name=ARCH, kwargs=KWARGS), dims=model.dims.to_dict(),
+        dim=model.dims.to_dim(), model=dict(model.state_dict()), epoch=1, step=9, metrics=dict(acc1=50.0),
+        masks={axis: torch.ones(n, dtype=torch.bool) for axis, n in model.dims.sizes().items()},
+        args=dict(lr=0.1, initial_checkpoint="x.pth"), optimizer=dict(state={0: dict(step=1)}, param_groups=[]),
+    )  # fmt: skip
+
+
+def _bytes(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _with_pickle(data: bytes, change: Any) -> bytes:
+    """A torch file with another pickle inside."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            target.writestr(name, change(content) if name.endswith("data.pkl") else content)
+    return out.getvalue()
+
+
+@st.composite
+def files(draw: Any) -> bytes:
+    """A checkpoint with other values, and a checksum that fits; with a torn pickle; or torn itself."""
+    content = dict(valid_checkpoint())
+    how = draw(st.sampled_from(("values", "values", "pickle", "code", "bytes")))
+    if how == "values":
+        for _ in range(draw(st.integers(0, 3))):
+            content = draw(odd(content))
+    data = _bytes(_signed(content))
+    if how == "pickle":
+        return _with_pickle(data, lambda inside: draw(torn(inside)))
+    if how == "code":
+        return _with_pickle(data, lambda _: draw(st.binary(max_size=60).map(lambda b: pickle.dumps(b)[:-1] + b + b".")))
+    return draw(torn(data)) if how == "bytes" else data
+
+
+def _signed(content: Any) -> Any:
+    with contextlib.suppress(Exception):  # not even of the right shape
+        content["format"] = content["format"] | dict(sha256=checkpoint.digest(content))
+    return content
+
+
+@cache
+def _flags() -> list[str]:
+    return sorted({flag for script in SCRIPTS.values() for action in script.get_args_parser()._actions
+                   for flag in action.option_strings if flag not in ("-h", "--help")})  # fmt: skip
+
+
+@st.composite
+def lists(draw: Any) -> list[str]:
+    """Known flags with odd values."""
+    words = []
+    for _ in range(draw(st.integers(0, 6))):
+        flag = draw(st.sampled_from(_flags()) | st.text(max_size=6))
+        values = draw(st.lists(WORDS | st.text(max_size=8), max_size=2))
+        words += [f"{flag}={values[0]}"] if values and draw(st.booleans()) else [flag, *values]
+    return words
+
+
+STRATEGIES = dict(
+    table=texts([TABLE]), dims=texts([DIMS, DIM]),
+    config=texts([dict(criterion="taylor_sq", momentum=0.9, group_size=PruningConfig().group_size),
+                  dict(method=23, pruning_momentum=0.9, group_size=16)]),
+    checkpoint=files(), arguments=lists(),
+)  # fmt: skip
