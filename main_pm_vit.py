@@ -232,7 +232,11 @@ def _check_finetuning(args: argparse.Namespace, run: Run, problems: Problems) ->
         run.teacher, run.cnn = (found, None) if args.distillation_type == "soft" else (None, steps.MeanLogits(found))
     own = (run.folder / CHECKPOINT).resolve() == Path(args.resume).resolve()
     going_on = argparse.Namespace(**vars(steps.with_losses(args)) | dict(resume="auto" if own else ""))
+    if own:  # what it started from is in the checkpoint alone
+        run.start = None
     run.resumed = problems.attempt(read_resumed, going_on, run, run.folder)
+    if own and run.resumed:
+        run.inputs = run.resumed["args"].get("inputs", {}) | run.inputs
 
 
 def main(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.pruners import METHODS, PEERS, Bench, maker
+from benchmarks.rows import append, read
 from utils import table
 
 
@@ -63,10 +64,6 @@ def _key(row: dict[str, Any]) -> tuple:
     return row["method"], row["target"], row["seed"], row["epochs"], row["measured"]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def report(rows: list[dict[str, Any]], dense: float) -> str:
     """Mean loss in points of top-1 over the seeds, with its spread, of every method at every target."""
     key = "finetuned" if any("finetuned" in row for row in rows) else "oneshot"
@@ -104,8 +101,7 @@ def plot(rows: list[dict[str, Any]], dense: float, path: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    begin, rows = time.monotonic(), read_rows(args.rows)
-    args.rows.parent.mkdir(parents=True, exist_ok=True)
+    begin, rows = time.monotonic(), read(args.rows)
     done, bench = {_key(row) for row in rows}, Bench(args)
     for seed in args.seeds:
         for method in args.methods:
@@ -118,8 +114,7 @@ def main(args: argparse.Namespace) -> None:
                     break
                 rows.append(measure(bench, method, seed, target, make))
                 print(json.dumps(rows[-1]), flush=True)
-                with open(args.rows, "a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+                append(args.rows, rows[-1])
     dense = bench.ef.top1(bench.base, *bench.val)
     shown = [row for row in rows if (row["epochs"], row["measured"]) == (args.epochs, args.measured)]
     print(report(shown, dense))

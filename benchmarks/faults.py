@@ -29,6 +29,7 @@ import torch
 import results
 from benchmarks.fault_jobs import Job, Material
 from benchmarks.fault_kinds import KINDS, counting
+from benchmarks.rows import read
 from utils import table
 
 OF_KIND = {"rank killed": "ranks", "rank stopped": "ranks", "data file lost": "images"}  # the others take turns
@@ -106,7 +107,7 @@ def _counts(rows: list[dict[str, Any]]) -> list[str]:
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     results.BUILDS = results.ROUNDS = 1  # what a run measures at its end is not compared
-    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    rows = read(args.rows)
     done, begin = {(row["kind"], row["number"]) for row in rows}, time.monotonic()
     todo = [fault for fault in plan(args.kinds, args.faults) if fault not in done]
     args.rows.parent.mkdir(parents=True, exist_ok=True)

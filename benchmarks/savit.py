@@ -11,7 +11,6 @@ of the interactions. `accuracy` prunes to half of the MACs, one-shot and after t
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.rows import append, read, spread
 from latency.measure import device_name
 from models import build_vit, load_dense
 from models.pretrained import load_initial_, read_initial
@@ -216,8 +216,7 @@ def accuracy(args: argparse.Namespace) -> None:
     import equal_footing as ef
 
     begin = time.monotonic()
-    args.rows.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    rows = read(args.rows)
     done = {(row["method"], row["seed"]) for row in rows}
     train, val = ef.load_split("train", args.per_class), ef.load_split("val")
     base = ef.load_base(args.initial_checkpoint)
@@ -235,8 +234,7 @@ def accuracy(args: argparse.Namespace) -> None:
             ef.finetune(model.requires_grad_(True), base, *train, args.epochs, seed=seed)
             row |= dict(epochs=args.epochs, per_class=args.per_class, finetuned=ef.top1(model, *val))
             rows.append(row)
-            with open(args.rows, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append(args.rows, row)
     report(rows)
 
 
@@ -245,10 +243,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         ours = [row for row in rows if row["method"] == method]
-        cells = [
-            f"{statistics.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-            for values in ([row[key] for row in ours] for key in ("oneshot", "finetuned"))
-        ]
+        cells = [spread([row[key] for row in ours]) for key in ("oneshot", "finetuned")]
         lines.append([method, str(len(ours)), f"{max(row['macs'] for row in ours):.4f}", *cells])
     print(table(["", "seeds", "MACs of dense", "top-1 one-shot", "after recovery"], lines))
 

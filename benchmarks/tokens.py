@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import statistics
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.rows import append, read, spread
 from latency.measure import DTYPES, device_name, interleaved, ratio
 from latency.whole import fresh, images_for
 from models import TokenLogits, ViTDims, build_vit, skeleton
@@ -194,7 +193,7 @@ def accuracy(args: argparse.Namespace) -> None:
     import equal_footing as ef
 
     begin = time.monotonic()
-    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    rows = read(args.rows)
     done = {(row["method"], row["seed"], row["keep_rate"]) for row in rows}
     train, val = ef.load_split("train", args.per_class), ef.load_split("val")
     base, dense = load_base(args.initial_checkpoint), ef.load_base(args.initial_checkpoint)
@@ -210,8 +209,7 @@ def accuracy(args: argparse.Namespace) -> None:
             ef.finetune(model.requires_grad_(True), dense, *train, args.epochs, seed=seed)
             row |= dict(epochs=args.epochs, per_class=args.per_class, finetuned=ef.top1(model, *val))
             rows.append(row)
-            with open(args.rows, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            append(args.rows, row)
     report(rows)
 
 
@@ -220,11 +218,8 @@ def report(rows: list[dict[str, Any]]) -> None:
     lines = []
     for method, keep in dict.fromkeys((row["method"], row["keep_rate"]) for row in rows):
         ours = [row for row in rows if (row["method"], row["keep_rate"]) == (method, keep)]
-        cells = [
-            f"{statistics.mean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-            for key, digits in (("latency", 3), ("oneshot", 2), ("finetuned", 2))
-            for values in [[row[key] for row in ours]]
-        ]
+        columns = (("latency", 3), ("oneshot", 2), ("finetuned", 2))
+        cells = [spread([row[key] for row in ours], digits) for key, digits in columns]
         lines.append([method, f"{keep:g}", str(len(ours)), *cells])
     print(table(["", "keep rate", "seeds", "latency of dense", "top-1 one-shot", "after recovery"], lines))
 

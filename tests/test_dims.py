@@ -32,7 +32,8 @@ def test_of_reads_timm_and_our_models(family):
     expected = ViTDims(36, (BlockDims(4, 9, 9, 144, tokens),) * 2)
     assert ViTDims.of(timm.create_model(arch, **kwargs)) == expected
     assert ViTDims.of(build_vit(**family)) == expected
-    assert ViTDims.of(build_vit(arch, DIMS, **kwargs)) is DIMS
+    dims = ViTDims(48, tuple(dataclasses.replace(b, tokens=tokens) for b in DIMS.blocks))
+    assert ViTDims.of(build_vit(arch, dims, **kwargs)) is dims
 
 
 def test_values_are_frozen_hashable_and_hold_tuples():
