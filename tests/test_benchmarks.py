@@ -3,6 +3,7 @@ import itertools
 import json
 import re
 
+import pytest
 import torch
 
 from benchmarks import attention_routes, checkpoint_overhead, handmade, one_shot_cost, pruning_overhead, savit
@@ -57,6 +58,7 @@ def test_latency_at_targets(tmp_path, capsys):
     assert ViTDims.from_dict(json.loads((tmp_path / "dims_0.3.json").read_text())).embed < 32
 
 
+@pytest.mark.slow
 def test_savit_scoring_prints_time_and_memory(tmp_path, capsys, tiny):
     kwargs = {key: value for key, value in tiny.items() if key != "arch"}
     torch.save(dict(arch=tiny["arch"], kwargs=kwargs, model=build_vit(**tiny).state_dict()), tmp_path / "dense.pth")

@@ -117,8 +117,9 @@ def test_more_processes_than_gpus(monkeypatch):
 
 @pytest.mark.parametrize("gone, how, line", [
     (1, signal.SIGKILL, r"error: rank 1 has not answered for \d+ s"),
-    (1, signal.SIGSTOP, r"error: rank 1 has not answered for \d+ s"),
-    (0, signal.SIGSTOP, r"error: (rank 1: )?rank 0, or the launcher, has not answered for \d+ s"),
+    pytest.param(1, signal.SIGSTOP, r"error: rank 1 has not answered for \d+ s", marks=pytest.mark.slow),
+    pytest.param(0, signal.SIGSTOP, r"error: (rank 1: )?rank 0, or the launcher, has not answered for \d+ s",
+                 marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_rank_that_dies_or_hangs_ends_the_others_by_name(long_run, gone, how, line):
     flags, written = long_run

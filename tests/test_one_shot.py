@@ -103,6 +103,7 @@ def test_the_target_can_be_met_as_measured(flags, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_does(flags, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "main_full_global_latency.py", *flags, "--output_dir", tmp_path,

@@ -26,6 +26,7 @@ def checkpoint_of(folder, name="pruned_checkpoint.pth"):
     return torch.load(only(folder, "global_*") / name, weights_only=True)
 
 
+@pytest.mark.slow
 def test_everything_at_once_meets_the_target_and_goes_on(prune, tmp_path, monkeypatch):
     """check_compact in the script compares masked and compact; here the run is also broken off and resumed."""
     run(main_full_global_latency, *prune, *ALL, "--output_dir", tmp_path / "whole")

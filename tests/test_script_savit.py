@@ -122,6 +122,7 @@ def test_importance_files_of_something_else_are_refused(runs, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_compositions(runs, tmp_path):
     """A SAViT result through finetune_dense.py; pruned and finetuned ones into main_savit.py, and on from there."""
     (tmp_path / "pruned_checkpoint.pth").write_bytes((runs / "with" / "pruned_checkpoint.pth").read_bytes())
