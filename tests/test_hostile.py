@@ -76,7 +76,7 @@ def laughs():
     (kwargs(img_size=10**7), "img_size=10000000, of at most"),
     (kwargs(img_size=4000), "do not fit its architecture"),
     (kwargs(patch_size=0), "no model that can be built"),
-    (kwargs(checkpoint_path="/tmp/evil.pth"), "'checkpoint_path', which is no part of an architecture"),
+    (kwargs(checkpoint_path="evil.pth"), "'checkpoint_path', which is no part of an architecture"),
     (kwargs(pretrained=True), "'pretrained', which is no part"),
     (dict(arch=dict(name="hf-hub:someone/evil", kwargs={})), "none of timm's"),
     (dict(arch=dict(name=ARCH, kwargs=[])), "arch must hold"),
