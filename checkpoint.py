@@ -214,7 +214,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def _check(header: dict[str, Any]) -> None:
     """What can be said of a file's content before its tensors are read. Raises SchemaError."""
-    if _is_ours(header) and not set(KEYS) - set(header):
+    if is_ours(header) and not set(KEYS) - set(header):
         try:
             schema.check_checkpoint(header)
         except schema.SchemaError as error:
@@ -226,14 +226,20 @@ def _check(header: dict[str, Any]) -> None:
             raise schema.SchemaError(f"describes no model: {error}") from None
 
 
-def _is_ours(content: dict[str, Any]) -> bool:
+def is_ours(content: dict[str, Any]) -> bool:
+    """Whether a file's content says that this project wrote it."""
     return isinstance(content.get("format"), dict) and content["format"].get("name") == FORMAT["name"]
 
 
 def load(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this project. Raises CheckpointError for anything else."""
-    path, content = Path(path), read(path)
-    if not _is_ours(content):
+    return checked(read(path), path)
+
+
+def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """What `read` found in `path`, as a checkpoint of this project. Raises CheckpointError for anything else."""
+    path = Path(path)
+    if not is_ours(content):
         raise CheckpointError(
             f"checkpoint {path} was not written by this project (keys {', '.join(map(str, list(content)[:6]))}); "
             "a plain timm state dict starts a run through --initial-checkpoint"

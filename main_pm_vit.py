@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from latency.measure import device_name
 from latency.whole import measured_ratios
 from models import ViTDims, macs, params, skeleton
 from pruning import pm_vit
-from utils import Problems, append_log, is_main, make_folder, run_script, say, write_json
+from utils import FailedTogether, Problems, append_log, is_main, make_folder, run_script, say, write_json
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -90,9 +90,12 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     """Compress the model and write pruned_checkpoint.pth with what it is worth."""
     provenance.record(args, run.folder, run.device, run.data, {})
     model = run.model.to(run.device).eval()
-    found = steps.structure(args, run)
     merging = pm_vit.Merging(args.merge, args.merge_entries == "published", args.shortcut == "merged")
-    small = pm_vit.compressed(model, found, merging, args.dense_merge)
+    try:
+        found = steps.structure(args, run)
+        small = pm_vit.compressed(model, found, merging, args.dense_merge)
+    except pm_vit.CompressionError as error:
+        raise FailedTogether(str(error)) from None
     precision = training.precision(args, run.device)
     test = partial(evaluate, loader=run.data.val, precision=precision, sharded=args.dist_eval)
     before, after = (test(m)["acc1"] for m in (model, small))
@@ -106,23 +109,30 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     counts = " ".join(str(b.tokens) for b in small.dims.blocks)
     say(f"tokens per block {counts} of {found.centres.shape[1] + model.num_prefix_tokens}, "
         f"patches skipped {' '.join(map(str, found.skipped.sum(1).tolist()))}; top-1 {before:.2f} before")  # fmt: skip
-    summarise(args, run, path, model.dims, dense=before)
-    summarise(args, run, path, small.dims, pruned=after)
-    say(results.result_line(path, json.loads((run.folder / "summary.json").read_text())["pruned"]))
+    start = {}
+    if model.dims == training.dims_of(run.full):
+        start["dense"] = stage(args, run, model.dims, before, measured=1.0)
+    summarise(args, run, path, small.dims, start, pruned=after)
 
 
-def summarise(args: argparse.Namespace, run: Run, path: Path, dims: ViTDims, **top1: float) -> None:
-    """Add a stage to summary.json beside a checkpoint; the earlier stages come from --resume's folder."""
-    here = path.parent / "summary.json"
-    summary = results.earlier(path.parent if here.exists() else Path(args.resume).parent)
+def stage(args: argparse.Namespace, run: Run, dims: ViTDims, top1: float,
+          measured: float | None = None) -> dict[str, Any]:  # fmt: skip
+    """One object of summary.json; the latency is measured here unless it is known."""
     conditions = results.Conditions(args.batch_size, compiled=args.compile)
+    predicted = measured  # there is no table: what is known is the dense model's
+    measured = measured or results.measured_ratio(run.full, dims, conditions, run.device)
+    return results.stage(run.full, dims, top1, predicted=predicted, measured=measured, conditions=conditions,
+                         device=run.device)  # fmt: skip
+
+
+def summarise(args: argparse.Namespace, run: Run, path: Path, dims: ViTDims, earlier: dict[str, Any],
+              **top1: float) -> None:  # fmt: skip
+    """Write summary.json, with the `earlier` stages, and dims.json beside a finished checkpoint, and say the result."""
     ((name, accuracy),) = top1.items()
-    dense = dims == training.dims_of(run.full)
-    measured = 1.0 if dense else results.measured_ratio(run.full, dims, conditions, run.device)
-    summary[name] = results.stage(run.full, dims, accuracy, predicted=1.0 if dense else None, measured=measured,
-                                  conditions=conditions, device=run.device)  # fmt: skip
+    result = stage(args, run, dims, accuracy)
     write_json(path.parent / "dims.json", dims.to_dict())
-    write_json(here, summary)
+    write_json(path.parent / "summary.json", earlier | {name: result})
+    say(results.result_line(path, result))
 
 
 # ------------------------------------------------------------------------------------------------------------ finetune
@@ -138,9 +148,8 @@ def finetune(args: argparse.Namespace, run: Run) -> None:
     freeze_(args, run.model)
     metrics = train(steps.with_losses(args), run)
     if is_main():
-        path = run.folder / CHECKPOINT
-        summarise(args, run, path, run.model.dims, finetuned=metrics["acc1"])
-        say(results.result_line(path, json.loads((run.folder / "summary.json").read_text())["finetuned"]))
+        summarise(args, run, run.folder / CHECKPOINT, run.model.dims, results.earlier(Path(args.resume).parent),
+                  finetuned=metrics["acc1"])  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------- eval and speed
@@ -177,8 +186,6 @@ def check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add("--resume FILE is required: dense weights, or a checkpoint")
     if not (args.output_dir or args.eval or args.speed_only):
         problems.add("--output_dir is required")
-    if args.prune_rate + args.keep_rate > 1:
-        problems.add(f"--prune_rate {args.prune_rate:g} and --keep_rate {args.keep_rate:g} sum to more than 1")
     if args.dense_merge and args.shortcut != "skipped":
         problems.add("--dense_merge goes with --shortcut skipped")
     if args.freeze_param and args.freeze_matrix:

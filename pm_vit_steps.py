@@ -62,11 +62,11 @@ def read_model(args: Any) -> Model:
     """Raises ValueError, whatever is wrong with the files."""
     name = ALIASES.get(args.model, args.model)
     content = checkpoint.read(args.resume) if args.resume else None
-    if content is None or "format" not in content:
+    if content is None or not checkpoint.is_ours(content):
         source = args.resume or args.initial_checkpoint
         full = training.full_model(SimpleNamespace(**vars(args) | dict(model=name, initial_checkpoint=source)))
         return Model(full, None, full.path)
-    content = checkpoint.load(args.resume)
+    content = checkpoint.checked(content, args.resume)
     arch, kwargs = content["arch"]["name"], content["arch"]["kwargs"]
     if name not in (None, arch):
         raise ValueError(f"--model is {args.model} but {args.resume} holds {arch}")

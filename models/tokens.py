@@ -91,7 +91,7 @@ class TokenMerge(nn.Module):
         )  # fmt: skip
         for name, index in plan.items():
             self.register_buffer(f"_{name}", index.to(self.owner.device), persistent=False)
-        self._pulls_back = bool(shortcuts.any())
+        self.pulls_back = bool(shortcuts.any())
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """(M, R, s): (K, T), (T, K) and (T,)."""
@@ -104,7 +104,7 @@ class TokenMerge(nn.Module):
 
     @property
     def has_shortcut(self) -> bool:
-        return self._pulls_back or len(self._passing) > 0
+        return self.pulls_back or len(self._passing) > 0
 
     @property
     def gathered(self) -> int:
@@ -135,7 +135,7 @@ class TokenMerge(nn.Module):
             out = out.to(x.dtype)
             if self.hands_on != "everything":
                 return out if self.hands_on == "tokens" else out[:, : self.prefix]
-            if self._pulls_back:
+            if self.pulls_back:
                 out = out - self._divided * z
             if self._products():
                 _, R, s = (t.to(x.dtype) for t in self.matrices())
@@ -145,7 +145,7 @@ class TokenMerge(nn.Module):
             weight = torch.where(self._weightless, 1, self.reconstruct.to(x.dtype))
             weight = torch.cat([weight.new_ones(self.prefix), weight])
             out = out.index_select(1, self._source) * weight[:, None]
-            return torch.addcmul(out, x, self._belated) if self._pulls_back else out
+            return torch.addcmul(out, x, self._belated) if self.pulls_back else out
 
 
 class DenseTokenMerge(nn.Module):

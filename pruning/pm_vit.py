@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from models import ViTDims, build_vit
 from models.tokens import SKIPPED, TokenMerge
+from models.tokens import layers as layers_of
 from models.vit import Attention, Block
 
 MODES = ("attn", "head", "head_entropy", "random", "seq", "clus")
@@ -271,19 +272,24 @@ def compressed(model: VisionTransformer, structure: Structure, merging: Merging,
                dense_merge: bool = False) -> VisionTransformer:  # fmt: skip
     """`model` with its tokens compressed as `structure` says, its weights unchanged, on its device and in its mode.
 
-    dense_merge: M and R as full matrices, which the shortcut of merged patches does not go with.
+    Layers that `structure` does not name keep theirs. dense_merge: M and R as full matrices, as a model that has such
+    ones keeps them. Raises CompressionError where merged patches would have a shortcut beside full matrices.
     """
     prefix, grid = model.num_prefix_tokens, model.patch_embed.grid_size
     dims = compressed_dims(model.dims, structure, prefix)
-    kwargs = model.arch_kwargs | (dict(dense_merge=True) if dense_merge else {})
-    small = build_vit(model.arch, dims, **kwargs)
+    dense_merge = dense_merge or model.arch_kwargs.get("dense_merge", False)
+    small = build_vit(model.arch, dims, **model.arch_kwargs | (dict(dense_merge=True) if dense_merge else {}))
     small.load_state_dict({k: v for k, v in model.state_dict().items() if ".tokens." not in k}, strict=False)
-    for row, i in enumerate(structure.layers):
-        if (tokens := small.blocks[i].tokens) is None:
-            continue
-        sparse = TokenMerge(tokens.tokens, tokens.total, prefix) if dense_merge else tokens
-        sparse.set(*assigned(structure, row, grid, prefix, merging))
-        if dense_merge:
-            tokens.set(sparse)
+    for i, tokens in layers_of(small):
+        found = model.blocks[i].tokens
+        if i in structure.layers:
+            found = TokenMerge(tokens.tokens, tokens.total, prefix)
+            found.set(*assigned(structure, structure.layers.index(i), grid, prefix, merging))
+        if type(found) is type(tokens):
+            tokens.load_state_dict(found.state_dict())
+        elif found.pulls_back:
+            raise CompressionError("full matrices have no place for merged patches' shortcut (--shortcut skipped)")
+        else:
+            tokens.set(found)
     reference = next(model.parameters())
     return small.to(device=reference.device, dtype=reference.dtype).train(model.training)

@@ -111,7 +111,7 @@ def test_the_standalone_folder_needs_nothing_of_this_project(small, tmp_path, ca
     done = subprocess.run([sys.executable, "out/use.py", "images.pth", "found.pth"], cwd=tmp_path,
                           env=dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    logits, shape = torch.load(tmp_path / "found.pth")
+    logits, shape = torch.load(tmp_path / "found.pth", weights_only=True)
     torch.testing.assert_close(logits, load_dense(small)(images), rtol=1e-5, atol=1e-6)
     assert shape == (3, 16, 16) and not {"models", "checkpoint", "utils", "latency"} & set(done.stdout.split())
     subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E,F,W", "--line-length", "120",

@@ -196,6 +196,20 @@ def test_dense_matrices_hold_the_structure(model, images):
     assert full.arch_kwargs["dense_merge"]
 
 
+def test_other_layers_keep_their_structure(model, images):
+    """Of full matrices, too; a shortcut of merged patches has no place in them."""
+    first, second = (pm_vit.chosen(torch.rand(1, 16), (i,), 0.1, 0.4) for i in range(2))
+    for shortcut, dense in ((True, False), (False, True)):
+        small = pm_vit.compressed(model, first, Merging(shortcut=shortcut), dense)
+        both = pm_vit.compressed(small, second, Merging(shortcut=shortcut))
+        state = small.blocks[0].tokens.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in both.blocks[0].tokens.state_dict().items())
+        assert torch.equal(both.blocks[0](model._pos_embed(model.patch_embed(images.double()))),
+                           small.blocks[0](model._pos_embed(model.patch_embed(images.double()))))  # fmt: skip
+    with pytest.raises(CompressionError, match="--shortcut skipped"):
+        pm_vit.compressed(small, second, Merging())
+
+
 def test_spread_ranks_cover_the_grid_evenly():
     for row in pm_vit.spread(range(3), (8, 8)):
         assert sorted(row.tolist()) == pytest.approx(np.linspace(0.5, 1, 64))

@@ -13,7 +13,7 @@ import main_pm_vit
 import pm_vit_steps
 from models import load_dense
 from models.tokens import SKIPPED, DenseTokenMerge, layers
-from utils import BadArguments
+from utils import BadArguments, RunFailed
 
 ROOT = Path(__file__).parent.parent
 SCORE = [*PLAIN, "--prune", "--prune_iter", "4"]
@@ -123,10 +123,21 @@ def test_a_pruned_model_goes_in_and_comes_out(runs, tmp_path, capsys):
     before, after = (load_dense(f / "pruned_checkpoint.pth").dims for f in (runs["pruned"], tmp_path))
     assert after.embed == before.embed and after.blocks[0].mlp == before.blocks[0].mlp
     assert after.blocks[0].tokens < before.blocks[0].tokens
+    assert set(summary_of(tmp_path)) == {"pruned"}  # a start that was pruned is no dense model
     run(finetune_dense, *PLAIN, "--finetune", tmp_path, "--epochs", "1", "--kl_loss_coeff", "0",
         "--original_loss_coeff", "1")  # fmt: skip
     (tuned,) = tmp_path.glob("ft_dense_*")
     assert load_dense(tuned / "ft_checkpoint.pth").dims == after
+
+
+def test_what_full_matrices_cannot_hold_ends_in_a_line(runs, tmp_path):
+    start = [*SCORE, "--resume", runs["dense"] / "ft_checkpoint.pth", "--shortcut", "skipped", "--dense_merge"]
+    run(main_pm_vit, *start, "--output_dir", tmp_path)
+    again = [*SCORE, "--prune_mode", "clus", "--keep_rate", "0.3", "--resume", tmp_path / "pruned_checkpoint.pth"]
+    with pytest.raises(RunFailed, match="no place for merged patches' shortcut"):
+        run(main_pm_vit, *again, "--output_dir", tmp_path / "again")
+    with pytest.raises(RunFailed, match="patches that are not skipped"):
+        run(main_pm_vit, *again, "--keep_rate", "1", "--prune_rate", "0", "--output_dir", tmp_path / "more")
 
 
 def test_speed_needs_no_data(pruned, capsys):
