@@ -79,7 +79,8 @@ def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, c
     for target in ("latency_target_ms", "macs_target", "params_target"):
         if (limit := getattr(args, target)) is not None:
             name += f"_{target}_{limit:g}"
-    defaults = dict(selection="published", saliency="weights", saliency_loss="training", align=None, compensate=None)
+    defaults = dict(selection="published", saliency="weights", saliency_loss="training", align=None, compensate=None,
+                    tokens=False)  # fmt: skip
     name += "".join(f"_{n}_{getattr(args, n)}" for n, value in defaults.items() if getattr(args, n) != value)
     return Path(args.output_dir) / f"{name}_ft_{args.epochs}"
 
@@ -94,9 +95,12 @@ def _prune_dict(text: str) -> tuple[str, int]:
     return label, cap
 
 
-def _load_table(path: str, full: training.FullModel) -> LatencyTable:
-    table = LatencyTable.load(path)
+def _load_table(args: argparse.Namespace, full: training.FullModel) -> LatencyTable:
+    table = LatencyTable.load(args.latency_look_up_table)
     table.check_covers(training.dims_of(full))
+    if args.tokens and not table.tokens:
+        raise ValueError(f"--tokens: {table.name} knows one token count alone: build it with python -m "
+                         "latency.build_table … --tokens N N …")  # fmt: skip
     return table
 
 
@@ -127,7 +131,7 @@ def check_args(args: argparse.Namespace) -> Setup:
     config = problems.attempt(load_config, args.pruning_config)
     device = problems.attempt(training.start, args)
     full = problems.attempt(training.full_model, args)
-    table = problems.attempt(_load_table, args.latency_look_up_table, full) if full else None
+    table = problems.attempt(_load_table, args, full) if full else None
     data = problems.attempt(training.load_data, args, full) if full else None
     if full and not full.has_weights:
         problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
@@ -139,7 +143,8 @@ def check_args(args: argparse.Namespace) -> Setup:
     cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
     problems.raise_if_any()
     (config, dead), (label, cap) = config, named
-    pruner = make_pruner(args, full, Masks(model.dims, device), table, config, cap)
+    masks = Masks(model.dims, device, model.patch_embed.grid_size if args.tokens else None)
+    pruner = make_pruner(args, full, masks, table, config, cap)
     for target in () if args.one_shot else pruner.targets:  # one-shot goes below the floors of the groups
         problems.attempt(target.check_reachable, pruner.floor())
     path = run_folder(args, full, label, cap)

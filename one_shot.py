@@ -99,7 +99,7 @@ def prune_(args: Any, setup: Setup, images: Tensor, measure: Callable[[ViTDims],
     else:
         dims, predicted = allocator(args.latency_target)
     clock.stop("allocated", f"predicted divergence {predicted:.2e} nats")
-    masks = Masks.first(model.dims, dims, setup.device)
+    masks = Masks.first(model.dims, dims, setup.device, setup.pruner.masks.grid)
     small = compact(model, masks)
     found = refit_(model, small, masks, images, args.batch_size)
     clock.stop("refitted", f"divergence {found:.2e} nats on held-out images")

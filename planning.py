@@ -29,7 +29,7 @@ def plan(pruner: GlobalPruner, seed: int) -> list[tuple[float, Any]]:
     generator, events = torch.Generator().manual_seed(seed), []
     pruner.regularization = 0.0
     scores = {axis: torch.rand(n, generator=generator, dtype=torch.float64) / pruner.group_sizes[axis]
-              for axis, n in pruner.dense.sizes().items()}  # fmt: skip
+              for axis, n in pruner.masks.sizes().items()}  # fmt: skip
     while len(events) < MOST_EVENTS and not pruner.reached and pruner.event(scores).groups:
         events.append((pruner.ratio, pruner.masks.dims))
     return events

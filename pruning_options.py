@@ -44,6 +44,9 @@ def add_pruning_args(parser: Any) -> None:
     group.add_argument("--saliency_loss", choices=("training", "teacher"), default="training",
                        help="what gates are differentiated for: the training loss, or the cross-entropy to labels "
                             "drawn from the dense model's predictions (default: training)")
+    group.add_argument("--tokens", action="store_true",
+                       help="the patches that every block computes on are a sixth axis: those removed are merged into "
+                            "their neighbours; the table must know several token counts (default: off)")
     group.add_argument("--align", choices=("blocks", "all"), nargs="?", const="blocks", default=None,
                        help="first rotate and sort heads and MLP units, or all: the embedding too, so that few units "
                             "carry the most; the function stays (default: off; --align alone is blocks)")
@@ -79,5 +82,9 @@ def check(args: Any, problems: Problems) -> None:
         problems.add(f"--saliency {args.saliency} does not go with --compile: gates are hooks, new in every step")
     if args.selection == "value" and args.latency_regularization:
         problems.add("--latency_regularization is the lambda of --selection published; --selection value has none")
+    if args.tokens and args.compile:
+        problems.add("--tokens does not go with --compile: blocks change their form at every event")
+    if args.tokens and args.shrink_interval:
+        problems.add("--tokens does not go with --shrink_interval yet")
     if args.shrink_interval and args.opt.startswith("lookahead_"):
         problems.add(f"--shrink_interval does not go with --opt {args.opt}: its slow weights keep their shape")

@@ -24,6 +24,7 @@ from pruning.global_latency import Event, GlobalPruner
 from pruning.saliency import EventMean, Saliency
 from pruning.shrink import Shrunk, Student
 from pruning.targets import targets_of
+from pruning.token_saliency import TokenSaliency
 from pruning.value import ValuePruner
 from utils import RunFailed, check_identical, is_main, say
 
@@ -54,7 +55,7 @@ def make_pruner(args: Any, full: training.FullModel, masks: Masks, table: Latenc
         masks.full, table, full.arch, full.kwargs, latency_ms=args.latency_target_ms, macs_=args.macs_target,
         params_=args.params_target,
     )  # fmt: skip
-    sizes = config.group_sizes(masks.full, args.width_multiple, left_alone(full.arch, **full.kwargs))
+    sizes = config.group_sizes(masks, args.width_multiple, left_alone(full.arch, **full.kwargs))
     kind = ValuePruner if args.selection == "value" else GlobalPruner
     return kind(
         masks, table, sizes, regularization=args.latency_regularization, cap=cap or None, target=args.latency_target,
@@ -75,8 +76,9 @@ class PruningSteps:
         self.pruner, self.model, self.compensation = setup.pruner, setup.model, compensation
         self.masks = setup.pruner.masks  # over the units that the student has
         self.student = Student(training.for_training(args, setup.model, setup.device))
-        self.shrunk = Shrunk(setup.model, optimizer, setup.device)
+        self.shrunk = Shrunk(setup.model, optimizer, self.masks)
         self.saliency = self._make_saliency()
+        self.tokens = TokenSaliency(self.model, self.masks, setup.config.momentum, self.scaler) if args.tokens else None
         purge = setup.resumed and setup.resumed["step"]
         self.curves = Curves(setup.folder, purge_step=purge)
         self.steps = self.events = 0
@@ -94,6 +96,9 @@ class PruningSteps:
         teacher = self.criterion.teacher if args.saliency_loss == "teacher" else None
         return GateSaliency(self.model, self.masks, args.saliency, config.momentum, self.scaler, teacher)
 
+    def _saliencies(self) -> list[EventMean]:
+        return [self.saliency, self.tokens] if self.tokens else [self.saliency]
+
     def set_phase(self) -> None:
         """Until the first event the student equals the full model, and its KL is off."""
         self.criterion.kl_coeff = self.kl_coeff if self.events else 0.0
@@ -108,9 +113,10 @@ class PruningSteps:
     def after_backward(self) -> None:
         """Raises RunFailed, before the weights move, for a score that is not finite."""
         self.masks.drop_gradients_(self.model)
-        self.saliency.step()
-        if odd := self.saliency.not_finite():
-            raise RunFailed(f"the saliency of {odd[0]} is not finite in update {self.steps} of the run")
+        for saliency in self._saliencies():
+            saliency.step()
+            if odd := saliency.not_finite():
+                raise RunFailed(f"the saliency of {odd[0]} is not finite in update {self.steps} of the run")
 
     def after_step(self, loss: Tensor) -> bool:
         """True once the run is over: the target is met or nothing may be removed any more."""
@@ -120,7 +126,7 @@ class PruningSteps:
             return False
         self.compensation.remember(self.model)
         try:
-            scores = self.saliency.close_window()
+            scores = {axis: found for saliency in self._saliencies() for axis, found in saliency.close_window().items()}
             event = self.pruner.event(scores)
         except ValueError as error:
             raise RunFailed(f"pruning event {self.events + 1}: {error}") from None
@@ -131,7 +137,8 @@ class PruningSteps:
         self.exhausted = not event.groups
         self.compensation.apply_(self.model, self.masks, self.shrunk.lifted(self.masks), last=self.done)
         if self.events == 1:
-            self.saliency.forget()
+            for saliency in self._saliencies():
+                saliency.forget()
         self.curves.saliency(scores, self.masks.keep, self.steps)
         self._report(event, loss)
         if self.args.shrink_interval and self.events % self.args.shrink_interval == 0:
@@ -171,19 +178,22 @@ class PruningSteps:
         scores |= {name: self.shrunk.paste_scores(scores[name]) for name in ("accumulated", "average")}
         outer = None if self.shrunk.is_full else self.shrunk.outer.state_dict()
         return dict(
-            saliency=scores, steps=self.steps, events=self.events, exhausted=self.exhausted, shrunk=outer,
-            dense=self.compensation.state_dict(), config=asdict(self.setup.config),
+            saliency=scores, tokens=self.tokens and self.tokens.state_dict(), steps=self.steps, events=self.events,
+            exhausted=self.exhausted, shrunk=outer, dense=self.compensation.state_dict(),
+            config=asdict(self.setup.config),
         )  # fmt: skip
 
     def restore(self, state: dict[str, Any], masks: dict[str, Tensor]) -> None:
         """Go on from what `state_dict` and the masks of a checkpoint hold."""
         self.saliency.load_state_dict(state["saliency"])
+        if self.tokens:
+            self.tokens.load_state_dict(state["tokens"])
         self.steps, self.events, self.exhausted = state["steps"], state["events"], state["exhausted"]
         self.compensation.load_state_dict(state["dense"])
-        full = Masks(self.model.dims, self.setup.device)
+        full = self.masks.fresh()
         full.load_state_dict(masks)
         if state["shrunk"] is not None:
-            outer = Masks(self.model.dims, self.setup.device)
+            outer = self.masks.fresh()
             outer.load_state_dict(state["shrunk"])
             self._shrink(outer)
         self.masks.load_state_dict({a: keep[self.shrunk.outer.keep[a]] for a, keep in full.keep.items()})
@@ -232,6 +242,9 @@ def restore(setup: Setup, state: State) -> None:
     """Go on from the resumed checkpoint."""
     content = setup.resumed
     with resuming.restoring(content["path"]):
+        masks = state.steps.masks.fresh()
+        masks.load_state_dict(content["masks"])
+        masks.install_tokens_(setup.model)
         setup.model.load_state_dict(content["model"])
         state.optimizer.load_state_dict(content["optimizer"])
         state.precision.scaler.load_state_dict(content["scaler"])

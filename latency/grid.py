@@ -14,7 +14,7 @@ import numpy as np
 
 MAX_LEAVES = 2_000_000
 COLUMNS = ("embed", "heads", "qk", "v", "mlp", "tokens")  # of a row of widths
-LEVELS = dict(EMB=("embed",), QK=("heads", "qk"), V=("v",), MLP=("mlp",), N=("tokens",))
+LEVELS = dict(EMB=("embed",), QK=("heads", "qk"), V=("v",), MLP=("mlp",), N=("tokens",), TOK=("tokens",))
 GRAMMARS = dict(
     block=("EMB", "QK", "V", "MLP"), attention=("EMB", "QK", "V"), mlp=("EMB", "MLP"), tokens=("EMB",),
     overhead=("EMB",),
@@ -64,8 +64,9 @@ class Grid:
     def parse(cls, node: Any, grammar: str, path: str = "") -> Grid:
         """From a part of the file. Raises LatencyTableError naming the key that is odd, or the one that is missing."""
         levels = GRAMMARS[grammar]
-        if isinstance(node, dict) and next(iter(node), "").startswith("N_"):
-            levels = ("N", *levels)
+        outer = "TOK" if grammar == "block" else "N"
+        if isinstance(node, dict) and str(next(iter(node), "")).startswith(f"{outer}_"):
+            levels = (outer, *levels)
         leaves = dict(islice(_leaves(node, levels, path), MAX_LEAVES + 1))
         if len(leaves) > MAX_LEAVES:
             raise LatencyTableError(f"{path or 'the table'} has more than {MAX_LEAVES:,} values")

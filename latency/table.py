@@ -1,10 +1,11 @@
 """Latency tables: measured seconds of a transformer block at a grid of widths, and interpolation between them.
 
 A table is JSON in the grammar that NViT published, `EMB_{e}` -> `QK_{heads}_{qk}` -> `V_{v}` -> `MLP_{m}` -> seconds
-for ONE block, and up to three more keys: `_meta` (how it was measured), `_overhead` (seconds outside the blocks, per
-embedding width) and `_parts` (seconds of the attention and of the MLP branch by themselves, which lookups prefer; they
-may be given for several token counts, under `N_{tokens}`, with `tokens`, what it takes to merge the model's tokens into
-fewer and to put them back). Everything about points and between them is in `grid`.
+for ONE block; of several token counts, all under `TOK_{tokens}`. There may be three more keys: `_meta` (how it was
+measured), `_overhead` (seconds outside the blocks, per embedding width) and `_parts` (seconds of the attention and of
+the MLP branch by themselves, which lookups prefer; they may be given for several token counts, under `N_{tokens}`, with
+`tokens`, what it takes to merge the model's tokens into fewer and to put them back). Everything about points and
+between them is in `grid`.
 """
 from __future__ import annotations
 
@@ -60,7 +61,6 @@ class LatencyTable:
         known = ("_meta", "_overhead", "_parts")
         if odd := [key for key in data if key.startswith("_") and key not in known]:
             raise LatencyTableError(f"{odd[0]} is no key of a latency table; expected EMB_{{e}}, {', '.join(known)}")
-        self._tokens = 0.0  # of rows that do not say
         block = Grid.parse({key: child for key, child in data.items() if key not in known}, "block")
         self._overhead = Grid.parse(data["_overhead"], "overhead", "_overhead") if "_overhead" in data else None
         self._grids, self._merging = [block], None
@@ -71,8 +71,8 @@ class LatencyTable:
             if "tokens" in parts:
                 self._merging = Grid.parse(parts["tokens"], "tokens", "_parts -> tokens")
             self._grids = [Grid.parse(parts[name], name, f"_parts -> {name}") for name in ("attention", "mlp")]
-            if "tokens" in (columns := self._grids[0].columns):
-                self._tokens = self._grids[0].high[columns.index("tokens")]
+        columns, most = self._grids[0].columns, self._grids[0].high
+        self._tokens = most[columns.index("tokens")] if "tokens" in columns else 0.0  # of rows that do not say
 
     @classmethod
     def of_parts(cls, seconds: dict[str, float], meta: dict[str, Any]) -> LatencyTable:
@@ -127,6 +127,11 @@ class LatencyTable:
     def meta(self) -> dict[str, Any]:
         """How the table was measured; empty for a published table."""
         return self.data.get("_meta", {})
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of a block, where the table was measured at several counts; else 0."""
+        return int(self._tokens)
 
     def blocks_seconds(self, widths: np.ndarray, *, monotone: bool = False) -> np.ndarray:
         """Seconds of n blocks: rows (embed, heads, qk, v, mlp), (n, 5) -> (n,); or (n, 6), with tokens at the end.

@@ -18,10 +18,14 @@ def compact(model: VisionTransformer, masks: Masks) -> VisionTransformer:
     small = build_vit(model.arch, masks.dims, **model.arch_kwargs)
     source = dict(model.named_parameters())
     for name, parameter in small.named_parameters():
-        parameter.copy_(masks.cut(name, source[name]))
-        parameter.requires_grad_(source[name].requires_grad)
-    for i, tokens in layers(small):
-        tokens.load_state_dict(model.blocks[i].tokens.state_dict())
+        if name in source:  # all but what merges tokens by a mask
+            parameter.copy_(masks.cut(name, source[name]))
+            parameter.requires_grad_(source[name].requires_grad)
+    if masks.grid:
+        masks.install_tokens_(small)
+    else:
+        for i, tokens in layers(small):
+            tokens.load_state_dict(model.blocks[i].tokens.state_dict())
     reference = next(model.parameters())
     return small.to(device=reference.device, dtype=reference.dtype).train(model.training)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from models.axes import Dim, axes_of, branch_of
 from models.dims import ViTDims
+from models.tokens import around, spread_order
 from models.vit import LayerNorm
 
 
@@ -16,20 +17,46 @@ class Masks:
 
     A masked model is a full-size one whose removed units are exact zeros and whose LayerNorms run over the survivors:
     it computes the same function as the compact model (DESIGN: masked equals compact).
+
+    grid: rows and columns of patches; then every block has an axis of them too (`blocks.3.tokens`), and a patch that is
+    removed from it is merged into the nearest survivor on the grid: the masked model computes on fewer tokens already.
     """
 
-    def __init__(self, dims: ViTDims, device: torch.device | str = "cpu") -> None:
-        self.full = dims
-        self.keep = {axis: torch.ones(n, dtype=torch.bool, device=device) for axis, n in dims.sizes().items()}
-        self._alive = dims.sizes()  # survivors per axis, on the host: no device synchronisation to read a width
+    def __init__(self, dims: ViTDims, device: torch.device | str = "cpu", grid: tuple[int, int] | None = None) -> None:
+        self.full, self.grid = dims, grid
+        patches = grid[0] * grid[1] if grid else 0
+        self.prefix = max(b.tokens for b in dims.blocks) - patches if grid else 0  # tokens that are never merged
+        sizes = dims.sizes() | {f"blocks.{i}.tokens": patches for i in range(len(dims.blocks)) if grid}
+        self.keep = {axis: torch.ones(n, dtype=torch.bool, device=device) for axis, n in sizes.items()}
+        self._alive = sizes  # survivors per axis, on the host: no device synchronisation to read a width
+
+    def fresh(self) -> Masks:
+        """Masks over the same axes that keep everything."""
+        return Masks(self.full, self.keep["embed"].device, self.grid)
+
+    def sizes(self) -> dict[str, int]:
+        """Units of every axis, removed ones too."""
+        return {axis: len(keep) for axis, keep in self.keep.items()}
 
     @classmethod
-    def first(cls, full: ViTDims, dims: ViTDims, device: torch.device | str = "cpu") -> Masks:
-        """Keep the first units of every axis: for a model whose units are sorted by importance."""
-        masks = cls(full, device)
-        for axis, alive in dims.sizes().items():
-            masks.remove(axis, torch.arange(alive, len(masks.keep[axis]), device=device))
+    def first(cls, full: ViTDims, dims: ViTDims, device: torch.device | str = "cpu",
+              grid: tuple[int, int] | None = None) -> Masks:  # fmt: skip
+        """Keep the first units of every axis: for a model whose units are sorted by importance.
+
+        Of patches, those that are spread evenly over the grid.
+        """
+        masks = cls(full, device, grid)
+        for axis, alive in masks.units(dims).items():
+            order = torch.arange(len(masks.keep[axis]))
+            if axis.endswith(".tokens"):
+                order = spread_order(grid, int(axis.split(".")[1]))
+            masks.remove(axis, order[alive:].to(device))
         return masks
+
+    def units(self, dims: ViTDims) -> dict[str, int]:
+        """Units that an architecture has of every axis."""
+        tokens = {f"blocks.{i}.tokens": b.tokens - self.prefix for i, b in enumerate(dims.blocks) if self.grid}
+        return dims.sizes() | tokens
 
     def remove(self, axis: str, units: Tensor) -> None:
         """Remove units (indices, int64) from an axis."""
@@ -42,10 +69,12 @@ class Masks:
     @property
     def dims(self) -> ViTDims:
         """The architecture that is left."""
-        blocks = [
-            replace(b, **{a: self._alive[f"blocks.{i}.{a}"] for a in ("heads", "qk", "v", "mlp")})
-            for i, b in enumerate(self.full.blocks)
-        ]
+        blocks = []
+        for i, b in enumerate(self.full.blocks):
+            left = replace(b, **{a: self._alive[f"blocks.{i}.{a}"] for a in ("heads", "qk", "v", "mlp")})
+            if self.grid and (left.heads or left.mlp):  # an empty block compresses nothing
+                left = replace(left, tokens=self.prefix + self._alive[f"blocks.{i}.tokens"])
+            blocks.append(left)
         return ViTDims(self._alive["embed"], tuple(blocks))
 
     def _keep_along(self, dim: Dim) -> Tensor:
@@ -111,7 +140,9 @@ class Masks:
                 parameter.grad = None
 
     def install_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Make `model` the masked model: zero weights, zero moments of the optimizer, LayerNorms over survivors."""
+        """Make `model` the masked model: zero weights, zero moments of the optimizer, LayerNorms over survivors, and
+        patches merged around the survivors."""
+        self.install_tokens_(model)
         self.zero_weights_(model)
         for module in model.modules():
             if isinstance(module, LayerNorm):
@@ -120,6 +151,16 @@ class Masks:
             for value in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     self.zero_(name, value)
+
+    def install_tokens_(self, model: nn.Module) -> None:
+        """Only the token compression of `install_`, in place of what blocks have."""
+        if not self.grid:
+            return
+        reference = next(model.parameters())
+        for i, (block, left) in enumerate(zip(model.blocks, self.dims.blocks, strict=True)):
+            keep = self.keep[f"blocks.{i}.tokens"].cpu()
+            merged = left.tokens < self.prefix + len(keep)
+            block.tokens = around(keep, self.grid, self.prefix).to(reference) if merged else None
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.keep)

@@ -15,6 +15,7 @@ from models.compact import compact
 from models.count import params
 from models.dims import DimsError, ViTDims
 from models.masks import Masks
+from models.tokens import layers
 from models.vit import ModelError, build_vit, skeleton
 
 
@@ -35,13 +36,21 @@ def _check_size(weights: dict[str, torch.Tensor], expected: int, path: str | Pat
                               f"they are {found:,}")  # fmt: skip
 
 
-def full_dims(dims: ViTDims, masks: dict[str, torch.Tensor]) -> ViTDims:
-    """Widths before pruning, from the lengths of the masks: the model that was pruned may have been a compact one."""
-    blocks = [
-        replace(b, **{a: len(masks[f"blocks.{i}.{a}"]) for a in ("heads", "qk", "v", "mlp")})
-        for i, b in enumerate(dims.blocks)
-    ]
+def full_dims(dims: ViTDims, masks: dict[str, torch.Tensor], total: int) -> ViTDims:
+    """Widths before pruning, from the lengths of the masks: the model that was pruned may have been a compact one.
+
+    A block whose tokens have a mask had all `total` of them.
+    """
+    blocks = []
+    for i, b in enumerate(dims.blocks):
+        widths = {a: len(masks[f"blocks.{i}.{a}"]) for a in ("heads", "qk", "v", "mlp")}
+        blocks.append(replace(b, **widths, tokens=total if f"blocks.{i}.tokens" in masks else b.tokens))
     return ViTDims(len(masks["embed"]), tuple(blocks))
+
+
+def has_tokens(masks: dict[str, torch.Tensor]) -> bool:
+    """Whether masks of a checkpoint are over tokens too."""
+    return any(axis.endswith(".tokens") for axis in masks)
 
 
 def from_checkpoint(
@@ -60,16 +69,22 @@ def from_checkpoint(
             model = build_vit(arch, dims, **kwargs)
             _fill(model, weights, path)
             return model
-        parent = full_dims(dims, content["masks"])
+        named = skeleton(arch, **kwargs)
+        total = named.patch_embed.num_patches + named.num_prefix_tokens
+        parent = full_dims(dims, content["masks"], total)
         _check_size(weights, params(arch, parent, **kwargs), path)
         student = build_vit(arch, parent, **kwargs)
-        _fill(student, weights, path)
-        masks = Masks(student.dims)
+        masks = Masks(student.dims, grid=student.patch_embed.grid_size if has_tokens(content["masks"]) else None)
         masks.load_state_dict(content["masks"])
+        masks.install_tokens_(student)
+        _fill(student, weights, path)
         if masks.dims != dims:
             raise CheckpointError(f"checkpoint {path} contradicts itself: its masks keep other widths than its dims")
         masks.install_(student)
-        return compact(student, masks)
+        small = compact(student, masks)
+        for _, tokens in layers(small):
+            tokens.requires_grad_()  # frozen only while the structure may still change
+        return small
     except CheckpointError:
         raise
     except (DimsError, ModelError, ValueError, TypeError, KeyError) as error:

@@ -19,6 +19,7 @@ from pruning.probe import Curve
 LEAST = 1e-9  # nats: what is smaller counts as this
 BINS = 20_000  # of the latency budget
 AXES = ("heads", "qk", "v", "mlp")
+TOKEN_COUNTS = 6  # of a block, at most
 
 
 def interpolated(curve: Curve, widths: np.ndarray) -> np.ndarray:
@@ -42,7 +43,7 @@ def _absent(curve: Curve) -> float:
 class Options:
     """Candidates of one block, none dominated: rows of widths, seconds and divergence; quickest first."""
 
-    widths: np.ndarray  # (n, 4): heads, qk, v, mlp
+    widths: np.ndarray  # (n, 5): heads, qk, v, mlp, tokens
     seconds: np.ndarray
     cost: np.ndarray
 
@@ -51,8 +52,20 @@ def _widths(full: int, group: int) -> np.ndarray:
     return np.array(sorted({*range(group, full, group), full}))
 
 
+def _token_counts(full: int, curve: Curve) -> list[tuple[int, float]]:
+    """(tokens, divergence), spread evenly over the counts of the curve; the full count alone where there is none."""
+    if not curve:
+        return [(full, 0.0)]
+    counts = np.array(sorted(curve))
+    counts = counts[np.unique(np.linspace(0, len(counts) - 1, TOKEN_COUNTS).round().astype(int))]
+    return list(zip(counts.tolist(), interpolated(curve, counts), strict=True))
+
+
 def candidates(full: BlockDims, group: dict[str, int], curves: dict[str, Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Every combination of a block's branches, (n, 4), and its predicted divergence. One that `full` lacks is free."""
+    """Every combination of a block's branches and tokens, (n, 5), and its predicted divergence.
+
+    A branch that `full` lacks is free. Token counts are those of their curve, which may be absent.
+    """
     attention, mlp = [((0, 0, 0), 0.0)], [(0, 0.0)]
     axes = {axis: _widths(getattr(full, axis), group[axis]) for axis in AXES}
     if full.heads:
@@ -62,7 +75,8 @@ def candidates(full: BlockDims, group: dict[str, int], curves: dict[str, Curve])
             attention.append(((h, q, w), ch + (cq + cw) * h / full.heads))
     if full.mlp:
         mlp = [(0, _absent(curves["mlp"])), *zip(axes["mlp"], interpolated(curves["mlp"], axes["mlp"]), strict=True)]
-    rows = [((*a, m), ca + cm) for (a, ca), (m, cm) in product(attention, mlp)]
+    tokens = _token_counts(full.tokens, curves.get("tokens", {}))
+    rows = [((*a, m, t), ca + cm + ct) for (a, ca), (m, cm), (t, ct) in product(attention, mlp, tokens)]
     return np.array([w for w, _ in rows]), np.array([c for _, c in rows])
 
 
@@ -122,6 +136,5 @@ def allocate(table: LatencyTable, full: ViTDims, groups: dict[str, int], curves:
         except ValueError:
             continue
         picked = (o.widths[k].tolist() for o, k in zip(options, chosen, strict=True))
-        blocks = tuple(BlockDims(*w, tokens=b.tokens) for w, b in zip(picked, full.blocks, strict=True))
-        found.append((ViTDims(int(E), blocks), cost + float(price)))
+        found.append((ViTDims(int(E), tuple(BlockDims(*w) for w in picked)), cost + float(price)))
     return sorted(found, key=lambda pair: pair[1])

@@ -8,9 +8,11 @@ from typing import Any
 
 import schema
 from models.dims import ViTDims
+from models.masks import Masks
 from pruning.saliency import Saliency
 
 AXES = ("embed", "heads", "qk", "v", "mlp")
+TOKENS = dict(tokens=8)  # patches of a group, where a config does not say
 PUBLISHED_METHODS = {2: "magnitude", 22: "taylor_elementwise", 23: "taylor_sq"}
 PUBLISHED_GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)
 # Keys of the published files that its code overwrites or never reads.
@@ -41,27 +43,29 @@ class PruningConfig:
         number = isinstance(self.momentum, int | float) and not isinstance(self.momentum, bool)
         if not number or not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must be a number in [0, 1), not {self.momentum!r}")
-        if not isinstance(self.group_size, dict) or set(self.group_size) != set(AXES):
-            raise ConfigError(f"group_size needs exactly the axes {', '.join(AXES)}")
+        if not isinstance(self.group_size, dict) or set(self.group_size) - set(TOKENS) != set(AXES):
+            raise ConfigError(f"group_size needs exactly the axes {', '.join(AXES)}, and may have tokens")
         for axis, size in self.group_size.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ConfigError(f"group_size of {axis} must be a whole number above 0, not {size!r}")
 
-    def group_sizes(self, dims: ViTDims, multiple: int = 1, left_alone: Collection[str] = ()) -> dict[str, int]:
+    def group_sizes(self, of: ViTDims | Masks, multiple: int = 1, left_alone: Collection[str] = ()) -> dict[str, int]:
         """Units per group of every axis: at most an eighth of the axis, so that narrow models keep a choice.
 
-        They are rounded up to multiples of `multiple` (of heads there are any number), so that widths end at multiples.
-        An axis that is left alone is one group, and the last group stays.
+        They are rounded up to multiples of `multiple` (heads and tokens may be any number), so that widths end at
+        multiples. An axis that is left alone is one group, and the last group stays.
         """
+
+        sizes = TOKENS | self.group_size
 
         def size(axis: str, n: int) -> int:
             kind = axis.rsplit(".", 1)[-1]
             if kind in left_alone:
                 return n
-            step = 1 if kind == "heads" else multiple
-            return min(n, -(-min(self.group_size[kind], max(1, n // 8)) // step) * step)
+            step = 1 if kind in ("heads", "tokens") else multiple
+            return min(n, -(-min(sizes[kind], max(1, n // 8)) // step) * step)
 
-        return {axis: size(axis, n) for axis, n in dims.sizes().items()}
+        return {axis: size(axis, n) for axis, n in of.sizes().items()}
 
 
 def _from_published(data: dict[str, Any]) -> tuple[PruningConfig, list[str]]:

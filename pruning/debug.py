@@ -20,7 +20,7 @@ def dimension_row(dims: ViTDims) -> str:
 def write_event(folder: Path, number: int, masks: Masks, event: Event, criterion: str) -> None:
     """`debugOutput_dimension_%08d.txt` and `debugOutput_pruning_%08d.txt` of one event."""
     folder.mkdir(exist_ok=True)
-    sizes = masks.full.sizes()
+    sizes = masks.sizes()
     alive = {axis: masks.alive(axis) for axis in sizes}
     (folder / f"debugOutput_dimension_{number:08d}.txt").write_text(dimension_row(masks.dims) + "\n")
     lines = [

@@ -30,7 +30,7 @@ class GateSaliency(EventMean):
 
     def __init__(self, model: nn.Module, masks: Masks, kind: str, momentum: float, scaler: torch.amp.GradScaler,
                  teacher: nn.Module | None = None) -> None:  # fmt: skip
-        super().__init__(model.dims, momentum, next(model.parameters()).device)
+        super().__init__(model.dims.sizes(), momentum, next(model.parameters()).device)
         self.kind, self.masks, self.scaler, self.teacher = kind, masks, scaler, teacher
         self._leaves: list[dict[str, Tensor]] = []
         self._found: list[list[Tensor]] = []  # of the teacher's loss, one list per forward pass
@@ -44,8 +44,8 @@ class GateSaliency(EventMean):
         self._gates.values = {}
         if torch.is_grad_enabled():
             self._gates.values = {
-                axis: keep.to(self.average.dtype).expand(images, -1).clone().requires_grad_()
-                for axis, keep in self.masks.keep.items()
+                axis: self.masks.keep[axis].to(self.average.dtype).expand(images, -1).clone().requires_grad_()
+                for axis in self.sizes
             }
             self._leaves.append(self._gates.values)
 

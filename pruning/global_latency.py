@@ -19,7 +19,7 @@ from models.dims import ViTDims
 from models.masks import Masks
 from pruning.targets import Target, latency_share
 
-COLUMNS = ("embed", "heads", "qk", "v", "mlp")  # of LatencyTable.blocks_seconds
+COLUMNS = ("embed", "heads", "qk", "v", "mlp", "tokens")  # of LatencyTable.blocks_seconds
 LAST_CANDIDATES = 32  # lowest-ranked axes that the last group of a run may come from
 CLOSE = 0.002  # relative distance below a target at which a run may end while there is a choice
 
@@ -53,19 +53,22 @@ def narrowed(dims: ViTDims, axis: str, units: int) -> ViTDims:
 
 
 def _widths(dims: ViTDims) -> np.ndarray:
-    return np.array([(dims.embed, b.heads, b.qk, b.v, b.mlp) for b in dims.blocks], dtype=float)
+    return np.array([(dims.embed, b.heads, b.qk, b.v, b.mlp, b.tokens) for b in dims.blocks], dtype=float)
 
 
 def latency_per_unit(table: LatencyTable, dims: ViTDims, group_sizes: dict[str, int]) -> dict[str, float]:
     """Seconds of model latency that one unit of each axis costs at `dims`, never negative.
 
     The finite difference over the group that would go next, per unit (published: over one unit; on a grid no finer than
-    the groups the two are equal, on a finer one this sees the steps of the device).
+    the groups the two are equal, on a finer one this sees the steps of the device). Of a block with all its tokens it
+    is the mean over half of them: the first that goes has to be merged and put back, which costs more than it saves.
     """
     base = _widths(dims)
     depth = len(base)
     names = [[kind if kind == "embed" else f"blocks.{i}.{kind}" for kind in COLUMNS] for i in range(depth)]
-    sizes = np.array([[group_sizes[name] for name in row] for row in names])
+    sizes = np.array([[group_sizes.get(name, 0) for name in row] for row in names])
+    tokens = base[:, -1]
+    sizes[:, -1] = np.where((tokens == table.tokens) & (sizes[:, -1] > 0), tokens // 2, sizes[:, -1])
     removed = np.minimum(sizes, np.maximum(base - sizes, 0))  # blocks x columns; at the floor of one group, nothing
     queries = [base] + [base - removed * (np.arange(len(COLUMNS)) == column) for column in range(len(COLUMNS))]
     seconds = table.blocks_seconds(np.concatenate(queries), monotone=True).reshape(len(queries), depth)
@@ -118,14 +121,15 @@ class GlobalPruner:
     def floor(self) -> ViTDims:
         """The smallest architecture that pruning may reach: one group of every axis."""
         blocks = [
-            replace(b, **{a: min(getattr(b, a), self.group_sizes[f"blocks.{i}.{a}"]) for a in COLUMNS[1:]})
+            replace(b, **{a: min(getattr(b, a), self.group_sizes[f"blocks.{i}.{a}"]) for a in COLUMNS[1:-1]},
+                    tokens=self.masks.prefix + self.group_sizes.get(f"blocks.{i}.tokens", b.tokens))
             for i, b in enumerate(self.dense.blocks)
         ]
         return ViTDims(self.group_sizes["embed"], tuple(blocks))
 
     @property
     def removed(self) -> int:
-        return sum(n - self.masks.alive(axis) for axis, n in self.dense.sizes().items())
+        return sum(n - self.masks.alive(axis) for axis, n in self.masks.sizes().items())
 
     def ranking(self, scores: dict[str, Tensor]) -> list[Group]:
         """Groups that may go, lowest adjusted score first; within an axis always its lowest units first.

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models import ViTDims, build_vit
-from models.tokens import SKIPPED, TokenMerge
+from models.tokens import SKIPPED, TokenMerge, nearest_on_grid, spread_order
 from models.tokens import layers as layers_of
 from models.vit import Attention, Block
 
@@ -127,21 +127,10 @@ def measured(model: VisionTransformer, layers: Sequence[int], batches: Iterable[
 
 
 def spread(layers: Sequence[int], grid: tuple[int, int]) -> Tensor:
-    """Ranks (L, N), without data, of which the highest n of a layer are spread evenly over the grid, for every n.
-
-    Patches rank in the order in which the R2 low-discrepancy sequence (Roberts 2018) visits them; layers start at
-    different points of it.
-    """
-    rows, columns = grid
-    plastic = 1.32471795724474602596
-    ranks = torch.zeros(len(layers), rows * columns, dtype=torch.float64)
-    for row, layer in enumerate(layers):
-        steps = torch.arange(64 * rows * columns, dtype=torch.float64) + 1000 * layer
-        y, x = ((0.5 + steps / plastic**power) % 1 for power in (1, 2))
-        visited = ((y * rows).long() * columns + (x * columns).long()).tolist()
-        order = torch.tensor(list(dict.fromkeys([*visited, *range(rows * columns)])))
-        ranks[row, order] = torch.linspace(1, 0.5, rows * columns, dtype=torch.float64)
-    return ranks
+    """Ranks (L, N), without data, of which the highest n of a layer are spread evenly over the grid, for every n."""
+    orders = torch.stack([spread_order(grid, layer) for layer in layers])
+    falling = torch.linspace(1, 0.5, orders.shape[1], dtype=torch.float64).expand(orders.shape)
+    return torch.zeros_like(falling).scatter(1, orders, falling)
 
 
 # ----------------------------------------------------------------------------------------------------------- structure
@@ -202,14 +191,6 @@ def nearest_in_raster(centres: Tensor, grid: tuple[int, int]) -> Tensor:
     distance = (places[:, None] - at).abs() * 2 - (at > places[:, None]).long()
     other_row = places[:, None] // grid[1] != at // grid[1]
     return (distance + other_row * 4 * len(centres)).argmin(1)
-
-
-def nearest_on_grid(centres: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The nearest centre in two dimensions; a tie goes to the first. (N,) bool -> index among the centres, (N,)."""
-    places = torch.arange(len(centres))
-    points = torch.stack([places // grid[1], places % grid[1]], 1)
-    squares = (points[:, None] - points[centres]).square().sum(-1)  # exact: whole numbers
-    return squares.argmin(1)
 
 
 ASSIGN = dict(raster=nearest_in_raster, grid=nearest_on_grid)

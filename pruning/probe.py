@@ -8,7 +8,7 @@ currency for all axes. No labels, no gradients.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.compact import compact
 from models.masks import Masks
+from models.tokens import TokenMerge, around, spread_order
 from models.vit import Attention
 from pruning import streams
 from pruning.moments import PLAIN_RIDGE, Moments, all_reduced, compensated, corrected
@@ -72,15 +73,14 @@ class _Probe:
         return self._price(None, *self.last)
 
     def _price(self, mix: Callable[[Tensor], Tensor] | None, weight: Tensor, bias: Tensor | None) -> float:
-        total = torch.zeros(2, dtype=torch.float64, device=weight.device)
         weight, bias = weight.float(), None if bias is None else bias.float()
         gamma = 1 if self.branch.gamma is None else self.branch.gamma
-        for x, first, dense in zip(self.judge, self.judged, self.logits, strict=True):
-            if mix is not None:
-                x = x + gamma * nn.functional.linear(mix(first), weight, bias)
-            found = divergence(self.rest(x), dense)
-            total += torch.stack([found.sum(), found.new_tensor(len(found))])
-        return max(0.0, float(torch.divide(*all_reduced(total))))
+
+        def logits(x: Tensor, first: Tensor) -> Tensor:
+            return self.rest(x if mix is None else x + gamma * nn.functional.linear(mix(first), weight, bias))
+
+        judged = zip(self.judge, self.judged, self.logits, strict=True)
+        return _judged((logits(x, first), dense) for x, first, dense in judged)
 
 
 def _attention_curves(probe: _Probe, attention: Attention, groups: dict[str, int]) -> dict[str, Curve]:
@@ -106,13 +106,44 @@ def _mlp_curve(probe: _Probe, full: int, group: int) -> Curve:
     }
 
 
+def _judged(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Mean divergence of (logits, dense logits) of all batches and processes, never below 0."""
+    total = torch.zeros(2, dtype=torch.float64)
+    for logits, dense in pairs:
+        found = divergence(logits, dense)
+        total = total.to(found.device) + torch.stack([found.sum(), found.new_tensor(len(found))])
+    return max(0.0, float(torch.divide(*all_reduced(total))))
+
+
+def _token_curve(model: VisionTransformer, index: int, judge: list[Tensor], logits: list[Tensor],
+                 group: int) -> Curve:  # fmt: skip
+    """Prices of the token counts of a block, its patches merged around survivors that are spread evenly.
+
+    judge: the stream before the block. Nothing compensates.
+    """
+    grid, prefix, block = model.patch_embed.grid_size, model.num_prefix_tokens, model.blocks[index]
+    patches = grid[0] * grid[1]
+    curve = {prefix + patches: 0.0}
+    for left in probed_widths(patches, group):
+        keep = torch.zeros(patches, dtype=torch.bool).index_fill(0, spread_order(grid, index)[:left], True)
+        tokens = around(keep, grid, prefix).to(judge[0].device)
+
+        def out(x: Tensor, tokens: TokenMerge = tokens) -> Tensor:
+            z = tokens.compress(x)
+            return streams.head(model, model.blocks[index + 1 :](tokens.restore(block.branches(z), z, x)))
+
+        curve[prefix + left] = _judged((out(x), dense) for x, dense in zip(judge, logits, strict=True))
+    return curve
+
+
 @torch.no_grad()
 def block_curves(model: VisionTransformer, fit: Tensor, judge: Tensor, groups: dict[str, int],
                  batch: int) -> list[dict[str, Curve]]:  # fmt: skip
     """Per block, prices of the widths of heads, qk, v and mlp; width 0 of heads or mlp is the branch's absence.
 
-    model: aligned, full-size, in eval mode; fit, judge: images (n, 3, H, W) that a probe compensates with, and is
-    judged on; groups: units per group, by axis. With several processes, each gives its own images, as many.
+    Where `groups` has them, of token counts too. model: aligned, full-size, in eval mode; fit, judge: images (n, 3, H,
+    W) that a probe compensates with, and is judged on; groups: units per group, by axis. With several processes, each
+    gives its own images, as many.
     """
     device, curves = next(model.parameters()).device, []
     judge = [images.to(device) for images in judge.split(batch)]
@@ -122,6 +153,8 @@ def block_curves(model: VisionTransformer, fit: Tensor, judge: Tensor, groups: d
         later = model.blocks[i + 1 :]
         read = slice(None) if len(later) else streams.read(model)
         found: dict[str, Curve] = {}
+        if group := groups.get(f"blocks.{i}.tokens"):
+            found["tokens"] = _token_curve(model, i, judge, logits, group)
         for branch in streams.branches(block):
             is_attention = branch.last is block.attn.proj
             others = [streams.mlp(block)] if is_attention else []

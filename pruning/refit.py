@@ -7,7 +7,7 @@ corrected as they arise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -56,21 +56,22 @@ class _Streams:
         correct_(layer, *(moments.all_reduce() for moments in sets))
 
 
-def _refit_branch(big: Branch, small: Branch, rows: Tensor, kept: Tensor, s: _Streams, read: slice) -> None:
+def _refit_branch(big: Branch, small: Branch, rows: Tensor, kept: Tensor, s: _Streams, read: slice,
+                  merged: Callable[[Tensor], Tensor]) -> None:  # fmt: skip
     """Refit both layers of a branch, and move both streams past it.
 
     rows: of the dense first layer that survive; kept: embedding channels that survive; read: tokens that count in what
-    the branch writes.
+    the branch writes; merged: from the dense model's tokens to those that the pruned block computes on.
     """
     targets = []
     for i, x in enumerate(s.dense):
         first = big.first(big.norm(x))
-        targets.append(first[..., rows])
+        targets.append(merged(first[..., rows]))
         s.dense[i] = x + big.write(big.mix(first))
     s.fit_(small.first, (small.norm(z) for z in s.pruned), targets)
     mixed = [small.mix(small.first(small.norm(z))) for z in s.pruned]
     gamma = 1 if small.gamma is None else small.gamma
-    missing = (((x[..., kept] - z) / gamma)[:, read] for x, z in zip(s.dense, s.pruned, strict=True))
+    missing = (((merged(x[..., kept]) - z) / gamma)[:, read] for x, z in zip(s.dense, s.pruned, strict=True))
     s.fit_(small.last, (m[:, read] for m in mixed), missing)
     s.pruned = [z + small.write(m) for z, m in zip(s.pruned, mixed, strict=True)]
 
@@ -86,13 +87,17 @@ def refit_(dense: VisionTransformer, pruned: VisionTransformer, masks: Masks, im
     kept = masks.keep["embed"].nonzero().flatten()
     for i, (big, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
         read = streams.read(dense) if i + 1 == len(dense.blocks) else slice(None)
+        before, merged = s.pruned, small.tokens.compress if small.tokens else lambda x: x
+        inside = s.pruned = [merged(z) for z in before]
         for branch_of, first in ((streams.attention, "attn.qkv"), (streams.mlp, "mlp.fc1")):
             branch = branch_of(big)
             if branch_of(small):
                 rows = masks.kept(f"blocks.{i}.{first}.weight", 0)
-                _refit_branch(branch, branch_of(small), rows, kept, s, read)
+                _refit_branch(branch, branch_of(small), rows, kept, s, read, merged)
             elif branch:
                 s.dense = [x + branch(x) for x in s.dense]
+        if small.tokens:
+            s.pruned = list(map(small.tokens.restore, s.pruned, inside, before))
     for k, (layer, _) in enumerate(streams.classifiers(pruned, s.pruned[0])):
         inputs = (streams.classifiers(pruned, z)[k][1] for z in s.pruned)
         targets = (taught(x) for taught, x in (streams.classifiers(dense, x)[k] for x in s.dense))

@@ -43,12 +43,12 @@ def _local(parameter: str) -> str:
 class EventMean:
     """Scores of all units, summed over training steps and averaged over pruning events.
 
-    momentum: weight of the past in the moving average over events, bias-corrected (the published code does not correct,
-    so that its first scores after a reset are ten times too small).
+    sizes: units of every axis; momentum: weight of the past in the moving average over events, bias-corrected (the
+    published code does not correct, so that its first scores after a reset are ten times too small).
     """
 
-    def __init__(self, dims: ViTDims, momentum: float, device: torch.device) -> None:
-        self.sizes, self.momentum = dims.sizes(), momentum
+    def __init__(self, sizes: dict[str, int], momentum: float, device: torch.device) -> None:
+        self.sizes, self.momentum = sizes, momentum
         self.accumulated = torch.zeros(sum(self.sizes.values()), device=device)  # one axis behind the other
         self.average = torch.zeros_like(self.accumulated)
         self.steps = torch.zeros((), device=device)
@@ -113,7 +113,7 @@ class Saliency(EventMean):
 
     def __init__(self, model: nn.Module, dims: ViTDims, criterion: str, momentum: float = 0.0) -> None:
         device = next(model.parameters()).device
-        super().__init__(dims, momentum, device)
+        super().__init__(dims.sizes(), momentum, device)
         self.criterion = criterion
         self._sums = torch.zeros_like(self.average)  # this step's sum of every unit
         self._views = dict(zip(self.sizes, self._sums.split(list(self.sizes.values())), strict=True))

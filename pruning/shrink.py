@@ -47,11 +47,12 @@ def _converted(state: dict[str, Any], parameter: Tensor, convert: Callable[[Tens
 class Shrunk:
     """The place of a student in its full-size model.
 
-    outer: survivors of the full-size model that the student has; optimizer: its parameters are those of the student.
+    outer: survivors of the full-size model that the student has; masks: over all of it; optimizer: its parameters are
+    those of the student.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        self.outer = Masks(model.dims, device)
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, masks: Masks) -> None:
+        self.outer = masks.fresh()
         self.optimizer = optimizer
         names = {p: name for name, p in model.named_parameters()}
         self._names = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
@@ -67,7 +68,7 @@ class Shrunk:
 
     def lifted(self, masks: Masks) -> Masks:
         """Masks over the student as masks over the full-size model."""
-        found = Masks(self.outer.full, self.outer.keep["embed"].device)
+        found = self.outer.fresh()
         for axis, keep in self.outer.keep.items():
             survives = keep.clone()
             survives[keep] = masks.keep[axis]
@@ -119,5 +120,5 @@ class Shrunk:
 
     def paste_scores(self, scores: Tensor) -> Tensor:
         """Scores of the student's units, one axis behind the other, among the full-size model's: 0 for the others."""
-        keep = torch.cat(list(self.outer.keep.values()))
+        keep = torch.cat([self.outer.keep[axis] for axis in self.outer.full.sizes()])
         return scores.new_zeros(len(keep)).masked_scatter_(keep, scores)

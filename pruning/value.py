@@ -40,10 +40,15 @@ class ValuePruner(GlobalPruner):
             alive = self.masks.keep[axis].cpu().nonzero().flatten()
             if not torch.isfinite(values := scores[axis][alive]).all():
                 raise ValueError(f"saliency of {axis} is not finite")
-            branch = axis if axis.endswith("mlp") or axis == "embed" else axis.rsplit(".", 1)[0] + ".heads"
-            if self.masks.alive(branch):
+            if self._is_used(axis):
                 orders[axis] = alive[values.argsort(stable=True)]
         return orders
+
+    def _is_used(self, axis: str) -> bool:
+        """Whether the branch of an axis is left; tokens are used by both branches."""
+        block, _, kind = axis.rpartition(".")
+        branches = dict(mlp=["mlp"], embed=[], tokens=BRANCHES).get(kind, ["heads"])
+        return not branches or any(self.masks.alive(f"{block}.{branch}") for branch in branches)
 
     def _widths(self, axis: str, alive: int) -> np.ndarray:
         """What an axis may be cut to, widest first: multiples of its group, and nothing where that ends a branch."""
@@ -55,9 +60,10 @@ class ValuePruner(GlobalPruner):
         """Seconds of the model that an axis saves at each of the widths, never negative."""
         dims = self.masks.dims
         blocks = dims.blocks if axis == "embed" else (dims.blocks[int(axis.split(".")[1])],)
-        rows = np.array([(dims.embed, b.heads, b.qk, b.v, b.mlp) for b in blocks], dtype=float)
+        rows = np.array([(dims.embed, b.heads, b.qk, b.v, b.mlp, b.tokens) for b in blocks], dtype=float)
         rows = np.tile(rows, (1 + len(widths), 1, 1))  # widths x blocks x columns
-        rows[1:, :, COLUMNS.index(axis.rsplit(".", 1)[-1])] = widths[:, None]
+        kind = axis.rsplit(".", 1)[-1]
+        rows[1:, :, COLUMNS.index(kind)] = (widths + (self.masks.prefix if kind == "tokens" else 0))[:, None]
         seconds = self.table.blocks_seconds(rows.reshape(-1, len(COLUMNS)), monotone=True).reshape(len(rows), -1).sum(1)
         if axis == "embed":
             seconds += [self.table.overhead_seconds(int(width)) for width in (alive, *widths)]
@@ -125,13 +131,14 @@ class ValuePruner(GlobalPruner):
                 return {}
             alive = len(order := orders[axis])
             lost = np.concatenate([[0.0], scores[axis][order].cumsum(0).numpy()]) / max(total, np.finfo(float).tiny)
-            return {alive: 0.0} | {int(w): float(lost[alive - w]) for w in self._widths(axis, alive)}
+            offset = self.masks.prefix if axis.endswith(".tokens") else 0
+            return {offset + alive: 0.0} | {offset + int(w): float(lost[alive - w]) for w in self._widths(axis, alive)}
 
         curves = [{kind: curve(f"blocks.{i}.{kind}") for kind in COLUMNS[1:]} for i in range(len(now.blocks))]
         target = self.targets[0].limit * self.table.model_seconds(self.dense) / self.table.model_seconds(now)
         found = allocate(self.table, now, self.group_sizes, curves, curve("embed"), target)
         if not found:
             return {}
-        kept = found[0][0].sizes()
+        kept = self.masks.units(found[0][0])
         return {axis: kept[axis] if kept[axis] or axis.rsplit(".", 1)[-1] in BRANCHES else len(orders[axis])
                 for axis in orders}  # fmt: skip

@@ -164,6 +164,23 @@ def test_parts_of_several_token_counts():
         table.check_covers(ViTDims(96, (BlockDims(3, 32, 32, 128, 70),)))
 
 
+def test_token_counts_around_the_published_keys():
+    def tree(n):
+        return {f"EMB_{e}": {f"QK_{h}_{q}": {f"V_{v}": {f"MLP_{m}": float(n * e * (h * (2 * q + v) + m))
+                                                        for m in (16, 128)} for v in (8, 32)}
+                             for h, q in itertools.product((1, 3), (8, 32))} for e in (32, 96)}  # fmt: skip
+
+    table = LatencyTable({f"TOK_{n}": tree(n) for n in (20, 66)})
+    assert table.tokens == 66
+    for n in (66, 43, 20):
+        assert table.block_seconds(64, BlockDims(2, 20, 10, 100, n)) == pytest.approx(n * 64 * (2 * 50 + 100))
+    assert table.blocks_seconds(np.array([[96, 3, 32, 8, 16]]))[0] == pytest.approx(66 * 96 * (3 * 72 + 16))
+    with pytest.raises(LatencyTableError, match="goes up to TOK_66 but the model has 70|goes up to N_66"):
+        table.block_seconds(64, BlockDims(2, 20, 10, 100, 70))
+    with pytest.raises(LatencyTableError, match="EMB_32 is no key of a latency table; expected TOK_{tokens}"):
+        LatencyTable({"TOK_20": tree(20), "EMB_32": tree(66)["EMB_32"]})
+
+
 def test_the_published_keys_are_a_part_of_the_points():
     seconds = {"overhead/EMB_96": 1e-5, "attention/EMB_96/QK_3_8/V_8": 2.0}
     seconds |= {f"mlp/EMB_96/MLP_{m}": float(m) for m in range(8, 168, 8)}

@@ -25,7 +25,7 @@ def step(model, masks, optimizer, images, targets):
 def prepared(model):
     model = copy.deepcopy(model)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
-    return model, optimizer, Shrunk(model, optimizer, torch.device("cpu"))
+    return model, optimizer, Shrunk(model, optimizer, Masks(model.dims))
 
 
 @pytest.fixture

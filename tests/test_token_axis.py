@@ -1,0 +1,211 @@
+"""The sixth axis: the patches that a block computes on, pruned with the widths to one target."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jobs import PLAIN, PRUNE, run
+from test_resume import equal, interrupted, only
+
+import finetune_dense
+import main_full_global_latency
+from latency.table import LatencyTable
+from models import Masks, build_vit, compact, load_dense
+from models.tokens import layers
+from pruning.allocation import allocate
+from pruning.config import PruningConfig
+from pruning.global_latency import GlobalPruner
+from pruning.probe import prices
+from pruning.refit import divergence, refit_
+from pruning.token_saliency import TokenSaliency
+from pruning.value import ValuePruner
+from utils import BadArguments
+
+GRID = (4, 4)
+
+
+def table_of(width=1.0):
+    """Seconds that follow tokens and, to some part, widths, those of merging included."""
+    seconds = {}
+    for n in (6, 18):
+        for e in (4, 32):
+            seconds[f"tokens/N_{n}/EMB_{e}"] = 1e-6 * n
+            seconds |= {f"mlp/N_{n}/EMB_{e}/MLP_{m}": 1e-8 * n * (400 + width * e * m) for m in (1, 128)}
+            seconds |= {f"attention/N_{n}/EMB_{e}/QK_{h}_{q}/V_{v}": 1e-8 * n * (400 + width * h * (e + n) * (q + v))
+                        for h in (1, 4) for q in (1, 8) for v in (1, 8)}  # fmt: skip
+    return LatencyTable.of_parts(seconds | {f"overhead/EMB_{e}": 1e-6 * e for e in (4, 32)}, dict(batch=16))
+
+
+@pytest.fixture
+def model(tiny, randomise):
+    return randomise(build_vit(**tiny)).double().eval()
+
+
+@pytest.mark.parametrize("axes", [("tokens",), ("tokens", "embed", "heads", "qk", "v", "mlp")])
+def test_masked_equals_compact(model, images, prune, axes):
+    masks = prune(Masks(model.dims, grid=GRID), axes)
+    assert [b.tokens for b in masks.dims.blocks] == [18 - 5, 18 - 8]
+    masks.install_(model)
+    small = compact(model, masks)
+    assert small.dims == masks.dims and len(list(layers(small))) == 2
+    with torch.no_grad():
+        masked, images = model(images.double()), images.double()
+        assert float((small(images) - masked).norm() / masked.norm()) < 1e-10
+
+
+def test_a_patch_that_goes_joins_the_nearest_survivor(model):
+    masks = Masks(model.dims, grid=GRID)
+    masks.remove("blocks.1.tokens", torch.arange(1, 16))
+    masks.install_(model)
+    assert model.blocks[0].tokens is None and model.blocks[1].tokens.owner.tolist() == [2] * 16
+    masks = Masks(model.dims, grid=GRID)
+    masks.remove("blocks.0.tokens", torch.tensor([0, 1, 7]))  # (0, 0), (0, 1) and (1, 3)
+    masks.install_(model)
+    owner = model.blocks[0].tokens.owner
+    survivors = masks.keep["blocks.0.tokens"].nonzero().flatten().tolist()
+    assert [survivors[o - 2] for o in owner.tolist()] == [4, 2, *range(2, 7), 3, *range(8, 16)]
+    assert model.blocks[1].tokens is None
+
+
+def test_an_empty_block_merges_nothing(model):
+    masks = Masks(model.dims, grid=GRID)
+    for axis in ("heads", "mlp", "tokens"):
+        masks.remove(f"blocks.0.{axis}", torch.arange(4 if axis != "mlp" else 128))
+    masks.install_(model)
+    assert masks.dims.blocks[0].tokens == 18 and model.blocks[0].tokens is None
+
+
+@pytest.mark.parametrize("removed", [0, 9])
+def test_saliency_is_the_loss_along_the_way_to_the_common_mean(model, images, removed):
+    """Against central differences of the loss of every image by itself."""
+    masks = Masks(model.dims, grid=GRID)
+    masks.remove("blocks.1.tokens", torch.randperm(16)[:removed])
+    masks.install_(model)
+    images, labels = images.double(), torch.tensor([1, 5, 7])
+    saliency = TokenSaliency(model, masks, 0.0, torch.amp.GradScaler("cpu", enabled=False))
+    F.cross_entropy(model(images), labels).backward()
+    saliency.step()
+    found = saliency.close_window()["blocks.1.tokens"]
+
+    survivors = masks.keep["blocks.1.tokens"].nonzero().flatten().tolist()
+    block, merge = model.blocks[1], model.blocks[1].tokens
+    with torch.no_grad():
+        x = model.blocks[0](model._pos_embed(model.patch_embed(images)))
+        M, R = (torch.eye(18).double(),) * 2 if merge is None else merge.matrices()[:2]
+    distance = {(a, b): (a // 4 - b // 4) ** 2 + (a % 4 - b % 4) ** 2 for a in range(16) for b in range(16)}
+
+    def loss(moved):
+        z = M @ x + moved
+        logits = model.forward_head(model.norm(x + R @ (block.branches(z) - z)))
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    expected = torch.zeros(16).double()
+    for k, patch in enumerate(survivors):
+        near = min((s for s in survivors if s != patch), key=lambda s: (distance[patch, s], s))
+        d, n = survivors.index(near), [int((R[:, 2 + i] > 0).sum()) for i in range(len(survivors))]
+        z = M @ x
+        mean = (n[k] * z[:, 2 + k] + n[d] * z[:, 2 + d]) / (n[k] + n[d])
+        way = torch.zeros_like(z)
+        way[:, 2 + k], way[:, 2 + d] = mean - z[:, 2 + k], mean - z[:, 2 + d]
+        with torch.no_grad():
+            expected[patch] = ((loss(1e-5 * way) - loss(-1e-5 * way)) / 2e-5).square().mean()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-9)
+    assert (found > 0).sum() == 16 - removed
+
+
+@pytest.mark.parametrize("kind", [GlobalPruner, ValuePruner])
+@pytest.mark.parametrize("target", [0.7, 0.4])
+def test_tokens_compete_with_widths(model, kind, target):
+    """Where they are worth little they go, where they are worth much they stay; the target is met either way."""
+    left = []
+    for worth in (1e-4, 1e4):
+        masks = Masks(model.dims, grid=GRID)
+        groups = PruningConfig().group_sizes(masks)
+        pruner = kind(masks, table_of(), groups, regularization=0.0, target=target, per_event=3)
+        scores = {axis: torch.rand(n).double() * (worth if "tokens" in axis else 1)
+                  for axis, n in masks.sizes().items()}  # fmt: skip
+        while not (event := pruner.event(scores)).reached:
+            assert event.groups
+        assert target - 0.1 < pruner.ratio <= target
+        assert pruner.ratio == pytest.approx(table_of().ratio(masks.dims, model.dims))
+        left.append(sum(b.tokens for b in masks.dims.blocks))
+    assert left[0] + 4 < left[1] and left[1] > 30
+
+
+def test_refit_reads_merged_tokens(model, images):
+    """A refit towards the dense model gains what a merge has lost, and never sees a label."""
+    model, images = model.float(), torch.randn(256, 3, 16, 16)
+    dims = [b.tokens for b in model.dims.blocks]
+    masks = Masks(model.dims, grid=GRID)
+    for i in range(2):
+        masks.remove(f"blocks.{i}.tokens", torch.arange(0, 16, 2))
+    small = compact(model, masks)
+    assert [b.tokens for b in small.dims.blocks] == [n - 8 for n in dims]
+    with torch.no_grad():
+        lost = float(divergence(small(images[:26]), model(images[:26])).mean())
+        found = refit_(model, small, masks, images, 64)
+        again = float(divergence(small(images[:26]), model(images[:26])).mean())
+    assert found == pytest.approx(again, rel=1e-3) and again < 0.9 * lost
+
+
+def test_one_shot_prices_tokens(model):
+    model = model.float().requires_grad_(False)
+    masks = Masks(model.dims, grid=GRID)
+    groups = PruningConfig().group_sizes(masks)
+    curves, embed = prices(model, torch.randn(128, 3, 16, 16), groups, 64)
+    for curve in curves:
+        assert set(curve["tokens"]) == {4, 6, 10, 14, 18} and curve["tokens"][18] == 0 < curve["tokens"][4]
+    free = [c | dict(tokens=dict.fromkeys(c["tokens"], 0.0)) for c in curves]
+    (dims, _), *_ = allocate(table_of(), model.dims, groups, free, embed, 0.5)
+    assert all(b.tokens < 18 == 14 + b.heads and b.qk == 8 for b in dims.blocks)  # nothing else has to go
+    assert table_of().ratio(dims, model.dims) <= 0.5
+
+
+# -------------------------------------------------------------------------------------------------------------- scripts
+@pytest.fixture
+def job(runs, tmp_path):
+    table_of(width=0.1).save(tmp_path / "table.json")
+    return [*PRUNE, "--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth", "--latency_look_up_table",
+            tmp_path / "table.json", "--prune_per_iter", "64", "--interval_prune", "3", "--tokens"]  # fmt: skip
+
+
+def test_pruned_with_widths_resumed_and_finetuned(job, tmp_path, monkeypatch):
+    flags = [*job, "--latency_target", "0.5", "--latency_regularization", "1"]
+    run(main_full_global_latency, *flags, "--output_dir", tmp_path / "whole")
+    folder = only(tmp_path / "whole", "global_*")
+    summary = json.loads((folder / "summary.json").read_text())["pruned"]
+    assert 0.4 < summary["latency_predicted"] <= 0.5
+    small = load_dense(folder / "pruned_checkpoint.pth")
+    assert any(b.tokens < 18 for b in small.dims.blocks) and small.dims.to_dict() == json.loads(
+        (folder / "dims.json").read_text())  # fmt: skip
+    interrupted(monkeypatch, main_full_global_latency, [*flags, "--output_dir", tmp_path / "broken"], 8)
+    run(main_full_global_latency, *flags, "--output_dir", tmp_path / "broken", "--resume")
+    equal(*(only(tmp_path / name, "global_*") for name in ("whole", "broken")), "pruned_checkpoint.pth")
+    run(finetune_dense, *PLAIN, "--finetune", folder, "--epochs", "1", "--kl_loss_coeff", "0",
+        "--original_loss_coeff", "1")  # fmt: skip
+    (tuned,) = folder.glob("ft_dense_*")
+    tuned = load_dense(tuned / "ft_checkpoint.pth")
+    assert tuned.dims == small.dims
+    i, tokens = next(layers(tuned))
+    assert not torch.equal(tokens.merge, small.blocks[i].tokens.merge)  # M trains, on its support
+
+
+def test_one_shot_with_tokens(job, tmp_path):
+    flags = [f for f in job if f not in ("--latency_regularization", "1e-4")]
+    run(main_full_global_latency, *flags, "--one_shot", "--calib_images", "256", "--latency_target", "0.5",
+        "--output_dir", tmp_path)  # fmt: skip
+    folder = only(tmp_path, "one_shot_*")
+    small = load_dense(folder / "pruned_checkpoint.pth")
+    assert json.loads((folder / "summary.json").read_text())["pruned"]["latency_predicted"] <= 0.5
+    assert any(b.tokens < 18 for b in small.dims.blocks)
+
+
+def test_what_does_not_go_with_tokens(job, runs, tmp_path):
+    flags = [*job, "--compile", "--shrink_interval", "2", "--latency_look_up_table", runs["table"], "--output_dir",
+             tmp_path / "out"]  # fmt: skip
+    with pytest.raises(BadArguments) as error:
+        run(main_full_global_latency, *flags)
+    assert all(text in str(error.value) for text in (
+        "--tokens does not go with --compile", "--tokens does not go with --shrink_interval",
+        "knows one token count alone: build it with python -m latency.build_table"))  # fmt: skip
