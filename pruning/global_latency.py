@@ -75,6 +75,7 @@ def latency_per_unit(table: LatencyTable, dims: ViTDims, group_sizes: dict[str, 
     saved = np.maximum(seconds[0] - seconds[1:], 0).T  # blocks x columns
     per_unit = np.divide(saved, removed, out=np.zeros_like(saved), where=removed > 0)
     costs = dict(zip(sum(names, []), per_unit.flatten().tolist(), strict=True))
+    costs = {name: cost for name, cost in costs.items() if name in group_sizes}
     costs["embed"] = per_unit[:, 0].sum()
     if units := int(removed[0, 0]):
         outside = table.overhead_seconds(dims.embed) - table.overhead_seconds(dims.embed - units)
