@@ -37,13 +37,16 @@ def route(qk: int, v: int, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, way: str | None = None) -> Tensor:
-    """softmax(scale q k^T) v: q, k (B, H, N, qk), v (B, H, N, v) -> (B, N, H v). way: a route, None for the rule's."""
+    """softmax(scale q k^T) v: q (B, H, N, qk), k (B, H, M, qk), v (B, H, M, v) -> (B, N, H v).
+
+    way: a route, None for the rule's.
+    """
     way = way or route(q.shape[-1], v.shape[-1], q.device, q.dtype)
     if way == "explicit":
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dropout:
             return _explicit(q, k, v, scale)
         way = "padded"
-    B, H, N, width = v.shape
+    (B, H, N, _), width = q.shape, v.shape[-1]
     if way == "padded":
         multiple = 1 if q.device.type == "cpu" else TENSOR_CORES
         common = -(-max(q.shape[-1], width) // multiple) * multiple
@@ -53,8 +56,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, 
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    B, H, N, width = v.shape
-    chunk = max(1, SCORES_BYTES // (H * N * N * q.element_size()))
+    (B, H, N, _), width = q.shape, v.shape[-1]
+    chunk = max(1, SCORES_BYTES // (H * N * k.shape[2] * q.element_size()))
     out = v.new_empty(B, N, H, width)
     for rows in zip(*(t.split(chunk) for t in (q, k, v, out)), strict=True):
         q_, k_, v_ = (t.flatten(0, 1) for t in rows[:3])  # b*H N d

@@ -237,9 +237,10 @@ def layers(model: nn.Module) -> Iterator[tuple[int, Any]]:
 def streamline_(model: Any) -> Any:
     """Spare a model that only classifies what its logits do not need; they stay the same to rounding. Returns it.
 
-    The last block puts back what the head reads alone. Where neither of two consecutive blocks has a shortcut and it
-    takes fewer operations, M of the one is multiplied into R of the other, and no full sequence lies between them.
-    `forward_features` no longer returns every token, and weights no longer train. Matrices stored in full stay.
+    Of the last block only the tokens that the head reads ask, pass the MLP and are put back. Where neither of two
+    consecutive blocks has a shortcut and it takes fewer operations, M of the one is multiplied into R of the other, and
+    no full sequence lies between them. `forward_features` no longer returns every token, and weights no longer train.
+    Matrices stored in full stay.
     """
     found = {i: tokens for i, tokens in layers(model) if isinstance(tokens, TokenMerge)}
     for i, tokens in found.items():
@@ -248,6 +249,8 @@ def streamline_(model: Any) -> Any:
             follower.folded = follower.matrices()[0] @ tokens.matrices()[1]
             tokens.hands_on = "tokens"
     last = len(model.blocks) - 1
-    if last in found and model.global_pool == "token":
-        found[last].hands_on = "prefix"
+    if model.global_pool == "token" and not isinstance(model.blocks[last].tokens, DenseTokenMerge):
+        model.blocks[last].read = model.num_prefix_tokens
+        if last in found:
+            found[last].hands_on = "prefix"
     return model

@@ -88,16 +88,23 @@ class Attention(nn.Module):
 
     def mix(self, qkv: Tensor) -> Tensor:
         """What the heads pass on: the fused rows of q, k and v, (B, N, H(2 qk + v)) -> (B, N, H v)."""
-        B, N, _ = qkv.shape
-        H, qk, v_dim = self.num_heads, self.qk, self.v
-        q, k, v = qkv.split([H * qk, H * qk, H * v_dim], dim=-1)
-        q, k = (t.view(B, N, H, qk).transpose(1, 2) for t in (q, k))  # B H N qk
+        rows = self.num_heads * self.qk
+        return self._attend(*qkv.split([rows, rows, self.num_heads * self.v], dim=-1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # B H N qk or v
         q, k = self.q_norm(q), self.k_norm(k)
-        v = v.view(B, N, H, v_dim).transpose(1, 2)  # B H N v
         return attend(q, k, v, self.scale, self.attn_drop if self.training else 0.0, self.way)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj_drop(self.proj(self.mix(self.qkv(x))))  # B N E
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """queries: only the first so many tokens ask, and are answered; None for all."""
+        if queries is None:
+            return self.proj_drop(self.proj(self.mix(self.qkv(x))))  # B N E
+        rows, (weight, bias) = self.num_heads * self.qk, (self.qkv.weight, self.qkv.bias)
+        biases = (None, None) if bias is None else (bias[:rows], bias[rows:])
+        q = F.linear(x[:, :queries], weight[:rows], biases[0])
+        k, v = F.linear(x, weight[rows:], biases[1]).tensor_split([rows], dim=-1)
+        return self.proj_drop(self.proj(self._attend(q, k, v)))
 
 
 class Block(nn.Module):
@@ -105,8 +112,10 @@ class Block(nn.Module):
 
     tokens: the compression that the block works inside of (`models.tokens`), None for all tokens. Takes the arguments
     timm passes to its `block_fn`; those that a plain ViT leaves at their default are ignored here because `skeleton`
-    has refused any other value.
+    has refused any other value. read: how many of the first tokens are wanted of it (`models.tokens.streamline_`).
     """
+
+    read: int | None = None
 
     def __init__(self, *, dims: BlockDims, scale: float, dim: int, norm_layer: Any, qkv_bias: bool = False,
                  proj_bias: bool = True, init_values: float | None = None, proj_drop: float = 0.0,
@@ -134,11 +143,12 @@ class Block(nn.Module):
 
     def branches(self, x: Tensor) -> Tensor:
         """Attention and MLP, on all tokens or on those that compression leaves."""
+        wanted = x if self.read is None else x[:, : self.read]
         if self.dims.heads:
-            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+            wanted = wanted + self.drop_path1(self.ls1(self.attn(self.norm1(x), self.read)))
         if self.dims.mlp:
-            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x  # B N E
+            wanted = wanted + self.drop_path2(self.ls2(self.mlp(self.norm2(wanted))))
+        return wanted  # B N E
 
 
 class TokenLogits(nn.Module):

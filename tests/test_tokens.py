@@ -178,6 +178,23 @@ def test_streamlined_models_classify_the_same(tiny, randomise, images):
         assert model.forward_features(images).shape[1] == 2
 
 
+@pytest.mark.parametrize("way", [None, "explicit"])
+def test_the_last_block_answers_what_the_head_reads(family, randomise, images, way):
+    """Exactly, with all tokens and with merged ones; where the head reads an average, nothing changes."""
+    full = randomise(build_vit(**family)).double().eval()
+    total, prefix = full.dims.blocks[0].tokens, full.num_prefix_tokens
+    merged = randomise(build_vit(**family, dims=with_tokens(full.dims, total, prefix + 5))).double().eval()
+    images = images.double()
+    for model in (full, merged):
+        for block in model.blocks:
+            block.attn.way = way
+        with torch.no_grad():
+            expected = model(images)
+            assert (streamline_(model).blocks[1].read == prefix) == (model.global_pool == "token")
+            torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-12)
+            assert model.forward_features(images).shape[1] == (prefix if model.global_pool == "token" else total)
+
+
 def test_a_shortcut_is_not_folded_away(compressed, images):
     with torch.no_grad():
         expected = compressed(images)
