@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import hashlib
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torchvision.transforms import InterpolationMode
 
 import inat
 import shards
+from console import complain
 from utils import RunFailed, say, say_at_end
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
@@ -68,7 +68,7 @@ class Skipping(Dataset):
                     return self.dataset[image]
                 except CorruptImage as error:
                     self.unreadable[image] = True
-                    print(f"warning: {error}: left out", file=sys.stderr, flush=True)
+                    complain("warning", f"{error}: left out")
             if not self.stand_in:
                 return None
         raise CorruptImage(f"no image of {self.dataset.root} can be read")

@@ -15,7 +15,7 @@ from latency.table import LatencyTable
 from latency.whole import measured_ratios
 from models import ViTDims, build_vit, macs, params, sparsity
 from training import FullModel
-from utils import say, warn
+from utils import say, say_next, warn
 
 MOST_BATCH = 65_536  # of a measurement that a file asks for
 BUILDS, ROUNDS = 5, 15  # fresh pairs of models per measurement, and how often each is measured
@@ -82,8 +82,7 @@ def say_where(folder: Path, *following: str) -> None:
     """Say what a finished run has written, and the commands that go on from it."""
     shown = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith("events."))
     say(f"in {folder}: {', '.join(shown)}; curves: tensorboard --logdir {shlex.quote(str(folder))}")
-    for command in following:
-        say(f"next: python {command}")
+    say_next(*following)
 
 
 def data_flags(args: Any) -> str:

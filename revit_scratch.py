@@ -11,7 +11,7 @@ from finetuning import Run, read_resumed, train
 from latency.points import read_dims
 from models import ViTDims, build_vit
 from models.redistribution import RULES, redistributed
-from utils import Problems, is_main, make_folder, run_script, say, write_json
+from utils import Problems, is_main, make_folder, run_script, say_result, write_json
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     write_json(run.folder / "dims.json", run.model.dims.to_dict())
     write_json(run.folder / "summary.json", dict(finetuned=result))
     results.say_where(run.folder, *results.after_training(run.folder))
-    say(results.result_line(run.folder / "ft_checkpoint.pth", result))
+    say_result(results.result_line(run.folder / "ft_checkpoint.pth", result))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """python -m latency.build_table, end to end on a two-block model."""
 import json
+import shlex
 
 import pytest
 import torch
 
+import main_full_global_latency
 from latency import LatencyTable, LatencyTableError
 from latency.build_table import get_args_parser, main
 from latency.measure import Bench
@@ -27,7 +29,10 @@ def arguments(output, *extra):
 def test_writes_one_table_that_covers_the_model(tmp_path, capsys):
     assert main(arguments(tmp_path / "t.json")) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
-    line = capsys.readouterr().out.strip()
+    *_, command, line = capsys.readouterr().out.strip().splitlines()
+    flags = shlex.split(command.removeprefix("next: python main_full_global_latency.py "))
+    following = main_full_global_latency.get_args_parser().parse_args(flags)
+    assert following.latency_look_up_table == str(tmp_path / "t.json") and following.model_kwargs == KWARGS
     assert line.startswith(f"{tmp_path / 't.json'}: {COUNT} points in ") and line.endswith(" ms per batch of 2")
     table, dense = LatencyTable.load(tmp_path / "t.json"), ViTDims.of(skeleton(ARCH, **KWARGS))
     table.check_covers(dense)
