@@ -206,7 +206,8 @@ def main(args: argparse.Namespace) -> None:
     metrics = train(args, run)
     if is_main():
         result = finish(args, run, metrics)
-        results.say_where(run.folder, *results.after_training(run.folder))
+        dense = run.model.dims == training.dims_of(run.full)
+        results.say_where(run.folder, *(results.after_dense if dense else results.after_training)(run.folder))
         say_result(results.result_line(run.folder / "ft_checkpoint.pth", result))
     if args.asp:
         stage = sparse(args, run, run.folder)

@@ -80,7 +80,7 @@ def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | Non
 
 def say_where(folder: Path, *following: str) -> None:
     """Say what a finished run has written, and the commands that go on from it."""
-    shown = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith("events."))
+    shown = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith(("events.", ".")))
     say(f"in {folder}: {', '.join(shown)}; curves: tensorboard --logdir {shlex.quote(str(folder))}")
     say_next(*following)
 
@@ -96,6 +96,13 @@ def after_training(folder: Path) -> tuple[str, str]:
     quoted = shlex.quote(str(folder))
     return (f"-m tools.report {quoted}",
             f"-m tools.export {shlex.quote(str(folder / 'ft_checkpoint.pth'))} --format onnx")  # fmt: skip
+
+
+def after_dense(folder: Path) -> tuple[str, str]:
+    """What goes on from a dense model: the commands for say_where."""
+    weights, measured = (shlex.quote(str(folder / name)) for name in ("ft_checkpoint.pth", "latency.json"))
+    return (f"-m latency.build_table --initial-checkpoint {weights} --output {measured}",
+            f"-m tools.report {shlex.quote(str(folder))}")  # fmt: skip
 
 
 def earlier(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from utils import Problems, is_main, make_folder, run_script, say_result, write_
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
-        __doc__, "example: python revit_scratch.py --scratch --EMB 176 --data-path IMAGENET --output_dir runs"
+        __doc__, "example: python revit_scratch.py --scratch --EMB 176 --data-path IMAGENET --kl_loss_coeff 0 "
+                 "--original_loss_coeff 1\n  --output_dir runs"  # fmt: skip
     )
     options.add_dense_training_args(parser, "where the run's folder is made; required")
     group = parser.add_argument_group("architecture")

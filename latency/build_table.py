@@ -247,7 +247,8 @@ def say_end(args: argparse.Namespace, table: LatencyTable, points: int, seconds:
     model += ["--input-size", str(args.input_size)] if args.input_size else []
     say_next(f"-m latency.validate {shlex.quote(args.output)}",
              f"main_full_global_latency.py {shlex.join(model)} --data-path IMAGES --pruning "
-             f"--latency_look_up_table {shlex.quote(args.output)} --latency_target 0.5 --output_dir runs")  # fmt: skip
+             f"--latency_look_up_table {shlex.quote(args.output)} --latency_target 0.5 "
+             "--latency_regularization 5e-4 --original_loss_coeff 1 --output_dir runs")  # fmt: skip
     dense = 1e3 * table.model_seconds(parent_of(args)[2])
     say_result(f"{args.output}: {points} points in {seconds:.0f} s; dense model {dense:.2f} ms per batch of "
                f"{args.batch_size}")  # fmt: skip

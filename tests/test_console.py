@@ -21,12 +21,13 @@ TRAINING = ("main_full_global_latency", "finetune_dense", "revit_scratch", "main
 def test_the_next_commands_can_be_typed(runs, tmp_path, capsys):
     args = argparse.Namespace(data_set="IMNET", data_path=str(tmp_path / "my images"))
     command = f"finetune_dense.py --finetune {runs['pruned']} {results.data_flags(args)}"
-    results.say_where(runs["tuned"], command, *results.after_training(runs["tuned"]))
+    results.say_where(runs["tuned"], command, *results.after_training(runs["tuned"]), *results.after_dense(tmp_path))
     first, *following = capsys.readouterr().out.splitlines()
     assert "ft_checkpoint.pth" in first and "summary.json" in first and f"--logdir {runs['tuned']}" in first
     words = [shlex.split(line.removeprefix("next: python ").removeprefix("-m ")) for line in following]
     parsed = [PARSERS[script].get_args_parser().parse_args(flags) for script, *flags in words]
     assert parsed[0].data_path == args.data_path and parsed[1].runs == [runs["tuned"]]
+    assert parsed[3].initial_checkpoint == str(tmp_path / "ft_checkpoint.pth") and "lock" not in first
     assert parsed[2].checkpoint == str(runs["tuned"] / "ft_checkpoint.pth")
 
 
