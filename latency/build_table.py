@@ -168,10 +168,14 @@ def settings_of(args: argparse.Namespace, arch: str, kwargs: dict[str, Any], gri
 def warn_of_noise(spreads: dict[str, float]) -> None:
     """Name the points whose rounds disagree."""
     if noisy := sorted((k for k in spreads if spreads[k] > NOISY), key=lambda k: -spreads[k]):
-        keys = ", ".join(f"{key} ({spreads[key]:.0%})" for key in noisy[:SHOWN_KEYS])
+        keys = ", ".join(f"{key} ({_share(spreads[key])})" for key in noisy[:SHOWN_KEYS])
         more = f" and {len(noisy) - SHOWN_KEYS} more" if len(noisy) > SHOWN_KEYS else ""
         complain("warning", f"{len(noisy)} of {len(spreads)} points vary by more than {NOISY:.0%} between rounds: "
                             f"{keys}{more}; is the machine in use by others?")  # fmt: skip
+
+
+def _share(spread: float) -> str:
+    return f"{spread:.0%}" if spread < math.inf else "undisturbed only once"
 
 
 def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:

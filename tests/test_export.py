@@ -182,6 +182,11 @@ def test_a_damaged_folder(small, tmp_path, damage, message, capsys):
         load_dense(tmp_path / "out")
 
 
+def test_a_runs_folder_is_told_its_checkpoints(tmp_path, small):
+    with pytest.raises(checkpoint.CheckpointError, match="in it; for a checkpoint name the file: small.pth"):
+        load_dense(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(set(formats.FORMATS) - {"timm"}))
 def test_a_pruned_run_is_compacted_and_exported(runs, kind, tmp_path, capsys):

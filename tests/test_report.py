@@ -123,12 +123,16 @@ def test_bad_runs_are_all_named(runs, tmp_path):
     (unfinished := tmp_path / "unfinished").mkdir()
     (unfinished / "args.json").write_text("{}")
     (unfinished / "log.txt").write_text('{"epoch": 0}\n{"epo')
+    shutil.copytree(runs["pruned"], within := tmp_path / "report" / "run")
+    for name in ("summary.json", "report.html"):  # what a report has written where it was told to
+        shutil.copy(within / "summary.json", within.parent / name)
     (damaged := tmp_path / "damaged").mkdir()
     (damaged / "summary.json").write_text('{"dense": {"dims": 3}}')
     with pytest.raises(BadArguments) as error:
-        run(report, unfinished, damaged, runs["root"], tmp_path / "nothing", runs["tuned"], runs["tuned"])
-    assert [re.search("has not finished .1 epoch|is damaged|is not the folder of a run; these in it|there is no|twice",
-                      problem) is not None for problem in error.value.problems] == [True] * 5  # fmt: skip
+        run(report, unfinished, damaged, runs["root"], tmp_path / "nothing", within.parent, *[runs["tuned"]] * 2)
+    assert f"report is not the folder of a run; these in it are: {within}" in error.value.problems[4]
+    assert [re.search("not finished .1 epoch is|is damaged|is not the folder of a run; these in it|there is no|twice",
+                      problem) is not None for problem in error.value.problems] == [True] * 6  # fmt: skip
 
 
 @pytest.mark.slow

@@ -52,7 +52,8 @@ def _bars(axes: Axes, widths: Sequence[int], dense: Sequence[int] | None) -> Non
     if dense is not None:
         axes.bar(blocks, dense, color=PALE, label="dense")
     bars = axes.bar(blocks, widths, color=BLUE, width=0.6, label="left")
-    axes.bar_label(bars, fontsize=FONT - 4)
+    axes.bar_label(bars, fontsize=min(FONT - 2, 140 / len(widths)))  # as wide as four digits may be
+    axes.margins(y=0.12)
     axes.set(xlabel="block", xticks=list(blocks))
     axes.yaxis.get_major_locator().set_params(integer=True)
 

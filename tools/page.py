@@ -29,7 +29,7 @@ th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #d6d
 th:first-child, td:first-child { text-align: left; }
 thead th { background: #eef3f9; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
-.charts { gap: 1rem; margin: 1rem 0; }
+.charts { gap: 1rem; margin: 1rem 0; align-items: end; }
 figure { margin: 0; max-width: 40rem; }
 figcaption { font-weight: 600; }
 img { width: 100%; height: auto; display: block; }
