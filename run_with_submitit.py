@@ -20,7 +20,7 @@ import options
 from utils import BadArguments, run_script
 
 SCRIPTS = ("main_full_global_latency.py", "finetune_dense.py", "revit_scratch.py", "main_savit.py",
-           "main_savit_deploy.py")  # fmt: skip
+           "main_savit_deploy.py", "main_pm_vit.py")  # fmt: skip
 ROOT = Path(__file__).resolve().parent
 
 
