@@ -112,6 +112,12 @@ class TestTransforms:
 
 
 class TestImageFolder:
+    def test_too_many_workers_are_said_in_one_line(self, folder_args, capsys):
+        folder_args.num_workers = 999
+        for is_train in (True, False):
+            build_loader(build_dataset(is_train, folder_args)[0], folder_args, is_train)
+        assert capsys.readouterr().err.count("warning: --num_workers 999 on ") == 1
+
     def test_end_to_end(self, folder_args):
         for is_train, batches in ((True, [4]), (False, [6])):
             dataset, classes = build_dataset(is_train, folder_args)
