@@ -80,8 +80,10 @@ def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | Non
 
 def say_where(folder: Path, *following: str) -> None:
     """Say what a finished run has written, and the commands that go on from it."""
-    shown = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith(("events.", ".")))
-    say(f"in {folder}: {', '.join(shown)}; curves: tensorboard --logdir {shlex.quote(str(folder))}")
+    found = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith("."))
+    shown = [name for name in found if not name.startswith("events.")]
+    curves = f"; curves: tensorboard --logdir {shlex.quote(str(folder))}" if len(shown) < len(found) else ""
+    say(f"in {folder}: {', '.join(shown)}{curves}")
     say_next(*following)
 
 

@@ -31,6 +31,12 @@ def test_the_next_commands_can_be_typed(runs, tmp_path, capsys):
     assert parsed[2].checkpoint == str(runs["tuned"] / "ft_checkpoint.pth")
 
 
+def test_curves_are_named_where_there_are_any(tmp_path, capsys):
+    (tmp_path / "dims.json").touch()
+    results.say_where(tmp_path)
+    assert capsys.readouterr().out == f"in {tmp_path}: dims.json\n"
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_help_is_grouped_and_has_an_example(name):
     text = importlib.import_module(name).get_args_parser().format_help()

@@ -124,7 +124,7 @@ def test_bad_runs_are_all_named(runs, tmp_path):
     (unfinished / "args.json").write_text("{}")
     (unfinished / "log.txt").write_text('{"epoch": 0}\n{"epo')
     shutil.copytree(runs["pruned"], within := tmp_path / "report" / "run")
-    for name in ("summary.json", "report.html"):  # what a report has written where it was told to
+    for name in ("summary.json", "report.html", "dense.pth"):  # what a report has written where it was told to
         shutil.copy(within / "summary.json", within.parent / name)
     (damaged := tmp_path / "damaged").mkdir()
     (damaged / "summary.json").write_text('{"dense": {"dims": 3}}')

@@ -30,7 +30,7 @@ th:first-child, td:first-child { text-align: left; }
 thead th { background: #eef3f9; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
 .charts { gap: 1rem; margin: 1rem 0; align-items: end; }
-figure { margin: 0; max-width: 40rem; }
+figure { margin: 0; max-width: 30rem; }
 figcaption { font-weight: 600; }
 img { width: 100%; height: auto; display: block; }
 pre { background: #f4f6f9; padding: .75rem; white-space: pre-wrap; font-size: .875rem; }

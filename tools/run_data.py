@@ -94,7 +94,7 @@ def _unfinished(folder: Path) -> str:
 
 def read_run(folder: Path) -> Run:
     """The run in `folder`: of finetuning, with the pruning run around it, or of pruning. Raises ValueError."""
-    copied = (folder / "report.html").exists() and not any(folder.glob("*.pth"))  # an earlier report's folder
+    copied = (folder / "report.html").exists() and not (folder / "args.json").exists()  # an earlier report's folder
     if copied or not (folder / "summary.json").is_file():
         raise ValueError(_unfinished(folder))
     try:
