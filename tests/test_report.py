@@ -49,6 +49,7 @@ def written(runs, tmp_path_factory):
     shutil.copytree(runs["tuned"], other)
     summary = json.loads((other / "summary.json").read_text())
     summary["dense"]["dims"]["embed"] += 8
+    summary["finetuned"]["dims"]["blocks"][1]["tokens"] = 11
     (other / "summary.json").write_text(json.dumps(summary))
     run(report, runs["tuned"], "--output", out / "one")
     run(report, runs["tuned"], runs["pruned"], other, "--output", out / "several")
@@ -111,6 +112,13 @@ def test_runs_that_do_not_compare_are_said_to(written, capsys):
     assert "other has another dense model than" in note[2]
     names = {e[2].split()[0] + e[2].split()[1][:6] for e in page.all("th") if e[1]["scope"] == "row"}
     assert {"Adense", "Apruned"[:7], "Bpruned"[:7], "Cdense"} <= names and "Bdense" not in names
+
+
+def test_tokens_are_drawn_where_some_were_merged(written):
+    captions = {which: [e[2] for e in Page(written[which]).all("figcaption")] for which in ("one", "several")}
+    assert [found.count("Tokens per block") for found in captions.values()] == [0, 1]
+    (picture,) = [e for e in Page(written["several"]).all("img") if e[1]["alt"].startswith("tokens left")]
+    assert picture[1]["alt"] == "tokens left in blocks 1 to 2: 18, 11; dense: 18, 18"
 
 
 def test_files_and_last_line(runs, tmp_path, capsys):

@@ -96,7 +96,7 @@ def _section(run: Run, level: int) -> str:
     embed = f"Embedding {left.embed}" + (f" of {dense.embed}." if dense else ".")
     parts = [
         element(heading, "Widths that are left"), element("p", escape(embed)),
-        charts(figures.widths(run, axis) for axis in AXES),
+        charts(figures.widths(run, axis) for axis in figures.axes_of(run)),
     ]  # fmt: skip
     if dense and len(run.events) > 1:
         parts += [element(heading, "Where pruning took them"),

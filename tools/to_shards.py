@@ -95,10 +95,10 @@ def main(args: argparse.Namespace) -> None:
             random.Random(args.seed).shuffle(samples)
         info[name] = write(name, samples, output, args.images_per_shard)
     write_json(output / INFO, dict(splits=info, classes=next(iter(splits.values())).classes))
-    counts = ", ".join(f"{len(i['filenames'])} shards with {i['num_samples']:,} {n} images" for n, i in info.items())
+    counts = ", ".join(f"{i['num_samples']:,} {n} images in {len(i['filenames'])}" for n, i in info.items())
     say_next(f"finetune_dense.py --finetune RUN --data-set wds/{shlex.quote(output.name)} --data-path "
              f"{shlex.quote(str(output))} --num_workers {min(len(i['filenames']) for i in info.values())}")  # fmt: skip
-    say(f"{output}: {counts}")
+    say(f"{output}: shards, {counts}")
 
 
 if __name__ == "__main__":
