@@ -52,6 +52,7 @@ class FeaturePyramid(nn.Module):
         self.feature_info = FeatureInfo(info, tuple(range(len(info))))
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """The maps, finest first: (B, 3, H, W) -> [(B, channels, H / stride, W / stride), …]."""
         (last,) = self.body(images)  # B E h w
         return [level(last) for level in self.levels]
 
