@@ -9,7 +9,6 @@ import contextlib
 import difflib
 import hashlib
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchvision import transforms
@@ -26,6 +25,7 @@ from torchvision.transforms import InterpolationMode
 
 import inat
 import shards
+from console import complain
 from utils import RunFailed, say, say_at_end
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
@@ -68,7 +68,7 @@ class Skipping(Dataset):
                     return self.dataset[image]
                 except CorruptImage as error:
                     self.unreadable[image] = True
-                    print(f"warning: {error}: left out", file=sys.stderr, flush=True)
+                    complain("warning", f"{error}: left out")
             if not self.stand_in:
                 return None
         raise CorruptImage(f"no image of {self.dataset.root} can be read")
@@ -272,6 +272,15 @@ def _resize(side: int) -> transforms.Resize:
 
 def _normalised() -> list[Callable]:
     return [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **hparams: Any) -> Image.Image:
+    """timm's, down to no bit at all, which RandAugment at its strongest asks for and Pillow 13 no longer takes."""
+    return auto_augment.posterize(image, bits_to_keep, **hparams) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
+    auto_augment.NAME_TO_OP[_name] = _posterize
 
 
 def _timm_transform(args: Any) -> transforms.Compose:

@@ -1,13 +1,12 @@
 """What a run needs to survive on machines that come and go: SIGTERM, and ranks that fall silent.
 
-Knows torch.distributed alone; `utils` starts it, training loops ask it.
+Knows torch.distributed and the console alone; `utils` starts it, training loops ask it.
 """
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from console import complain
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 
@@ -192,5 +193,5 @@ class Heartbeat(threading.Thread):
 
 
 def _end_process(reason: str) -> None:
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+    complain("error", reason)
     os._exit(1)

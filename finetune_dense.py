@@ -17,7 +17,7 @@ from engine import evaluate
 from finetuning import Run, read_resumed, train
 from models import ViTDims, build_vit, sparsity
 from models.pretrained import from_checkpoint
-from utils import Problems, is_main, make_folder, run_script, say, write_json
+from utils import Problems, is_main, make_folder, run_script, say, say_result, write_json
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -206,8 +206,9 @@ def main(args: argparse.Namespace) -> None:
     metrics = train(args, run)
     if is_main():
         result = finish(args, run, metrics)
-        results.say_where(run.folder, *results.after_training(run.folder))
-        say(results.result_line(run.folder / "ft_checkpoint.pth", result))
+        dense = run.model.dims == training.dims_of(run.full)
+        results.say_where(run.folder, *(results.after_dense if dense else results.after_training)(run.folder))
+        say_result(results.result_line(run.folder / "ft_checkpoint.pth", result))
     if args.asp:
         stage = sparse(args, run, run.folder)
         if is_main():

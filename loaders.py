@@ -1,8 +1,11 @@
 """Batches for one process of many: what it reads in which order, and what that may depend on."""
 from __future__ import annotations
 
+import os
 import signal
+import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +16,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 import elastic
 from datasets import DataError
 from shards import ShardLoader
-from utils import preserved_random_state, seed_generators
+from utils import preserved_random_state, seed_generators, warn
+
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # `_warn_of_many` says it in a line
 
 
 class ShardSampler(Sampler[int]):
@@ -84,6 +89,13 @@ class RepeatedAugSampler(RepeatAugSampler):
         super().set_epoch(self.seed + epoch)
 
 
+@lru_cache  # once
+def _warn_of_many(workers: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if workers > cores:
+        warn(f"--num_workers {workers} on {cores} CPU cores: more processes than cores may slow loading down")
+
+
 def build_loader(
     dataset: Dataset, args: Any, is_train: bool, rank: int = 0, world_size: int = 1
 ) -> DataLoader[tuple[Tensor, Tensor]] | ShardLoader:
@@ -94,6 +106,7 @@ def build_loader(
     the batch, every sample once: on each process, or with args.dist_eval on one of them. Loading never draws from this
     process's generators. Raises DataError when a process has fewer training images than one batch.
     """
+    _warn_of_many(args.num_workers)
     if isinstance(dataset, IterableDataset):
         return ShardLoader(dataset, args, is_train, rank, world_size)
     batch = args.batch_size if is_train else int(1.5 * args.batch_size)

@@ -50,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         __doc__,
         "example: python main_full_global_latency.py --data-set DIGITS --initial-checkpoint dense.pth --pruning "
         "--latency_look_up_table table.json\n  --latency_target 0.5 --latency_regularization 5e-4 "
-        "--output_dir runs/digits",
+        "--original_loss_coeff 1 --output_dir runs/digits",
     )
     options.add_model_args(parser)
     options.add_data_args(parser)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,17 @@ from latency.measure import device_name
 from latency.whole import measured_ratios
 from models import ViTDims, macs, params, skeleton
 from pruning import pm_vit
-from utils import FailedTogether, Problems, append_log, is_main, make_folder, run_script, say, write_json
+from utils import (
+    FailedTogether,
+    Problems,
+    append_log,
+    is_main,
+    make_folder,
+    run_script,
+    say,
+    say_result,
+    write_json,
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -132,7 +143,12 @@ def summarise(args: argparse.Namespace, run: Run, path: Path, dims: ViTDims, ear
     result = stage(args, run, dims, accuracy)
     write_json(path.parent / "dims.json", dims.to_dict())
     write_json(path.parent / "summary.json", earlier | {name: result})
-    say(results.result_line(path, result))
+    if name == "pruned":
+        results.say_where(path.parent, f"main_pm_vit.py --resume {shlex.quote(str(path))} {results.data_flags(args)} "
+                                       f"--output_dir {shlex.quote(str(path.parent / 'finetuned'))}")  # fmt: skip
+    else:
+        results.say_where(path.parent, *results.after_training(path.parent))
+    say_result(results.result_line(path, result))
 
 
 # ------------------------------------------------------------------------------------------------------------ finetune

@@ -30,7 +30,7 @@ from pruning.gates import COMPONENTS, axes_of_component
 from pruning.interaction import FORMS, without_second_derivative
 from pruning.macs_search import SEARCHES, Problem
 from pruning.savit import FORMULAS, METHODS, Importance
-from utils import Problems, RunFailed, is_main, make_folder, run_script, say, warn, write_json
+from utils import Problems, RunFailed, is_main, make_folder, run_script, say, say_result, warn, write_json
 
 DEFAULT_MODEL = "deit_base_patch16_224"
 
@@ -256,7 +256,7 @@ def finish(args: argparse.Namespace, setup: Setup, start: ViTDims, dims: ViTDims
     quoted = shlex.quote(str(setup.folder / "pruned_checkpoint.pth"))
     results.say_where(setup.folder, f"main_savit_deploy.py --masked_model {quoted} {results.data_flags(args)} "
                                     f"--output_dir {shlex.quote(str(setup.folder / 'finetuned'))}")  # fmt: skip
-    say(results.result_line(setup.folder / "pruned_checkpoint.pth", summary["pruned"]))
+    say_result(results.result_line(setup.folder / "pruned_checkpoint.pth", summary["pruned"]))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import results
 import training
 from finetuning import Run, read_resumed, train
 from models.pretrained import from_checkpoint
-from utils import Problems, is_main, make_folder, run_script, say, warn, write_json
+from utils import Problems, is_main, make_folder, run_script, say_result, warn, write_json
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -143,7 +143,7 @@ def finish(args: argparse.Namespace, run: Run, top1: float) -> None:
     write_json(run.folder / "dims.json", dims.to_dict())
     write_json(run.folder / "summary.json", summary)
     results.say_where(run.folder, *results.after_training(run.folder))
-    say(results.result_line(run.folder / "ft_checkpoint.pth", summary["finetuned"]))
+    say_result(results.result_line(run.folder / "ft_checkpoint.pth", summary["finetuned"]))
 
 
 def main(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from timm.optim import list_optimizers
 
 import inat
+from console import Parser
 from datasets import DATA_SETS
 from utils import Problems, key_values
 
@@ -31,10 +32,9 @@ class KeyValues(argparse.Action):
             parser.error(str(error))
 
 
-def new_parser(description: str, epilog: str = "") -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        description=description, epilog=epilog, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def new_parser(description: str, epilog: str = "", module: str = "") -> argparse.ArgumentParser:
+    """module: of a program that runs with `python -m`."""
+    return Parser(prog=f"python -m {module}" if module else None, description=description, epilog=epilog)
 
 
 def add_model_args(parser: argparse.ArgumentParser, drops: bool = True) -> None:

@@ -15,7 +15,7 @@ from latency.table import LatencyTable
 from latency.whole import measured_ratios
 from models import ViTDims, build_vit, macs, params, sparsity
 from training import FullModel
-from utils import say, warn
+from utils import say, say_next, warn
 
 MOST_BATCH = 65_536  # of a measurement that a file asks for
 BUILDS, ROUNDS = 5, 15  # fresh pairs of models per measurement, and how often each is measured
@@ -80,10 +80,11 @@ def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | Non
 
 def say_where(folder: Path, *following: str) -> None:
     """Say what a finished run has written, and the commands that go on from it."""
-    shown = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith("events."))
-    say(f"in {folder}: {', '.join(shown)}; curves: tensorboard --logdir {shlex.quote(str(folder))}")
-    for command in following:
-        say(f"next: python {command}")
+    found = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith("."))
+    shown = [name for name in found if not name.startswith("events.")]
+    curves = f"; curves: tensorboard --logdir {shlex.quote(str(folder))}" if len(shown) < len(found) else ""
+    say(f"in {folder}: {', '.join(shown)}{curves}")
+    say_next(*following)
 
 
 def data_flags(args: Any) -> str:
@@ -97,6 +98,13 @@ def after_training(folder: Path) -> tuple[str, str]:
     quoted = shlex.quote(str(folder))
     return (f"-m tools.report {quoted}",
             f"-m tools.export {shlex.quote(str(folder / 'ft_checkpoint.pth'))} --format onnx")  # fmt: skip
+
+
+def after_dense(folder: Path) -> tuple[str, str]:
+    """What goes on from a dense model: the commands for say_where."""
+    weights, measured = (shlex.quote(str(folder / name)) for name in ("ft_checkpoint.pth", "latency.json"))
+    return (f"-m latency.build_table --initial-checkpoint {weights} --output {measured}",
+            f"-m tools.report {shlex.quote(str(folder))}")  # fmt: skip
 
 
 def earlier(folder: Path) -> dict[str, Any]:

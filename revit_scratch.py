@@ -11,12 +11,13 @@ from finetuning import Run, read_resumed, train
 from latency.points import read_dims
 from models import ViTDims, build_vit
 from models.redistribution import RULES, redistributed
-from utils import Problems, is_main, make_folder, run_script, say, write_json
+from utils import Problems, is_main, make_folder, run_script, say_result, write_json
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
-        __doc__, "example: python revit_scratch.py --scratch --EMB 176 --data-path IMAGENET --output_dir runs"
+        __doc__, "example: python revit_scratch.py --scratch --EMB 176 --data-path IMAGENET --kl_loss_coeff 0 "
+                 "--original_loss_coeff 1\n  --output_dir runs"  # fmt: skip
     )
     options.add_dense_training_args(parser, "where the run's folder is made; required")
     group = parser.add_argument_group("architecture")
@@ -85,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
     write_json(run.folder / "dims.json", run.model.dims.to_dict())
     write_json(run.folder / "summary.json", dict(finetuned=result))
     results.say_where(run.folder, *results.after_training(run.folder))
-    say(results.result_line(run.folder / "ft_checkpoint.pth", result))
+    say_result(results.result_line(run.folder / "ft_checkpoint.pth", result))
 
 
 if __name__ == "__main__":

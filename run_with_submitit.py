@@ -1,6 +1,6 @@
 """Launch any training script on a SLURM cluster: one process per GPU, and after a time limit or a pre-emption again.
 
-    python run_with_submitit.py --nodes 4 --ngpus 8 --partition gpu finetune_dense.py --finetune RUN --data-path DATA …
+example: python run_with_submitit.py --nodes 4 --ngpus 8 --partition gpu finetune_dense.py --finetune RUN
 """
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from typing import Any
 import submitit
 
 import elastic
+import options
 from utils import BadArguments, run_script
 
 SCRIPTS = ("main_full_global_latency.py", "finetune_dense.py", "revit_scratch.py", "main_savit.py",
-           "main_savit_deploy.py")  # fmt: skip
+           "main_savit_deploy.py", "main_pm_vit.py")  # fmt: skip
 ROOT = Path(__file__).resolve().parent
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cluster", default=None, choices=("slurm", "local", "debug"),
+    parser = options.new_parser(__doc__)
+    group = parser.add_argument_group("cluster")
+    group.add_argument("--cluster", default=None, choices=("slurm", "local", "debug"),
                         help="where jobs run (default: slurm where it is installed, else local)")
-    parser.add_argument("--ngpus", metavar="N", type=int, default=8, help="processes, and GPUs, per node (default: 8)")
-    parser.add_argument("--nodes", metavar="N", type=int, default=1, help="nodes (default: 1)")
-    parser.add_argument("--timeout", metavar="MINUTES", type=int, default=2800,
+    group.add_argument("--ngpus", metavar="N", type=int, default=8, help="processes, and GPUs, per node (default: 8)")
+    group.add_argument("--nodes", metavar="N", type=int, default=1, help="nodes (default: 1)")
+    group.add_argument("--timeout", metavar="MINUTES", type=int, default=2800,
                         help="time limit, after which the job is queued again (default: 2800)")
-    parser.add_argument("--partition", metavar="NAME", default=None, help="SLURM partition (default: the cluster's)")
-    parser.add_argument("--constraint", metavar="FEATURE", default=None, help="e.g. volta32gb (default: none)")
-    parser.add_argument("--comment", metavar="TEXT", default=None, help="SLURM comment (default: none)")
-    parser.add_argument("--cpus", metavar="N", type=int, default=10, help="CPU cores per process (default: 10)")
-    parser.add_argument("--mem_gb", metavar="N", type=int, default=None,
+    group.add_argument("--partition", metavar="NAME", default=None, help="SLURM partition (default: the cluster's)")
+    group.add_argument("--constraint", metavar="FEATURE", default=None, help="e.g. volta32gb (default: none)")
+    group.add_argument("--comment", metavar="TEXT", default=None, help="SLURM comment (default: none)")
+    group.add_argument("--cpus", metavar="N", type=int, default=10, help="CPU cores per process (default: 10)")
+    group.add_argument("--mem_gb", metavar="N", type=int, default=None,
                         help="memory per node in GB (default: 40 per process)")
-    parser.add_argument("--job_dir", metavar="DIR", default="submitit/%j",
+    group.add_argument("--job_dir", metavar="DIR", default="submitit/%j",
                         help="submitit's logs, %%j is the job's number (default: submitit/%%j)")
     parser.add_argument("script", choices=SCRIPTS, help="what to run")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its flags")

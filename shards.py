@@ -35,7 +35,8 @@ def read_info(root: Path) -> dict[str, Any]:
         raise ShardError('--data-set wds/… needs webdataset: pip install ".[streaming]"')
     remedy = "python -m tools.to_shards FOLDER DIR writes shards with it"
     if not (root / INFO).is_file():
-        raise ShardError(f"no {INFO} in {root}: {remedy}")
+        missing = f"no {INFO} in {root}" if root.is_dir() else f"no folder {root}"
+        raise ShardError(f"{missing}: {remedy}")
     try:
         info = json.loads((root / INFO).read_text())
         for split in info["splits"].values():

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import elastic
 from checkpoint import clear_unfinished, write_atomically
+from console import complain, complaint, paint
 from locking import locked
 
 
@@ -84,7 +85,7 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
         reason = "; ".join(error.problems)
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of this machine say the same
             for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
+                complain("error", problem)
         sys.exit(2)
     except KeyboardInterrupt:
         reason = "interrupted"
@@ -121,7 +122,7 @@ def _let_go(reason: str) -> None:
 def _fail(line: str, said: bool, reason: str) -> None:
     """One line, and exit code 1; at once where other ranks may be waiting in a collective that never ends."""
     if said:
-        print(f"error: {'' if is_main() else f'rank {rank()}: '}{line}", file=sys.stderr, flush=True)
+        complain("error", line if is_main() else f"rank {rank()}: {line}")
     if _heartbeat:
         at_end()
         _heartbeat.stop(failure=reason)
@@ -144,7 +145,7 @@ def at_end() -> None:
     """Say what was to be said."""
     for line in dict.fromkeys(line() for line in _last_words):
         if line:
-            print(f"warning: {line}" if is_main() else f"warning: rank {rank()}: {line}", file=sys.stderr, flush=True)
+            complain("warning", line if is_main() else f"rank {rank()}: {line}")
     _last_words.clear()
 
 
@@ -209,15 +210,28 @@ def is_main() -> bool:
 
 
 def say(line: str) -> None:
-    """Print on the main rank, at once."""
+    """Print on the main rank, at once and above the progress bar."""
     if is_main():
         tqdm.write(line)
         sys.stdout.flush()
 
 
+def say_result(line: str) -> None:
+    """Say what a run has come to."""
+    say(paint(line, "result", sys.stdout))
+
+
+def say_next(*commands: str) -> None:
+    """Say the commands that go on from here, without their `python`."""
+    for command in commands:
+        say(f"next: python {command}")
+
+
 def warn(line: str) -> None:
+    """A warning on the main rank, at once and above the progress bar."""
     if is_main():
-        print(f"warning: {line}", file=sys.stderr, flush=True)
+        tqdm.write(complaint("warning", line), file=sys.stderr)
+        sys.stderr.flush()
 
 
 def seed_generators(*numbers: int) -> None:

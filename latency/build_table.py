@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -23,6 +24,8 @@ import timm
 import torch
 from tqdm import tqdm
 
+import options
+from console import complain
 from latency.fit import chosen_for_fit, corrected, fit
 from latency.measure import DTYPES, Bench, compile_mode, device_name
 from latency.points import GROUPS, grid_of
@@ -32,7 +35,7 @@ from latency.table import PUBLISHED_POINTS, LatencyTable
 from latency.whole import measured_ratios
 from models import ViTDims, left_alone, skeleton
 from models.pretrained import read_initial
-from utils import key_values
+from utils import key_values, say_next, say_result
 
 POINTS = dict(embed=7, heads=6, qk=5, v=5, mlp=13)
 POINTS_FINE = dict(embed=8, heads=6, qk=8, v=8, mlp=16)  # of a narrow model, which is quick to measure
@@ -45,13 +48,16 @@ SHOWN_KEYS = 10
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("latency table", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--model", help="timm model, the upper end of the table (default: that of the checkpoint)")
+    parser = options.new_parser(
+        __doc__, "example: python -m latency.build_table --initial-checkpoint dense.pth --batch-size 8 "
+                 "--dtype fp32\n  --output table.json", "latency.build_table")  # fmt: skip
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="NAME", help="timm model, the upper end of the table (default: that of the checkpoint)")
     add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="timm's, e.g. img_size=16 embed_dim=96")
     add("--initial-checkpoint", metavar="FILE", help="take model and arguments from a checkpoint (arch, kwargs, model)")
     add("--input-size", type=int, metavar="PIXELS", help="image size (default: the model's)")
     add("--num-classes", type=int, metavar="N", help="classes (default: the model's)")
+    add = parser.add_argument_group("what will be deployed").add_argument
     add("--batch-size", type=int, default=64, metavar="N", help="deployment batch (default: 64)")
     add("--dtype", default="fp32", help=f"{', '.join(DTYPES)}; weights and images (default: fp32)")
     available = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,6 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="measure under torch.compile, on fewer points")
     add("--runtime", nargs="+", default=[], metavar="WORD",
         help="onnxruntime, or command 'CMD {onnx}', which prints milliseconds (default: torch)")  # fmt: skip
+    add = parser.add_argument_group("measurement").add_argument
     add("--rounds", type=int, default=3, metavar="N", help="measurements of each point, at least 2 (default: 3)")
     add("--points", nargs="*", default=[], metavar="AXIS=N", help="points per axis, e.g. embed=5 heads=4 qk=5 v=5")
     add("--tokens", nargs="*", type=int, default=[], metavar="N",
@@ -161,10 +168,14 @@ def settings_of(args: argparse.Namespace, arch: str, kwargs: dict[str, Any], gri
 def warn_of_noise(spreads: dict[str, float]) -> None:
     """Name the points whose rounds disagree."""
     if noisy := sorted((k for k in spreads if spreads[k] > NOISY), key=lambda k: -spreads[k]):
-        keys = ", ".join(f"{key} ({spreads[key]:.0%})" for key in noisy[:SHOWN_KEYS])
+        keys = ", ".join(f"{key} ({_share(spreads[key])})" for key in noisy[:SHOWN_KEYS])
         more = f" and {len(noisy) - SHOWN_KEYS} more" if len(noisy) > SHOWN_KEYS else ""
-        print(f"warning: {len(noisy)} of {len(spreads)} points vary by more than {NOISY:.0%} between rounds: {keys}"
-              f"{more}; is the machine in use by others?", file=sys.stderr)  # fmt: skip
+        complain("warning", f"{len(noisy)} of {len(spreads)} points vary by more than {NOISY:.0%} between rounds: "
+                            f"{keys}{more}; is the machine in use by others?")  # fmt: skip
+
+
+def _share(spread: float) -> str:
+    return f"{spread:.0%}" if spread < math.inf else "undisturbed only once"
 
 
 def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
@@ -216,7 +227,8 @@ def failure(error: Exception, args: argparse.Namespace) -> str:
 
 def main(args: argparse.Namespace) -> int:
     if found := problems(args):
-        print(*(f"error: {problem}" for problem in found), sep="\n", file=sys.stderr)
+        for problem in found:
+            complain("error", problem)
         return 2
     begin = time.perf_counter()
     try:
@@ -225,11 +237,25 @@ def main(args: argparse.Namespace) -> int:
         print(f"interrupted; the same command continues from {args.output}.part", file=sys.stderr)
         return 130
     except (torch.OutOfMemoryError, OSError, RuntimeFailed) as error:
-        print(f"error: {failure(error, args)}", file=sys.stderr)
+        complain("error", failure(error, args))
         return 1
-    dense, taken = table.model_seconds(parent_of(args)[2]) * 1e3, time.perf_counter() - begin
-    print(f"{args.output}: {points} points in {taken:.0f} s; dense model {dense:.2f} ms per batch of {args.batch_size}")
+    say_end(args, table, points, time.perf_counter() - begin)
     return 0
+
+
+def say_end(args: argparse.Namespace, table: LatencyTable, points: int, seconds: float) -> None:
+    """What was measured, and what it is for."""
+    model = ["--initial-checkpoint", args.initial_checkpoint] if args.initial_checkpoint else [
+        "--model", args.model, "--pretrained"]  # fmt: skip
+    model += ["--model-kwargs", *args.model_kwargs] if args.model_kwargs else []
+    model += ["--input-size", str(args.input_size)] if args.input_size else []
+    say_next(f"-m latency.validate {shlex.quote(args.output)}",
+             f"main_full_global_latency.py {shlex.join(model)} --data-path IMAGES --pruning "
+             f"--latency_look_up_table {shlex.quote(args.output)} --latency_target 0.5 "
+             "--latency_regularization 5e-4 --original_loss_coeff 1 --output_dir runs")  # fmt: skip
+    dense = 1e3 * table.model_seconds(parent_of(args)[2])
+    say_result(f"{args.output}: {points} points in {seconds:.0f} s; dense model {dense:.2f} ms per batch of "
+               f"{args.batch_size}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import checkpoint
+import options
 from latency.kernels import attention_kernels
 from latency.measure import DTYPES, Timing, compile_mode, device_name, interleaved, ratio
 from latency.points import read_dims
@@ -30,10 +31,15 @@ THROUGHPUT_BATCH = dict(cpu=64, cuda=256)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("latency.compare", description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    parser = options.new_parser(
+        __doc__, "example: python -m latency.compare deit_small_patch16_224 runs/pruned_run/dims.json",
+        "latency.compare",
+    )
     available = "cuda" if torch.cuda.is_available() else "cpu"
-    add("models", nargs="+", metavar="MODEL", help="checkpoints, timm names, dims.json; the first is the baseline")
+    parser.add_argument("models", nargs="+", metavar="MODEL",
+                        help="checkpoints, timm names, dims.json; the first is the baseline")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    add = parser.add_argument_group("measurement").add_argument
     add("--batch-size", type=int, nargs="+", metavar="N",
         help=f"batches to measure (default: 1 and {THROUGHPUT_BATCH['cpu']}, on a GPU {THROUGHPUT_BATCH['cuda']})")
     add("--dtype", default="fp32", choices=tuple(DTYPES), help="weights and images (default: fp32)")
@@ -41,7 +47,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="(default: eager compiled)")
     add("--rounds", type=int, default=9, metavar="N", help="measurements of every copy (default: 9)")
     add("--copies", type=int, default=3, metavar="N", help="copies of each model in eager mode (default: 3)")
-    add("--json", metavar="FILE", help="also write the figures there")
     return parser
 
 
@@ -140,6 +145,7 @@ def main(args: argparse.Namespace) -> None:
                 raise RunFailed(f"out of memory at batch {batch}; try --batch-size {max(1, batch // 2)}") from None
     if args.json:
         write_json(Path(args.json), figures)
+        say(f"written: {args.json}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import options
 from latency.fit import chosen_for_fit, corrected, fit
 from latency.measure import DTYPES, device_name
 from latency.points import random_dims, read_dims
@@ -31,20 +32,24 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("latency.validate", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("table", metavar="TABLE", help="a latency table")
+    parser = options.new_parser(
+        __doc__, "example: python -m latency.validate table.json runs/pruned_run/dims.json", "latency.validate"
+    )
+    parser.add_argument("table", metavar="TABLE", help="a latency table")
+    add = parser.add_argument_group("architectures").add_argument
     add("dims", metavar="DIMS", nargs="*", help="architectures to measure: dims.json files")
     add("--random", type=int, default=10, metavar="K", help="random architectures to measure (default: 10)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the random architectures (default: 0)")
+    add = parser.add_argument_group("measurement").add_argument
     add("--fit", action="store_true", help="first correct the table's bias from other models, and write it back")
     add("--rounds", type=int, default=ROUNDS, metavar="N", help=f"measurements of each build (default: {ROUNDS})")
     add("--builds", type=int, default=BUILDS, metavar="N", help=f"fresh builds of each model (default: {BUILDS})")
-    add("--model", help="timm model of a table that does not say (default: the table's)")
+    add("--plot", metavar="FILE", help="the scatter plot (default: beside the table, with .png)")
+    add = parser.add_argument_group("what a table does not say").add_argument
+    add("--model", metavar="NAME", help="timm model of a table that does not say (default: the table's)")
     add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="timm's arguments (default: the table's)")
     add("--batch-size", type=int, metavar="N", help="batch of a table that does not say (default: the table's)")
     add("--device", default="", help="cpu or cuda (default: cuda where the table was measured on this GPU, else cpu)")
-    add("--plot", metavar="FILE", help="the scatter plot (default: beside the table, with .png)")
     return parser
 
 
@@ -156,6 +161,7 @@ def main(args: argparse.Namespace) -> None:
         if args.fit:
             check.lut = check.fit()
             check.lut.save(args.table)
+            say(f"corrected and written: {args.table}")
         rng = random.Random(args.seed)
         chosen = [random_dims(check.dense, rng, check.fixed) for _ in range(args.random)] + given
         names = [f"random {i}" for i in range(args.random)] + args.dims

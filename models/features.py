@@ -1,11 +1,14 @@
-"""A compact model as the backbone of a dense prediction: feature maps of some of its blocks."""
+"""A compact model as the backbone of a dense prediction: feature maps of some of its blocks, or a pyramid of scales."""
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
-from timm.models._features import FeatureGetterNet
+from timm.layers import LayerNorm2d
+from timm.models._features import FeatureGetterNet, FeatureInfo
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from models.dims import ViTDims
 
@@ -21,3 +24,48 @@ def backbone(model: VisionTransformer, blocks: Sequence[int] | int = 4, norm: bo
     inner = features.model
     inner.dims = ViTDims(inner.dims.embed, inner.dims.blocks[: len(inner.blocks)])
     return features
+
+
+class FeaturePyramid(nn.Module):
+    """Maps of several scales from a plain ViT's last: images (B, 3, H, W) -> a list of maps (B, channels, h, w).
+
+    The simple feature pyramid of ViTDet (Li et al. 2022, arXiv 2203.16527, section 3): the last block's map is brought
+    to each scale by itself, by deconvolution or pooling, and projected. scales: of the patches' grid, powers of two,
+    finest first; with patches of 16 pixels the default is of strides 4, 8, 16 and 32. A halved odd grid rounds up, as a
+    CNN's does. `feature_info` says channels and reduction of every map. The given model is left as it is; what follows
+    its blocks here is new and has to be trained. Raises ValueError for other scales.
+    """
+
+    def __init__(
+        self, model: VisionTransformer, channels: int = 256, scales: Sequence[float] = (4, 2, 1, 0.5)
+    ) -> None:
+        super().__init__()
+        falling = sorted(set(scales), reverse=True) == [*scales]
+        if not scales or not falling or any(math.frexp(scale)[0] != 0.5 for scale in scales):
+            raise ValueError(f"scales must be powers of two, the largest first, not {scales}")
+        self.body = backbone(model, 1)
+        (embed,), (stride,) = self.body.feature_info.channels(), self.body.feature_info.reduction()
+        self.levels = nn.ModuleList(_level(embed, scale, channels) for scale in scales)
+        strides = [stride / scale for scale in scales]
+        info = [dict(num_chs=channels, reduction=int(s) if s == int(s) else s, module=f"levels.{i}")
+                for i, s in enumerate(strides)]  # fmt: skip
+        self.feature_info = FeatureInfo(info, tuple(range(len(info))))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """The maps, finest first: (B, 3, H, W) -> [(B, channels, H / stride, W / stride), …]."""
+        (last,) = self.body(images)  # B E h w
+        return [level(last) for level in self.levels]
+
+
+def _level(embed: int, scale: float, channels: int) -> nn.Sequential:
+    """(B, embed, h, w) -> (B, channels, scale h, scale w); every doubling halves the channels in between."""
+    layers: list[nn.Module] = []
+    for _ in range(int(math.log2(scale))):
+        narrower = max(1, embed // 2)
+        layers += [LayerNorm2d(embed), nn.GELU()] if layers else []
+        layers.append(nn.ConvTranspose2d(embed, narrower, kernel_size=2, stride=2))
+        embed = narrower
+    layers += [nn.MaxPool2d(2, ceil_mode=True) for _ in range(int(-math.log2(scale)))]
+    project = [nn.Conv2d(embed, channels, 1, bias=False), LayerNorm2d(channels),
+               nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels)]  # fmt: skip
+    return nn.Sequential(*layers, *project)

@@ -63,7 +63,10 @@ def read_folder(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder / CONFIG} is of {name}, not of {FORMAT['name']}")
         return found | dict(model=load_file(folder / WEIGHTS))
     except FileNotFoundError as error:
-        raise CheckpointError(f"folder {path} is none that tools.export has written: no {_name(error)} in it") from None
+        found = sorted(p.name for p in folder.glob("*.pth") if ".older" not in p.name)
+        hint = f"; for a checkpoint name the file: {', '.join(found)}" if found else ""
+        raise CheckpointError(f"folder {path} is none that tools.export has written: no {_name(error)} in it{hint}"
+                              ) from None  # fmt: skip
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model of this project: {error!r}") from None
     except (SafetensorError, OSError) as error:

@@ -104,8 +104,20 @@ class TestTransforms:
         with pytest.raises(DataError, match="--aa rnd-m9: timm knows no such policy"):
             build_transform(True, data_args(data_set="IMNET", aa="rnd-m9"))
 
+    def test_randaugment_at_its_strongest_takes_every_image(self):
+        """No bit is left of a posterized one; Pillow 13 refuses what older ones made black."""
+        policy = build_transform(True, data_args(data_set="IMNET", input_size=48, aa="rand-m10-n15-inc1"))
+        images = [policy(Image.new("RGB", (60, 60), (9 * i, 200, 30))) for i in range(20)]
+        assert all(image.shape == (3, 48, 48) and image.isfinite().all() for image in images)
+
 
 class TestImageFolder:
+    def test_too_many_workers_are_said_in_one_line(self, folder_args, capsys):
+        folder_args.num_workers = 999
+        for is_train in (True, False):
+            build_loader(build_dataset(is_train, folder_args)[0], folder_args, is_train)
+        assert capsys.readouterr().err.count("warning: --num_workers 999 on ") == 1
+
     def test_end_to_end(self, folder_args):
         for is_train, batches in ((True, [4]), (False, [6])):
             dataset, classes = build_dataset(is_train, folder_args)

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -26,6 +27,9 @@ print(*sys.modules)
 """
 
 
+LOADERS = ("models", "onnxruntime", "timm", "torch")
+
+
 def write(path, model):
     dims = model.dims
     checkpoint.save(path, arch=dict(name=model.arch, kwargs=model.arch_kwargs), dims=dims.to_dict(), dim=dims.to_dim(),
@@ -43,7 +47,9 @@ def small(tmp_path, randomise):
 def exported(path, kind, folder, capsys):
     run(export, path, "--format", kind, "--output", folder)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-3].startswith("relative difference") and lines[-2].startswith("latency at batch 1")
+    assert lines[-4].startswith("relative difference") and lines[-3].startswith("latency at batch 1")
+    if kind != "standalone":  # the others say the call that loads them
+        assert eval(lines[-2].removeprefix("next: "), {name: sys.modules.get(name) for name in LOADERS})
     return formats.FORMATS[kind].read(folder)
 
 
@@ -155,7 +161,7 @@ def test_widths_that_timm_cannot_express(tmp_path):
 
 
 def test_an_export_that_differs_is_refused(small, tmp_path, monkeypatch):
-    wrong = formats.Format(formats.FORMATS["safetensors"].write, lambda folder: lambda x: torch.randn(len(x), 7), "x")
+    wrong = replace(formats.FORMATS["safetensors"], read=lambda folder: lambda x: torch.randn(len(x), 7))
     monkeypatch.setitem(formats.FORMATS, "safetensors", wrong)
     with pytest.raises(RunFailed, match="computes something else than the model"):
         run(export, small, "--format", "safetensors", "--output", tmp_path / "out")
@@ -174,6 +180,11 @@ def test_a_damaged_folder(small, tmp_path, damage, message, capsys):
     damage(tmp_path / "out")
     with pytest.raises(checkpoint.CheckpointError, match=message):
         load_dense(tmp_path / "out")
+
+
+def test_a_runs_folder_is_told_its_checkpoints(tmp_path, small):
+    with pytest.raises(checkpoint.CheckpointError, match="in it; for a checkpoint name the file: small.pth"):
+        load_dense(tmp_path)
 
 
 @pytest.mark.slow

@@ -1,9 +1,13 @@
-"""A compact model as a backbone: the maps of the masked model's surviving channels; a decoder trains on them."""
+"""A compact model as a backbone: the maps of the masked model's surviving channels, in one scale or several."""
+from dataclasses import replace
+
+import pytest
+import timm
 import torch
 from conftest import CASES
 from torch import nn
 
-from models import Masks, backbone, build_vit, compact
+from models import FeaturePyramid, Masks, ViTDims, backbone, build_vit, compact
 
 
 def test_maps_are_those_of_the_masked_model(family, randomise, prune, images):
@@ -39,3 +43,56 @@ def test_a_decoder_trains_on_it(tiny, images):
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[0]
+
+
+@pytest.fixture
+def detector_body(randomise):
+    """A small ViT with patches of 16 pixels, an odd width and blocks that compute on some of their tokens."""
+    kwargs = dict(arch="deit_tiny_distilled_patch16_224", img_size=112, embed_dim=32, depth=2, num_heads=4)
+    dims = ViTDims.of(build_vit(**kwargs))
+    blocks = (replace(dims.blocks[0], tokens=20, qk=5, v=3), replace(dims.blocks[1], tokens=9, mlp=0))
+    return randomise(build_vit(**kwargs, dims=ViTDims(27, blocks)))
+
+
+def test_a_pyramid_has_the_strides_of_a_cnn(detector_body):
+    images = torch.randn(2, 3, 112, 112)
+    cnn = timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3, 4)).eval()
+    pyramid = FeaturePyramid(detector_body, channels=24)
+    assert pyramid.feature_info.reduction() == cnn.feature_info.reduction() == [4, 8, 16, 32]
+    assert pyramid.feature_info.channels() == [24] * 4
+    with torch.no_grad():
+        sizes = [(m.shape[1], *m.shape[2:]) for m in pyramid(images)]
+        assert sizes == [(24, *m.shape[2:]) for m in cnn(images)]
+
+
+def test_a_pyramid_without_its_projections_is_the_last_map(detector_body):
+    images = torch.randn(2, 3, 112, 112)
+    pyramid = FeaturePyramid(detector_body.eval(), 8, scales=(2, 1, 0.5)).eval()
+    pyramid.levels = nn.ModuleList(level[:-4] for level in pyramid.levels)
+    finer, same, coarser = pyramid(images)
+    (last,) = detector_body.forward_intermediates(images, indices=1, intermediates_only=True)
+    assert torch.equal(same, last) and finer.shape == (2, 13, 14, 14)
+    assert torch.equal(coarser[..., 0, 0], last[..., :2, :2].amax((2, 3))) and coarser.shape == (2, 27, 4, 4)
+
+
+@pytest.mark.parametrize("scales", [(), (3, 1), (1, 2), (1, 1), (1, 0), (-2,)])
+def test_other_scales_are_refused(tiny, scales):
+    with pytest.raises(ValueError, match="powers of two"):
+        FeaturePyramid(build_vit(**tiny), scales=scales)
+
+
+def test_a_detection_head_trains_on_a_pyramid(detector_body):
+    """One head for all levels, as in RetinaNet; every weight of backbone and pyramid moves."""
+    pyramid, head = FeaturePyramid(detector_body, channels=8), nn.Conv2d(8, 5, 1)
+    before = {name: p.clone() for name, p in pyramid.named_parameters()}
+    optimizer = torch.optim.AdamW([*pyramid.parameters(), *head.parameters()], lr=3e-3)
+    images, losses = torch.randn(4, 3, 112, 112), []
+    wanted = [torch.randint(5, (4, side, side)) for side in (28, 14, 7, 4)]
+    for _ in range(3):
+        loss = sum(nn.functional.cross_entropy(head(m), w) for m, w in zip(pyramid(images), wanted, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    assert not [name for name, p in pyramid.named_parameters() if torch.equal(p, before[name])]

@@ -17,13 +17,15 @@ from PIL import Image
 import checkpoint
 import finetune_dense
 import main_full_global_latency
+import main_pm_vit
 import main_savit
 import main_savit_deploy
 import revit_scratch
 from models import Masks, build_vit
 from utils import run_script
 
-GOLDEN = Path(__file__).parent / "golden" / "mistakes.txt"
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "mistakes.txt"
 ARCH = "deit_tiny_distilled_patch16_224"
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
 DATA = "--data-set DIGITS --num_workers 0 --device cpu"
@@ -123,6 +125,18 @@ def message(place, mistake, capsys):
     said = [line[line.index("error: ") :] for line in said]  # argparse puts its program's name before
     assert end.value.code == 2 and said
     return "\n".join([f"{Path(script.__file__).name}: … {mistake.partition(' ')[2]}", *said])
+
+
+@pytest.mark.parametrize("script", [main_full_global_latency, main_pm_vit, main_savit])
+def test_the_example_in_the_help_is_no_mistake(place, script, tmp_path, monkeypatch):
+    for name in ("dense.pth", "table.json"):
+        (tmp_path / name).symlink_to(place / name)
+    monkeypatch.chdir(tmp_path)
+    text = script.get_args_parser().epilog.partition(": ")[2].partition("\n     ")[0]
+    args = script.get_args_parser().parse_args([*shlex.split(text)[2:], "--device", "cpu", "--num_workers", "0"])
+    if hasattr(args, "pruning_config"):
+        args.pruning_config = str(ROOT / args.pruning_config)
+    script.check_args(args)  # raises BadArguments
 
 
 def test_what_the_user_reads(place, capsys):

@@ -49,6 +49,7 @@ def written(runs, tmp_path_factory):
     shutil.copytree(runs["tuned"], other)
     summary = json.loads((other / "summary.json").read_text())
     summary["dense"]["dims"]["embed"] += 8
+    summary["finetuned"]["dims"]["blocks"][1]["tokens"] = 11
     (other / "summary.json").write_text(json.dumps(summary))
     run(report, runs["tuned"], "--output", out / "one")
     run(report, runs["tuned"], runs["pruned"], other, "--output", out / "several")
@@ -113,6 +114,13 @@ def test_runs_that_do_not_compare_are_said_to(written, capsys):
     assert {"Adense", "Apruned"[:7], "Bpruned"[:7], "Cdense"} <= names and "Bdense" not in names
 
 
+def test_tokens_are_drawn_where_some_were_merged(written):
+    captions = {which: [e[2] for e in Page(written[which]).all("figcaption")] for which in ("one", "several")}
+    assert [found.count("Tokens per block") for found in captions.values()] == [0, 1]
+    (picture,) = [e for e in Page(written["several"]).all("img") if e[1]["alt"].startswith("tokens left")]
+    assert picture[1]["alt"] == "tokens left in blocks 1 to 2: 18, 11; dense: 18, 18"
+
+
 def test_files_and_last_line(runs, tmp_path, capsys):
     run(report, runs["tuned"], "--output", tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "summary.json", "widths.png"]
@@ -123,12 +131,16 @@ def test_bad_runs_are_all_named(runs, tmp_path):
     (unfinished := tmp_path / "unfinished").mkdir()
     (unfinished / "args.json").write_text("{}")
     (unfinished / "log.txt").write_text('{"epoch": 0}\n{"epo')
+    shutil.copytree(runs["pruned"], within := tmp_path / "report" / "run")
+    for name in ("summary.json", "report.html", "dense.pth"):  # what a report has written where it was told to
+        shutil.copy(within / "summary.json", within.parent / name)
     (damaged := tmp_path / "damaged").mkdir()
     (damaged / "summary.json").write_text('{"dense": {"dims": 3}}')
     with pytest.raises(BadArguments) as error:
-        run(report, unfinished, damaged, runs["root"], tmp_path / "nothing", runs["tuned"], runs["tuned"])
-    assert [re.search("has not finished .1 epoch|is damaged|is not the folder of a run; these in it|there is no|twice",
-                      problem) is not None for problem in error.value.problems] == [True] * 5  # fmt: skip
+        run(report, unfinished, damaged, runs["root"], tmp_path / "nothing", within.parent, *[runs["tuned"]] * 2)
+    assert f"report is not the folder of a run; these in it are: {within}" in error.value.problems[4]
+    assert [re.search("not finished .1 epoch is|is damaged|is not the folder of a run; these in it|there is no|twice",
+                      problem) is not None for problem in error.value.problems] == [True] * 6  # fmt: skip
 
 
 @pytest.mark.slow

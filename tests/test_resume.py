@@ -158,11 +158,12 @@ def test_a_new_run_in_an_old_folder_sets_its_checkpoint_aside(runs, pruned, monk
 def test_other_hyper_parameters_are_each_named(runs, pruned, monkeypatch):
     interrupted(monkeypatch, finetune_dense, [*TUNE, "--finetune", pruned], 5)
     path = only(pruned, "ft_dense_*") / "ft_checkpoint.pth"
-    changed = ["--smoothing", "0.2", "--batch-size", "32", "--kl_loss_coeff", "1"]
+    changed = ["--smoothing", "0.2", "--batch-size", "32", "--kl_loss_coeff", "1", "--aa", "augmix"]
     with pytest.raises(BadArguments) as refused:
         run(finetune_dense, *TUNE, "--finetune", pruned, "--resume", path, *changed)
     (problem,) = refused.value.problems
-    for words in ("--smoothing was 0.1, now 0.2", "global batch was 64, now 32", "--kl_loss_coeff was 10000.0, now 1"):
+    for words in ("--smoothing was 0.1, now 0.2", "global batch was 64, now 32", "--kl_loss_coeff was 10000.0, now 1",
+                  "--aa was '', now augmix"):
         assert words in problem
     free = ["--num_workers", "1", "--log-interval", "7", "--batch-size", "32", "--grad-accum-steps", "2"]
     run(finetune_dense, *TUNE, "--finetune", pruned, "--resume", path, *free)

@@ -1,11 +1,13 @@
 """python -m latency.build_table, end to end on a two-block model."""
 import json
+import shlex
 
 import pytest
 import torch
 
+import main_full_global_latency
 from latency import LatencyTable, LatencyTableError
-from latency.build_table import get_args_parser, main
+from latency.build_table import get_args_parser, main, warn_of_noise
 from latency.measure import Bench
 from latency.points import grid_of
 from models import BlockDims, ViTDims, skeleton
@@ -27,7 +29,10 @@ def arguments(output, *extra):
 def test_writes_one_table_that_covers_the_model(tmp_path, capsys):
     assert main(arguments(tmp_path / "t.json")) == 0
     assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
-    line = capsys.readouterr().out.strip()
+    *_, command, line = capsys.readouterr().out.strip().splitlines()
+    flags = shlex.split(command.removeprefix("next: python main_full_global_latency.py "))
+    following = main_full_global_latency.get_args_parser().parse_args(flags)
+    assert following.latency_look_up_table == str(tmp_path / "t.json") and following.model_kwargs == KWARGS
     assert line.startswith(f"{tmp_path / 't.json'}: {COUNT} points in ") and line.endswith(" ms per batch of 2")
     table, dense = LatencyTable.load(tmp_path / "t.json"), ViTDims.of(skeleton(ARCH, **KWARGS))
     table.check_covers(dense)
@@ -43,6 +48,12 @@ def test_writes_one_table_that_covers_the_model(tmp_path, capsys):
     total = parts["attention"]["EMB_48"]["QK_3_16"]["V_16"] + parts["mlp"]["EMB_48"]["MLP_192"]
     assert table.data["EMB_48"]["QK_3_16"]["V_16"]["MLP_192"] == pytest.approx(total, rel=1e-5)
     assert set(table.data["_overhead"]) == {"EMB_6", "EMB_48"}
+
+
+def test_noise_is_named_point_by_point(capsys):
+    warn_of_noise(dict(quiet=0.01, loud=0.5, once=float("inf")))
+    said = capsys.readouterr().err
+    assert "2 of 3 points vary" in said and ": once (undisturbed only once), loud (50%); is the machine" in said
 
 
 def test_an_interrupted_run_is_refused_as_a_table_and_continued(tmp_path, capsys, monkeypatch):

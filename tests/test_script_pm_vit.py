@@ -55,6 +55,7 @@ def test_prune_finetune_eval(runs, pruned, tmp_path, capsys):
     assert summary["pruned"]["macs"] < summary["dense"]["macs"] and summary["dense"]["latency_measured"] == 1
     run(main_pm_vit, *TUNE, "--resume", pruned / "pruned_checkpoint.pth", "--output_dir", tmp_path, "--teacher-path",
         runs["dense"] / "ft_checkpoint.pth")  # fmt: skip
+    assert f"next: python -m tools.report {tmp_path}\n" in capsys.readouterr().out
     run(main_pm_vit, *PLAIN, "--eval", "--resume", tmp_path / "ft_checkpoint.pth")
     tuned = summary_of(tmp_path)["finetuned"]
     assert f"top-1 {tuned['top1']:.2f}, top-5" in capsys.readouterr().out

@@ -120,14 +120,16 @@ def test_a_spec_that_cannot_be_meant(place, changes, message):
 
 @pytest.mark.parametrize("text, message", [
     (None, "no _info.json in"),
+    ("gone", "no folder .*shards: python -m tools.to_shards"),
     ("{", "lacks what a folder of shards has to say"),
     ('{"splits": {}}', "lacks what .*classes"),
     ('{"splits": {"val": {"num_samples": 3, "filenames": ["a.tar"], "shard_lengths": [2]}}}', "3 samples, but"),
     ('{"splits": {"val": {"num_samples": 2, "filenames": ["a.tar"], "shard_lengths": [2]}}}', "names a.tar, which"),
 ])  # fmt: skip
 def test_a_folder_of_shards_that_is_none(tmp_path, text, message):
-    (tmp_path / "shards").mkdir()
-    if text:
+    if text != "gone":
+        (tmp_path / "shards").mkdir()
+    if text not in (None, "gone"):
         (tmp_path / "shards" / "_info.json").write_text(text)
     with pytest.raises(ShardError, match=message):
         build_dataset(False, args_of(tmp_path))

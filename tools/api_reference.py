@@ -11,6 +11,7 @@ from typing import Any
 import hubconf
 import latency
 import models
+import options
 from utils import run_script, say, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ What callers outside this project may rely on. Written by `python -m tools.api_r
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("tools.api_reference", description=__doc__, allow_abbrev=False)
+    parser = options.new_parser(__doc__, "example: python -m tools.api_reference", "tools.api_reference")
     parser.add_argument("--output", metavar="FILE", type=Path, default=ROOT / "docs" / "api.md",
                         help="file to write (default: docs/api.md)")  # fmt: skip
     return parser

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import options
 from models import ViTDims, build_vit, params, skeleton
 from models.dims import DimsError
 from models.pretrained import from_checkpoint
-from utils import BadArguments, run_script, say, warn
+from utils import BadArguments, run_script, say, say_next, warn
 
 ARCH = "deit_base_distilled_patch16_224"  # the only one that the published code has
 DIM_KEYS = ("EMB", "head", "QK", "V", "MLP")
@@ -28,7 +30,7 @@ _LAYER = re.compile(r"(blocks\.\d+\.attn\.)([QKV])\.(weight|bias)")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.new_parser(__doc__, "example: python -m tools.convert published.pth nvit_b.pth", "tools.convert")
     parser.add_argument("published", metavar="PUBLISHED.pth", help="checkpoint of the published code")
     parser.add_argument("output", metavar="OUTPUT.pth", help="where the converted checkpoint is written")
     return parser
@@ -134,6 +136,7 @@ def main(args: argparse.Namespace) -> None:
     dims = ViTDims.from_dict(keys["dims"])
     arch, kwargs = keys["arch"]["name"], keys["arch"]["kwargs"]
     counts = sorted({b.tokens for b in dims.blocks})
+    say_next(f"finetune_dense.py --eval --finetune {shlex.quote(args.output)} --data-path IMAGENET")
     say(f"{args.output}: {arch}, {params(arch, dims, **kwargs):,} parameters, widths {dims.to_dim()}, "
         f"{counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'} tokens")  # fmt: skip
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import training
 from models import ViTDims, build_vit
 from pruning.gates import COMPONENTS, axes_of_component
 from pruning.savit import Importance, published_sizes
-from utils import BadArguments, Problems, make_folder, run_script, say
+from utils import BadArguments, Problems, make_folder, run_script, say, say_next
 
 PUBLISHED = COMPONENTS[:3]  # heads, mlp, embed: layers 0, 1 and 2
 ALLOWED = {
@@ -45,7 +46,9 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.new_parser(
+        __doc__, "example: python -m tools.convert_importance pickles --model deit_base_patch16_224 --data-set IMNET "
+                 "--output importance", "tools.convert_importance")  # fmt: skip
     parser.add_argument("pickles", type=Path, help="folder of the published pickles")
     parser.add_argument("--model", required=True, help="timm name of the model that was scored")
     parser.add_argument("--model-kwargs", nargs="+", action=options.KeyValues, default={}, metavar="K=V",
@@ -112,6 +115,8 @@ def main(args: argparse.Namespace) -> None:
     none = {axis: value.clone() for axis, value in zeros.items()}  # a file holds no tensor twice
     importance = Importance(PUBLISHED, args.pruning_method, found, zeros, none, hessian, unknown)
     importance_files.save(args.output, importance, record, dict(data_set=args.data_set, converted_from="pickles"))
+    say_next(f"main_savit.py --finetune WEIGHTS --data-set {args.data_set} --data-path IMAGES --hessian_formula "
+             f"published --pruning_pickle_from {shlex.quote(str(args.output))} --output_dir runs/savit")  # fmt: skip
     say(f"written: {args.output / importance_files.TENSORS}, {args.output / importance_files.DESCRIPTION}")
 
 

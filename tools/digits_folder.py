@@ -6,15 +6,18 @@ things on that needs no download. The split is that of --data-set DIGITS.
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
+import options
 from datasets import Digits
-from utils import BadArguments, make_folder, run_script, say
+from utils import BadArguments, make_folder, run_script, say, say_next
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("tools.digits_folder", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = options.new_parser(
+        __doc__, "example: python -m tools.digits_folder runs/digits --size 32", "tools.digits_folder"
+    )
     parser.add_argument("output", metavar="DIR", type=Path, help="folder to write")
     parser.add_argument("--size", metavar="PIXELS", type=int, default=16, help="side of the images (default: 16)")
     return parser
@@ -37,6 +40,9 @@ def main(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise BadArguments([str(error)]) from None
     counts = {split: write(split, Digits(split == "train"), output, args.size) for split in ("train", "val")}
+    say_next("finetune_dense.py --scratch --model vit_tiny_patch16_224 --model-kwargs img_size=32 patch_size=8 "
+             f"--data-path {shlex.quote(str(output))} --hflip 0 --kl_loss_coeff 0 --original_loss_coeff 1 "
+             "--output_dir runs")  # fmt: skip
     say(f"{output}: {counts['train']} training and {counts['val']} validation images of {args.size} x {args.size}")
 
 

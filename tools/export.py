@@ -17,19 +17,21 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+import options
 from latency.measure import device_name, interleaved
 from latency.runtimes import RuntimeFailed
 from models import ViTDims, load_dense, skeleton
 from tools.formats import FORMATS, Call, images
-from utils import Problems, RunFailed, make_folder, run_script, say
+from utils import Problems, RunFailed, make_folder, run_script, say, say_result
 
 LIMIT = 1e-4  # of the relative difference that an export may have
 BATCHES = (1, 5)  # of the random images that it is measured on
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("tools.export", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = options.new_parser(
+        __doc__, "example: python -m tools.export runs/pruned_run/ft_dense_…/ft_checkpoint.pth --format onnx "
+                 "--batch-size 8", "tools.export")  # fmt: skip
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="any checkpoint of this project; a pruned one is compacted first")
     add("--format", required=True, choices=tuple(FORMATS), help="what to write")
@@ -128,7 +130,8 @@ def main(args: argparse.Namespace) -> None:
     say(measure(args, model, exported))
     if args.push:
         push(folder, args.push)
-    say(f"written: {folder / chosen.result}, {folder / 'config.json'}")
+    say(f"next: {chosen.use.format(folder=str(folder), file=str(folder / chosen.result))}")
+    say_result(f"written: {folder / chosen.result}, {folder / 'config.json'}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 AXES = dict(heads="heads", qk="QK width of a head", v="V width of a head", mlp="MLP width")
+TITLES = AXES | dict(tokens="tokens")
 PUBLISHED = dict(heads="head", qk="QK", v="V", mlp="MLP")
 BLUE, PALE, ORANGE = "#1f5fa8", "#cfdcec", "#b45309"
 SIZE, DPI, FONT = (5.0, 3.2), 150, 12  # inches, dots per inch, points: readable when shrunk to a phone's width
@@ -52,17 +53,26 @@ def _bars(axes: Axes, widths: Sequence[int], dense: Sequence[int] | None) -> Non
     if dense is not None:
         axes.bar(blocks, dense, color=PALE, label="dense")
     bars = axes.bar(blocks, widths, color=BLUE, width=0.6, label="left")
-    axes.bar_label(bars, fontsize=FONT - 4)
+    axes.bar_label(bars, fontsize=min(FONT - 2, 140 / len(widths)))  # as wide as four digits may be
+    axes.margins(y=0.12)
     axes.set(xlabel="block", xticks=list(blocks))
     axes.yaxis.get_major_locator().set_params(integer=True)
 
 
 def _title(axis: str) -> str:
-    return AXES[axis][0].upper() + AXES[axis][1:]
+    return TITLES[axis][0].upper() + TITLES[axis][1:]
 
 
 def _said(numbers: Sequence[float]) -> str:
     return ", ".join(f"{n:g}" for n in numbers)
+
+
+def axes_of(run: Run) -> list[str]:
+    """What to draw of a run's blocks: tokens too where some were merged."""
+    left, dense = run.dims(run.last), run.dims("dense")
+    now = [b.tokens for b in left.blocks]
+    before = [b.tokens for b in dense.blocks] if dense else [max(now)] * len(now)
+    return [*AXES, *(["tokens"] if now != before else [])]
 
 
 def widths(run: Run, axis: str) -> Chart:
@@ -70,7 +80,8 @@ def widths(run: Run, axis: str) -> Chart:
     left, dense = run.dims(run.last), run.dims("dense")
     now = [getattr(b, axis) for b in left.blocks]
     before = [getattr(b, axis) for b in dense.blocks] if dense else None
-    alt = f"{AXES[axis]} left in blocks 1 to {len(now)}: {_said(now)}" + (f"; dense: {_said(before)}" if before else "")
+    beside = f"; dense: {_said(before)}" if before else ""
+    alt = f"{TITLES[axis]} left in blocks 1 to {len(now)}: {_said(now)}{beside}"
     return _chart(lambda axes: _bars(axes, now, before), f"{_title(axis)} per block", alt)
 
 
@@ -129,6 +140,7 @@ def epochs(run: Run, key: str, caption: str, what: str) -> Chart | None:
             axes.plot(range(begin, begin + len(values)), values, color=color, marker="o", label=name)
             begin += len(values)
         axes.set(xlabel="epoch", ylabel=what)
+        axes.set_xlim(0.5, begin - 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
 

@@ -91,11 +91,15 @@ def _read_onnx(folder: Path, threads: int) -> Call:
 
 @dataclass(frozen=True)
 class Format:
-    """write(model, folder); read(folder) -> what was written, as a function; result: its file; needs: packages."""
+    """write(model, folder); read(folder) -> what was written, as a function; result: its file; needs: packages.
+
+    use: how what was written is loaded, with {folder} for the folder and {file} for its file.
+    """
 
     write: Callable[[VisionTransformer, Path], None]
     read: Callable[[Path], Call]
     result: str
+    use: str
     needs: tuple[str, ...] = ()
     extra: str = ""
 
@@ -106,12 +110,13 @@ class Format:
 
 
 FORMATS = {
-    "safetensors": Format(_write_safetensors, load_dense, hub.WEIGHTS),
+    "safetensors": Format(_write_safetensors, load_dense, hub.WEIGHTS, "models.load_dense({folder!r})"),
     "onnx": Format(_write_onnx, lambda folder: _read_onnx(folder, torch.get_num_threads()), "model.onnx",
-                   ("onnx", "onnxscript", "onnxruntime"), "onnx"),
+                   "onnxruntime.InferenceSession({file!r})", ("onnx", "onnxscript", "onnxruntime"), "onnx"),
     "torch-export": Format(_write_program, lambda folder: torch.export.load(folder / "model.pt2").module(),
-                           "model.pt2"),
+                           "model.pt2", "torch.export.load({file!r}).module()"),
     "timm": Format(_write_timm, lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True).eval(),
-                   hub.WEIGHTS),
-    "standalone": Format(_write_standalone, lambda folder: _read_module(folder / "model.py").load(), "model.py"),
+                   hub.WEIGHTS, "timm.create_model('local-dir:{folder}', pretrained=True)"),
+    "standalone": Format(_write_standalone, lambda folder: _read_module(folder / "model.py").load(), "model.py",
+                         "copy {folder}; its model.py has load()"),
 }  # fmt: skip

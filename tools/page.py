@@ -29,8 +29,8 @@ th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #d6d
 th:first-child, td:first-child { text-align: left; }
 thead th { background: #eef3f9; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); }
-.charts { gap: 1rem; margin: 1rem 0; }
-figure { margin: 0; max-width: 40rem; }
+.charts { gap: 1rem; margin: 1rem 0; align-items: end; }
+figure { margin: 0; max-width: 30rem; }
 figcaption { font-weight: 600; }
 img { width: 100%; height: auto; display: block; }
 pre { background: #f4f6f9; padding: .75rem; white-space: pre-wrap; font-size: .875rem; }
@@ -96,7 +96,7 @@ def _section(run: Run, level: int) -> str:
     embed = f"Embedding {left.embed}" + (f" of {dense.embed}." if dense else ".")
     parts = [
         element(heading, "Widths that are left"), element("p", escape(embed)),
-        charts(figures.widths(run, axis) for axis in AXES),
+        charts(figures.widths(run, axis) for axis in figures.axes_of(run)),
     ]  # fmt: skip
     if dense and len(run.events) > 1:
         parts += [element(heading, "Where pruning took them"),

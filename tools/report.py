@@ -7,20 +7,23 @@ or pruning folder with summary.json. Of a single run also widths.png and a copy 
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
+import options
 from tools.figures import plot_widths
 from tools.page import page
 from tools.run_data import Run, incomparable, read_run
-from utils import Problems, make_folder, run_script, say, table, warn, write_json, write_text
+from utils import Problems, make_folder, run_script, say, say_next, say_result, table, warn, write_json, write_text
 
 COLUMNS = ["", "top-1 %", "params", "M MACs", "table latency", "measured latency", "speed-up"]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("tools.report", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = options.new_parser(
+        __doc__, "examples: python -m tools.report runs/pruned_run/ft_dense_…\n"
+                 "          python -m tools.report runs/a runs/b --output report", "tools.report")  # fmt: skip
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of finished runs")
     parser.add_argument("--output", metavar="DIR", type=Path, default=None,
                         help="where to write (default: the first run's folder)")
@@ -73,7 +76,10 @@ def main(args: argparse.Namespace) -> None:
     say(conditions)
     say(f"written: {', '.join(map(str, written[1:]))}" if len(runs) == 1 else
         "\n".join(f"{label}: {run.folder}" for run, label in zip(runs, labels, strict=True)))  # fmt: skip
-    say(f"report: {written[0].resolve().as_uri()}")
+    for run in runs:
+        if (checkpoint := run.folder / "ft_checkpoint.pth").exists():
+            say_next(f"-m tools.export {shlex.quote(str(checkpoint))} --format onnx")
+    say_result(f"report: {written[0].resolve().as_uri()}")
 
 
 if __name__ == "__main__":

@@ -85,15 +85,17 @@ def _unfinished(folder: Path) -> str:
         return f"there is no folder {folder}"
     if (folder / "args.json").exists():
         epochs = len(_lines(folder))
-        return f"{folder} is of a run that has not finished ({epochs} epochs are logged); go on with --resume"
-    inside = sorted(p.parent for p in folder.glob("*/summary.json"))[:3]
+        return (f"{folder} is of a run that has not finished ({epochs} {'epoch is' if epochs == 1 else 'epochs are'} "
+                "logged); go on with --resume")  # fmt: skip
+    inside = sorted(p.parent for p in folder.rglob("summary.json") if p.parent != folder)[:3]
     hint = f"; these in it are: {', '.join(map(str, inside))}" if inside else ""
     return f"{folder} is not the folder of a run{hint}"
 
 
 def read_run(folder: Path) -> Run:
     """The run in `folder`: of finetuning, with the pruning run around it, or of pruning. Raises ValueError."""
-    if not (folder / "summary.json").is_file():
+    copied = (folder / "report.html").exists() and not (folder / "args.json").exists()  # an earlier report's folder
+    if copied or not (folder / "summary.json").is_file():
         raise ValueError(_unfinished(folder))
     try:
         summary = _json(folder / "summary.json")

@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+import options
 from checkpoint import CheckpointError
 from models import load_dense
 from models.tokens import SKIPPED, TokenMerge, layers
@@ -29,7 +30,10 @@ OUTLINE = "#202020"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.new_parser(
+        __doc__, "example: python -m tools.show_tokens runs/pm/pruned_checkpoint.pth image.jpg --output tokens.png",
+        "tools.show_tokens",
+    )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of a token-compressed model")
     parser.add_argument("image", metavar="IMAGE", help="resized to the model's input")
     parser.add_argument("--output", metavar="FILE", default="tokens.png", help="the picture (default: tokens.png)")

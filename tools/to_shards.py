@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import argparse
 import random
+import shlex
 from pathlib import Path
 from typing import Any
 
 from torchvision.datasets import ImageFolder
 
+import options
 from shards import INFO, KEYS
-from utils import BadArguments, Problems, RunFailed, make_folder, run_script, say, write_json
+from utils import BadArguments, Problems, RunFailed, make_folder, run_script, say, say_next, write_json
 
 EXTENSIONS = {f".{key}": "jpg" if key == "jpeg" else key for key in KEYS.split(";")}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("tools.to_shards", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = options.new_parser(
+        __doc__, "example: python -m tools.to_shards images shards --images-per-shard 1000", "tools.to_shards"
+    )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with train/ and val/")
     parser.add_argument("output", metavar="DIR", type=Path, help="folder to write")
     parser.add_argument("--images-per-shard", metavar="N", type=int, default=1000,
@@ -92,8 +95,10 @@ def main(args: argparse.Namespace) -> None:
             random.Random(args.seed).shuffle(samples)
         info[name] = write(name, samples, output, args.images_per_shard)
     write_json(output / INFO, dict(splits=info, classes=next(iter(splits.values())).classes))
-    counts = ", ".join(f"{len(i['filenames'])} shards with {i['num_samples']:,} {n} images" for n, i in info.items())
-    say(f"{output}: {counts}")
+    counts = ", ".join(f"{i['num_samples']:,} {n} images in {len(i['filenames'])}" for n, i in info.items())
+    say_next(f"finetune_dense.py --finetune RUN --data-set wds/{shlex.quote(output.name)} --data-path "
+             f"{shlex.quote(str(output))} --num_workers {min(len(i['filenames']) for i in info.values())}")  # fmt: skip
+    say(f"{output}: shards, {counts}")
 
 
 if __name__ == "__main__":
