@@ -38,6 +38,7 @@ from utils import (
     make_folder,
     run_script,
     say,
+    say_result,
     warn,
     write_json,
 )
@@ -204,7 +205,7 @@ def conclude(args: argparse.Namespace, setup: Setup, top1_dense: float, metrics:
     write("pruned_checkpoint.pth")
     results.say_where(setup.folder, f"finetune_dense.py --finetune {shlex.quote(str(setup.folder))} "
                                     f"{results.data_flags(args)} --original_loss_coeff 1 --kl_loss_coeff 100000")
-    say(f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {metrics['acc1']:.2f}, latency predicted "
+    say_result(f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {metrics['acc1']:.2f}, latency predicted "
         f"{pruned['latency_predicted']:.3f}, measured {pruned['latency_measured']:.3f} of dense")
 
 

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+import calibration
 import checkpoint
 import options
 import pm_vit_steps as steps
 import provenance
 import results
 import resuming
+import shards
 import training
 from engine import evaluate
 from finetuning import CHECKPOINT, Run, read_resumed, train
@@ -74,9 +76,13 @@ def _add_token_args(parser: argparse.ArgumentParser) -> None:
     add("--prune_mode", choices=pm_vit.MODES, default="attn",
         help="scores: attn gradient x attention; head the same without cancellation between heads; head_entropy "
              "attention received, no labels; random; seq evenly spread, no data; clus attn on a compressed model, "
-             "whose skipped patches stay skipped (default: attn)")  # fmt: skip
+             "whose skipped patches stay skipped; probe evenly spread, as many in every block as the predictions need, "
+             "no labels (default: attn)")  # fmt: skip
+    add("--calib_images", metavar="N", type=int, default=256,
+        help="training images that --prune_mode probe looks at, over all processes (default: 256)")
     add("--prune_iter", metavar="N", type=int, default=250, help="batches to score on, 0 for an epoch (default: 250)")
-    add("--prune_rate", metavar="F", type=float, default=0.1, help="share of patches that skip a block (default: 0.1)")
+    add("--prune_rate", metavar="F", type=float, default=None,
+        help="share of patches that skip a block (default: 0.1, with --prune_mode probe 0)")
     add("--keep_rate", metavar="F", type=float, default=0.6, help="share of patches that stay tokens (default: 0.6)")
     add("--merge_list", metavar="L", type=int, nargs="+", default=None, help="blocks to compress (default: all)")
     add("--merge", choices=tuple(pm_vit.ASSIGN), default="grid",
@@ -196,6 +202,10 @@ def uniform(dims: ViTDims, keep_rate: float, prefix: int) -> ViTDims:
 def check_flags(args: argparse.Namespace, problems: Problems) -> None:
     """Complaints about flags and how they go together."""
     options.check_values(steps.with_losses(args), problems)
+    if args.prune_rate is None:
+        args.prune_rate = 0.0 if args.prune_mode == "probe" else 0.1
+    if args.prune_mode == "probe" and args.prune_rate:
+        problems.add(f"--prune_mode probe only merges: --prune_rate {args.prune_rate:g} goes with the other modes")
     if sum((args.prune, args.eval, args.speed_only)) > 1:
         problems.add("--prune, --eval and --speed-only are three things to do: give one")
     if not (args.resume or args.initial_checkpoint or args.pretrained or args.speed_only):
@@ -238,6 +248,9 @@ def check_args(args: argparse.Namespace) -> Run:
     run.data = problems.attempt(training.load_data, args, model.full, train=not args.eval)
     problems.raise_if_any()
     problems.attempt(model.check_classes, args, run.data.classes)
+    if args.prune and args.prune_mode == "probe":
+        problems.attempt(shards.check_indexed, args, "--prune_mode probe")
+        problems.attempt(calibration.check, args, len(run.data.train.dataset))
     problems.raise_if_any()
     run.model = problems.attempt(model.build, args)
     problems.raise_if_any()

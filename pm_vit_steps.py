@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import calibration
 import checkpoint
 import training
 from engine import progress_bar
@@ -20,6 +21,7 @@ from models import ViTDims, skeleton
 from models.pretrained import from_checkpoint, read_initial
 from models.vit import ModelError, TokenLogits
 from pruning import pm_vit
+from pruning.token_counts import probed
 
 ALIASES = {
     f"{name}_{size}_patch16_224": f"deit_{size}_patch16_224"
@@ -87,7 +89,7 @@ def is_compressed(full: training.FullModel, dims: ViTDims) -> bool:
 
 def merge_list(args: Any, dims: ViTDims) -> tuple[int, ...]:
     """The blocks to compress: those asked for, or all that have attention to score by. Raises ValueError."""
-    scored = args.prune_mode not in ("random", "seq")
+    scored = args.prune_mode not in ("random", "seq", "probe")
     if args.merge_list is None:
         return tuple(i for i, b in enumerate(dims.blocks) if b.heads or not scored)
     found = args.merge_list
@@ -133,7 +135,10 @@ def scores(args: Any, run: Run, layers: Sequence[int]) -> Tensor:
 
 def structure(args: Any, run: Run) -> pm_vit.Structure:
     """What becomes of every patch. Raises ValueError (CompressionError) for rates that leave nothing."""
-    layers = merge_list(args, run.model.dims)
+    layers, stem = merge_list(args, run.model.dims), run.model.patch_embed
+    if args.prune_mode == "probe":
+        total, _ = pm_vit.budget(len(layers), stem.num_patches, args.prune_rate, args.keep_rate)
+        return probed(run.model, layers, calibration.images_of(args, run.full), total, args.batch_size)
     found = scores(args, run, layers)
     passing = pm_vit.skipped_patches(run.model, layers) if args.prune_mode == "clus" else None
     if args.prune_mode not in ("random", "seq"):

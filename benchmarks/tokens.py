@@ -29,8 +29,10 @@ from models import TokenLogits, ViTDims, build_vit, skeleton
 from models.pretrained import load_initial_, read_initial
 from models.tokens import layers, streamline_
 from pruning import pm_vit
+from pruning.token_counts import probed
 from utils import table
 
+PROBED = 256  # images
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 METHODS = {  # mode of scoring, then how patches are merged
     "attn": ("attn", pm_vit.Merging()),
@@ -38,6 +40,7 @@ METHODS = {  # mode of scoring, then how patches are merged
     "attn, as published": ("attn", pm_vit.Merging("raster", published=True, shortcut=False)),
     "attn, without shortcut": ("attn", pm_vit.Merging(shortcut=False)),
     "head_entropy": ("head_entropy", pm_vit.Merging()),
+    "probe": ("probe", pm_vit.Merging()),
     "random": ("random", pm_vit.Merging()),
     "seq": ("seq", pm_vit.Merging()),
     "tome": (),
@@ -158,6 +161,10 @@ def compressed(args: argparse.Namespace, method: str, seed: int, base: nn.Module
     mode, merging = METHODS[method]
     where, grid = range(len(base.blocks)), base.patch_embed.grid_size
     generator = torch.Generator().manual_seed(seed)
+    if mode == "probe":
+        pick = torch.randperm(len(data[0]), generator=generator)[:PROBED]
+        total, _ = pm_vit.budget(len(where), grid[0] * grid[1], 0.0, args.keep_rate)
+        return pm_vit.compressed(base, probed(base, where, normalise(data[0][pick]), total, 64), merging)
     if mode in ("random", "seq"):
         shape = len(where), grid[0] * grid[1]
         ranks = torch.rand(shape, generator=generator) if mode == "random" else pm_vit.spread(where, grid)
@@ -176,8 +183,14 @@ def compressed(args: argparse.Namespace, method: str, seed: int, base: nn.Module
 def nearest_tome(ef: Any, base: nn.Module, target: nn.Module) -> nn.Module:
     """ToMe with the number of merged tokens whose latency is nearest to that of `target`, measured side by side."""
     patches, depth = base.patch_embed.num_patches, len(base.blocks)
-    found = {r: abs(1 - ef.latency_ratio(target, tome(base, r), rounds=9)[0]) for r in range(2, patches // depth)}
+    target = served(target)
+    found = {r: abs(1 - ef.latency_ratio(target, tome(base, r), rounds=9)[0]) for r in range(2, patches // depth + 1)}
     return tome(base, min(found, key=found.get))
+
+
+def served(model: nn.Module) -> nn.Module:
+    """As it would be deployed to classify."""
+    return streamline_(copy.deepcopy(model)) if hasattr(model, "dims") else model
 
 
 def load_base(path: str) -> nn.Module:
@@ -204,8 +217,9 @@ def accuracy(args: argparse.Namespace) -> None:
             torch.manual_seed(seed)
             ours = compressed(args, args.methods[0] if method == "tome" else method, seed, base, train, ef.normalise)
             model = nearest_tome(ef, base, ours) if method == "tome" else ours
-            row = dict(method=method, seed=seed, keep_rate=args.keep_rate, latency=ef.latency_ratio(dense, model)[0],
-                       oneshot=ef.top1(model, *val))  # fmt: skip
+            latency = ef.latency_ratio(dense, served(model))[0]
+            row = dict(method=method, seed=seed, keep_rate=args.keep_rate, latency=latency)
+            row |= dict(oneshot=ef.top1(model, *val))
             ef.finetune(model.requires_grad_(True), dense, *train, args.epochs, seed=seed)
             row |= dict(epochs=args.epochs, per_class=args.per_class, finetuned=ef.top1(model, *val))
             rows.append(row)

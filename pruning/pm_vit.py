@@ -21,7 +21,7 @@ from models.tokens import SKIPPED, TokenMerge, nearest_on_grid, spread_order
 from models.tokens import layers as layers_of
 from models.vit import Attention, Block
 
-MODES = ("attn", "head", "head_entropy", "random", "seq", "clus")
+MODES = ("attn", "head", "head_entropy", "random", "seq", "clus", "probe")
 DEPTH_FACTOR = 0.025  # late layers lose more tokens
 
 

@@ -80,7 +80,7 @@ class _Probe:
             return self.rest(x if mix is None else x + gamma * nn.functional.linear(mix(first), weight, bias))
 
         judged = zip(self.judge, self.judged, self.logits, strict=True)
-        return _judged((logits(x, first), dense) for x, first, dense in judged)
+        return judged((logits(x, first), dense) for x, first, dense in judged)
 
 
 def _attention_curves(probe: _Probe, attention: Attention, groups: dict[str, int]) -> dict[str, Curve]:
@@ -106,7 +106,7 @@ def _mlp_curve(probe: _Probe, full: int, group: int) -> Curve:
     }
 
 
-def _judged(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+def judged(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Mean divergence of (logits, dense logits) of all batches and processes, never below 0."""
     total = torch.zeros(2, dtype=torch.float64)
     for logits, dense in pairs:
@@ -132,7 +132,7 @@ def _token_curve(model: VisionTransformer, index: int, judge: list[Tensor], logi
             z = tokens.compress(x)
             return streams.head(model, model.blocks[index + 1 :](tokens.restore(block.branches(z), z, x)))
 
-        curve[prefix + left] = _judged((out(x), dense) for x, dense in zip(judge, logits, strict=True))
+        curve[prefix + left] = judged((out(x), dense) for x, dense in zip(judge, logits, strict=True))
     return curve
 
 

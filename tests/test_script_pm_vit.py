@@ -96,7 +96,7 @@ def test_frozen_parts_stay(pruned, tmp_path, frozen, moved):
             assert torch.equal(old, new[name]) != ((".tokens." in name) == moved), name
 
 
-@pytest.mark.parametrize("mode", ["head", "head_entropy", "random", "seq", "clus"])
+@pytest.mark.parametrize("mode", ["head", "head_entropy", "random", "seq", "clus", "probe"])
 def test_the_other_modes(runs, pruned, tmp_path, mode):
     start = pruned / "pruned_checkpoint.pth" if mode == "clus" else runs["dense"] / "ft_checkpoint.pth"
     run(main_pm_vit, *SCORE, "--prune_mode", mode, "--keep_rate", "0.4", "--resume", start, "--output_dir", tmp_path)
@@ -179,6 +179,8 @@ def complaint(*flags):
     (["--merge_list", "1", "0"], "ascending order, not 1 0"),
     (["--merge_list", "0", "7"], "names block 7, the model has blocks 0 to 1"),
     (["--prune_mode", "clus"], "compresses a compressed model"),
+    (["--prune_mode", "probe", "--prune_rate", "0.1"], "only merges: --prune_rate 0.1 goes with the other modes"),
+    (["--prune_mode", "probe", "--calib_images", "20"], "--calib_images must be at least 64"),
     (["--dense_merge"], "--dense_merge goes with --shortcut skipped"),
     (["--eval"], "three things to do"),
     (["--keep_rate", "0"], "--keep_rate must be in (0, 1]"),

@@ -1,7 +1,9 @@
 """The sixth axis: the patches that a block computes on, pruned with the widths to one target."""
 
+import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,12 @@ import main_full_global_latency
 from latency.table import LatencyTable
 from models import Masks, build_vit, compact, load_dense
 from models.tokens import layers
-from pruning.allocation import allocate
+from pruning.allocation import allocate, interpolated
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner
 from pruning.probe import prices
 from pruning.refit import divergence, refit_
+from pruning.token_counts import probed, shared_out
 from pruning.token_saliency import TokenSaliency
 from pruning.value import ValuePruner
 from utils import BadArguments
@@ -160,6 +163,27 @@ def test_one_shot_prices_tokens(model):
     (dims, _), *_ = allocate(table_of(), model.dims, groups, free, embed, 0.5)
     assert all(b.tokens < 18 == 14 + b.heads and b.qk == 8 for b in dims.blocks)  # nothing else has to go
     assert table_of().ratio(dims, model.dims) <= 0.5
+
+
+def test_the_total_is_shared_out_by_measured_need(model):
+    """Exactly, for any total; the best of all ways to share it where prices add up; the model is left as it is."""
+    curves = [{2: 4.0, 8: 1.0, 16: 0.5}, {2: 0.4, 8: 0.1, 16: 0.05}, {2: 0.4, 8: 0.1, 16: 0.05}]
+    for total in (3, 7, 20, 33, 48):
+        found = shared_out(curves, 16, total)
+        prices = [interpolated(curve, np.arange(1, 17)) for curve in curves]
+        ways = [w for w in itertools.product(range(1, 17), repeat=3) if sum(w) == total]
+        best = min(ways, key=lambda w: sum(p[n - 1] for p, n in zip(prices, w, strict=True)))
+        assert sum(found) == total
+        assert sum(p[n - 1] for p, n in zip(prices, found, strict=True)) == pytest.approx(
+            sum(p[n - 1] for p, n in zip(prices, best, strict=True)))  # fmt: skip
+    model = model.float()
+    with torch.no_grad():
+        model.blocks[1].attn.proj.weight.zero_()  # nothing that block 1 says of patches is read any more
+        model.blocks[1].attn.proj.bias.zero_()
+    structure = probed(model, (0, 1), torch.randn(64, 3, 16, 16), 20, 32)
+    first, second = structure.centres.sum(1).tolist()
+    assert first + second == 20 and first > second and not structure.skipped.any()
+    assert all(block.tokens is None for block in model.blocks)
 
 
 # -------------------------------------------------------------------------------------------------------------- scripts
