@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.pruners import METHODS, PEERS, Bench, maker
+from benchmarks.pruners import METHODS, PEERS, Bench, dims_of, maker
 from benchmarks.rows import append, read
 from utils import table
 
@@ -33,8 +33,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--table", required=True, help="latency table of the model")
     parser.add_argument("--measured", action="store_true", help="meet measured ratios, not the table's")
     parser.add_argument("--rows", type=Path, default=Path("runs/accuracy_rows.jsonl"), help="results, one row a line")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD",
-                        help=f"of {', '.join(METHODS)} (default: all)")
+    usual = [method for method in METHODS if "tokens" not in method]
+    parser.add_argument("--methods", nargs="+", default=usual, choices=METHODS, metavar="METHOD",
+                        help=f"of {', '.join(METHODS)} (default: all but those of tokens, which need a table of them)")
     parser.add_argument("--targets", nargs="+", type=float, default=[0.7, 0.5, 0.3], help="latency ratios")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="rows of each method")
     parser.add_argument("--calib", type=int, default=1024, help="calibration images")
@@ -54,6 +55,7 @@ def measure(bench: Bench, method: str, seed: int, target: float, make: Callable[
     except ValueError as error:
         return row | dict(failed=str(error))
     row |= dict(latency=round(bench.ratio(model), 4), oneshot=bench.ef.top1(model, *bench.val))
+    row |= dict(dims=dims_of(model).to_dict())
     if args.epochs:
         bench.ef.finetune(model, bench.base, *bench.recovery, args.epochs, seed=seed)
         row |= dict(per_class=args.per_class, finetuned=bench.ef.top1(model, *bench.val))

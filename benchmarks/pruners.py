@@ -21,6 +21,7 @@ from models import BlockDims, Masks, TokenLogits, ViTDims, build_vit, compact
 from models.pretrained import load_initial_, read_initial
 from pruning.align import align_
 from pruning.allocation import allocate
+from pruning.config import AXES as WIDTHS
 from pruning.config import PruningConfig
 from pruning.gate_saliency import GateSaliency
 from pruning.global_latency import GlobalPruner
@@ -57,12 +58,18 @@ PEERS = {
     "torch-pruning-hessian-fixed": dict(crit="hessian-fixed"),
     "torch-pruning-l2": dict(crit="l2"),
 }
-METHODS = (*GRADIENT, "one-shot", "one-shot-not-refitted", *PEERS)
+ONE_SHOT = {
+    "one-shot": {},
+    "one-shot-not-refitted": dict(refit=False),
+    "one-shot-tokens": dict(tokens=True),
+    "one-shot-tokens-alone": dict(tokens=True, widths=False),
+}
+METHODS = (*GRADIENT, *ONE_SHOT, *PEERS)
 CLOSE, ROUNDS, TRIALS = 0.01, 5, 10
 
 
 
-def _dims(model: nn.Module) -> ViTDims:
+def dims_of(model: nn.Module) -> ViTDims:
     """Widths, of Torch-Pruning's models too."""
     if hasattr(model, "dims"):
         return model.dims
@@ -104,7 +111,7 @@ class Bench:
         """To the dense model: measured, or by the table."""
         if self.args.measured:
             return self.ef.latency_ratio(self.base, model)[0]
-        return self.table.ratio(_dims(model), _dims(self.base))
+        return self.table.ratio(dims_of(model), dims_of(self.base))
 
     def meet(self, make: Callable[[float], nn.Module], target: float) -> nn.Module:
         """What `make` makes for a table's ratio, such that `ratio` is at or below the target, in a few rounds."""
@@ -177,18 +184,20 @@ class Gradient:
 
 
 class OneShot:
-    """This project's one-shot pruning: aligned, priced, allocated, and refitted or not."""
+    """This project's one-shot pruning: aligned, priced, allocated, and refitted or not; of widths, tokens or both."""
 
-    def __init__(self, bench: Bench, seed: int, refit: bool = True) -> None:
+    def __init__(self, bench: Bench, seed: int, refit: bool = True, widths: bool = True, tokens: bool = False) -> None:
         self.bench, self.refit, self.dense = bench, refit, bench.model().requires_grad_(False)
         self.images = bench.ef.normalise(bench.calibration(seed)[0])
-        self.groups = PruningConfig().group_sizes(self.dense.dims)
+        self.grid = self.dense.patch_embed.grid_size if tokens else None
+        masks = Masks(self.dense.dims, grid=self.grid)
+        self.groups = PruningConfig().group_sizes(masks, left_alone=() if widths else WIDTHS)
         align_(self.dense, self.images.split(BATCH))
         self.prices = prices(self.dense, self.images, self.groups, BATCH)
 
     def __call__(self, target: float) -> nn.Module:
         (dims, _), *_ = allocate(self.bench.table, self.dense.dims, self.groups, *self.prices, target)
-        masks = Masks.first(self.dense.dims, dims)
+        masks = Masks.first(self.dense.dims, dims, grid=self.grid)
         small = compact(self.dense, masks)
         if self.refit:
             refit_(self.dense, small, masks, self.images, BATCH)
@@ -237,4 +246,4 @@ def maker(bench: Bench, method: str, seed: int) -> Callable[[float], nn.Module]:
         return TorchPruning(bench, seed, **PEERS[method])
     if method in GRADIENT:
         return Gradient(bench, seed, **GRADIENT[method])
-    return OneShot(bench, seed, refit=method == "one-shot")
+    return OneShot(bench, seed, **ONE_SHOT[method])

@@ -79,8 +79,8 @@ class _Probe:
         def logits(x: Tensor, first: Tensor) -> Tensor:
             return self.rest(x if mix is None else x + gamma * nn.functional.linear(mix(first), weight, bias))
 
-        judged = zip(self.judge, self.judged, self.logits, strict=True)
-        return judged((logits(x, first), dense) for x, first, dense in judged)
+        places = zip(self.judge, self.judged, self.logits, strict=True)
+        return judged((logits(x, first), dense) for x, first, dense in places)
 
 
 def _attention_curves(probe: _Probe, attention: Attention, groups: dict[str, int]) -> dict[str, Curve]:

@@ -3,6 +3,8 @@ import json
 
 import torch
 
+from latency.table import LatencyTable
+
 MODEL = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs",
          "img_size=16", "patch_size=4", "embed_dim=32", "depth=2", "num_heads=4"]  # fmt: skip
 PLAIN = ["--data-set", "DIGITS", "--num_workers", "0", "--device", "cpu", "--mixup", "0", "--cutmix", "0", "--aa", "",
@@ -29,6 +31,18 @@ def table_file(path):
     }  # fmt: skip
     path.write_text(json.dumps(data | dict(_meta=dict(batch=16))))
     return path
+
+
+def token_table(width=1.0):
+    """Seconds that follow tokens and, to some part, widths, those of merging included."""
+    seconds = {}
+    for n in (6, 18):
+        for e in (4, 32):
+            seconds[f"tokens/N_{n}/EMB_{e}"] = 1e-6 * n
+            seconds |= {f"mlp/N_{n}/EMB_{e}/MLP_{m}": 1e-8 * n * (400 + width * e * m) for m in (1, 128)}
+            seconds |= {f"attention/N_{n}/EMB_{e}/QK_{h}_{q}/V_{v}": 1e-8 * n * (400 + width * h * (e + n) * (q + v))
+                        for h in (1, 4) for q in (1, 8) for v in (1, 8)}  # fmt: skip
+    return LatencyTable.of_parts(seconds | {f"overhead/EMB_{e}": 1e-6 * e for e in (4, 32)}, dict(batch=16))
 
 
 def same(a, b):

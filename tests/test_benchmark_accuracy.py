@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import TINY
-from jobs import table_file
+from jobs import table_file, token_table
 
 from benchmarks import accuracy_per_ms, shrink_time
 from benchmarks.pruners import GRADIENT
@@ -57,6 +57,19 @@ def test_a_row_for_every_method_once(words, tmp_path, capsys):
     assert (tmp_path / "plot.png").stat().st_size > 5000
     lines = printed.splitlines()[-len(rows) :]
     assert [line.split()[0] for line in lines] == methods
+
+
+def test_tokens_with_widths_and_alone(words, tmp_path):
+    token_table(width=0.1).save(tmp_path / "tokens.json")
+    methods = ["one-shot", "one-shot-tokens", "one-shot-tokens-alone"]
+    run([*words, "--table", tmp_path / "tokens.json", "--targets", "0.6", "--methods", *methods, "--seeds", "0"])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert all(0.45 < row["latency"] <= 0.6 for row in rows), rows
+    widths, both, tokens = (row["dims"] for row in rows)
+    assert {b["tokens"] for b in widths["blocks"]} == {18}
+    assert min(b["tokens"] for b in both["blocks"]) < 18
+    assert tokens["embed"] == 32 and {b["mlp"] for b in tokens["blocks"]} == {128}
+    assert min(b["tokens"] for b in tokens["blocks"]) < 18
 
 
 def test_recovery_is_a_row_of_its_own(words, tmp_path, capsys):

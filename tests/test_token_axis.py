@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jobs import PLAIN, PRUNE, run
+from jobs import PLAIN, PRUNE, run, token_table
 from test_resume import equal, interrupted, only
 
 import finetune_dense
 import main_full_global_latency
-from latency.table import LatencyTable
 from models import Masks, build_vit, compact, load_dense
 from models.tokens import layers
 from pruning.allocation import allocate, interpolated
@@ -26,18 +25,6 @@ from pruning.value import ValuePruner
 from utils import BadArguments
 
 GRID = (4, 4)
-
-
-def table_of(width=1.0):
-    """Seconds that follow tokens and, to some part, widths, those of merging included."""
-    seconds = {}
-    for n in (6, 18):
-        for e in (4, 32):
-            seconds[f"tokens/N_{n}/EMB_{e}"] = 1e-6 * n
-            seconds |= {f"mlp/N_{n}/EMB_{e}/MLP_{m}": 1e-8 * n * (400 + width * e * m) for m in (1, 128)}
-            seconds |= {f"attention/N_{n}/EMB_{e}/QK_{h}_{q}/V_{v}": 1e-8 * n * (400 + width * h * (e + n) * (q + v))
-                        for h in (1, 4) for q in (1, 8) for v in (1, 8)}  # fmt: skip
-    return LatencyTable.of_parts(seconds | {f"overhead/EMB_{e}": 1e-6 * e for e in (4, 32)}, dict(batch=16))
 
 
 @pytest.fixture
@@ -125,13 +112,13 @@ def test_tokens_compete_with_widths(model, kind, target):
     for worth in (1e-4, 1e4):
         masks = Masks(model.dims, grid=GRID)
         groups = PruningConfig().group_sizes(masks)
-        pruner = kind(masks, table_of(), groups, regularization=0.0, target=target, per_event=3)
+        pruner = kind(masks, token_table(), groups, regularization=0.0, target=target, per_event=3)
         scores = {axis: torch.rand(n).double() * (worth if "tokens" in axis else 1)
                   for axis, n in masks.sizes().items()}  # fmt: skip
         while not (event := pruner.event(scores)).reached:
             assert event.groups
         assert target - 0.1 < pruner.ratio <= target
-        assert pruner.ratio == pytest.approx(table_of().ratio(masks.dims, model.dims))
+        assert pruner.ratio == pytest.approx(token_table().ratio(masks.dims, model.dims))
         left.append(sum(b.tokens for b in masks.dims.blocks))
     assert left[0] + 4 < left[1] and left[1] > 30
 
@@ -160,9 +147,9 @@ def test_one_shot_prices_tokens(model):
     for curve in curves:
         assert set(curve["tokens"]) == {4, 6, 10, 14, 18} and curve["tokens"][18] == 0 < curve["tokens"][4]
     free = [c | dict(tokens=dict.fromkeys(c["tokens"], 0.0)) for c in curves]
-    (dims, _), *_ = allocate(table_of(), model.dims, groups, free, embed, 0.5)
+    (dims, _), *_ = allocate(token_table(), model.dims, groups, free, embed, 0.5)
     assert all(b.tokens < 18 == 14 + b.heads and b.qk == 8 for b in dims.blocks)  # nothing else has to go
-    assert table_of().ratio(dims, model.dims) <= 0.5
+    assert token_table().ratio(dims, model.dims) <= 0.5
 
 
 def test_the_total_is_shared_out_by_measured_need(model):
@@ -189,7 +176,7 @@ def test_the_total_is_shared_out_by_measured_need(model):
 # -------------------------------------------------------------------------------------------------------------- scripts
 @pytest.fixture
 def job(runs, tmp_path):
-    table_of(width=0.1).save(tmp_path / "table.json")
+    token_table(width=0.1).save(tmp_path / "table.json")
     return [*PRUNE, "--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth", "--latency_look_up_table",
             tmp_path / "table.json", "--prune_per_iter", "64", "--interval_prune", "3", "--tokens"]  # fmt: skip
 
