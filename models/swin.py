@@ -13,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import ClassifierHead, Mlp
 from timm.models.swin_transformer import (
     PatchMerging,
@@ -26,6 +25,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from checkpoint import CheckpointError
+from models.attention import by_kernel
 from models.dims import MOST_BLOCKS, BlockDims
 from models.swin_dims import MOST_STAGES, SwinDims
 from models.vit import Attention, LayerNorm, ModelError
@@ -68,12 +68,9 @@ class ShiftedAttention(Attention):
             return t.reshape(-1, windows, N, H, t.shape[-1] // H).transpose(2, 3).flatten(1, 2)  # B nH N d
 
         q, k, v = map(split, self.qkv(x).split([H * qk, H * qk, H * width], dim=-1))
-        if self.way != "fused" and qk != width:  # kernels want one width
-            q, k, v = (F.pad(t, (0, max(qk, width) - t.shape[-1])) for t in (q, k, v))
         dropout = self.attn_drop if self.training else 0.0
-        bias = self.bias(mask).to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale)
-        out = out[..., :width].unflatten(1, (windows, H)).transpose(2, 3)  # B n N H d
+        out = by_kernel(q, k, v, self.scale, dropout, self.bias(mask).to(q.dtype), padded=self.way != "fused")
+        out = out.unflatten(1, (windows, H)).transpose(2, 3)  # B n N H v
         return self.proj_drop(self.proj(out.reshape(rows, N, H * width)))
 
 
