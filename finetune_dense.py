@@ -15,7 +15,7 @@ import resuming
 import training
 from engine import evaluate
 from finetuning import Run, read_resumed, train
-from models import ViTDims, build_vit, sparsity
+from models import build_vit, dims_from_dict, sparsity
 from models.pretrained import from_checkpoint
 from utils import Problems, is_main, make_folder, run_script, say, say_result, write_json
 
@@ -62,7 +62,7 @@ def run_folder(args: argparse.Namespace) -> Path:
 def _full_model(args: argparse.Namespace, parent: dict[str, Any] | None) -> training.FullModel:
     """The full-size model: the pruned checkpoint's where there is one, its weights from where that run had them."""
     if parent is None:
-        return training.full_model(args)
+        return training.full_model(args, swin=True)
     if args.model and args.model != parent["arch"]["name"]:
         raise ValueError(f"--model is {args.model} but {args.finetune} holds {parent['arch']['name']}")
     inherited = argparse.Namespace(**vars(args))
@@ -71,7 +71,7 @@ def _full_model(args: argparse.Namespace, parent: dict[str, Any] | None) -> trai
         inherited.initial_checkpoint = parent["args"].get("initial_checkpoint", "")
         inherited.pretrained = bool(parent["args"].get("pretrained")) and not inherited.initial_checkpoint
     inherited.model_kwargs = training.structural(parent["arch"]["kwargs"]) | args.model_kwargs
-    return training.full_model(inherited)
+    return training.full_model(inherited, swin=True)
 
 
 def is_other_data(args: argparse.Namespace, parent: dict[str, Any], data: training.Data) -> bool:
@@ -92,7 +92,7 @@ def _model(args: argparse.Namespace, full: training.FullModel, parent: dict[str,
     if parent is None:
         return build_vit(full.arch, **full.kwargs | drops) if args.scratch else full.build(**drops)
     if args.scratch:
-        return build_vit(full.arch, ViTDims.from_dict(parent["dims"]), **full.kwargs | drops)
+        return build_vit(full.arch, dims_from_dict(parent["dims"]), **full.kwargs | drops)
     model = from_checkpoint(parent, checkpoint_path(args.finetune), ema=args.use_ema, **drops)
     if model.num_classes != (classes := full.kwargs["num_classes"]):
         say(f"new classifier: {args.finetune} knows {model.num_classes} classes, the data has {classes}")

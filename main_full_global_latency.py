@@ -23,9 +23,10 @@ import results
 import resuming
 import training
 from engine import Precision, Progress, evaluate, train_one_epoch
+from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from loaders import start_epoch
-from models import Masks, compact, left_alone
+from models import Masks, compact, is_swin, left_alone
 from models.vit import TokenLogits
 from pruning.config import load_config
 from pruning_steps import CHECKPOINT, PruningSteps, Setup, State, make_pruner, read_resumed, restore, save
@@ -96,10 +97,10 @@ def _prune_dict(text: str) -> tuple[str, int]:
     return label, cap
 
 
-def _load_table(args: argparse.Namespace, full: training.FullModel) -> LatencyTable:
+def _load_table(args: argparse.Namespace, full: training.FullModel) -> LatencyTable | SwinTable:
     table = LatencyTable.load(args.latency_look_up_table)
     table.check_covers(training.dims_of(full))
-    if args.tokens and not table.tokens:
+    if args.tokens and not is_swin(full.arch) and not table.tokens:
         raise ValueError(f"--tokens: {table.name} knows one token count alone: build it with python -m "
                          "latency.build_table … --tokens N N …")  # fmt: skip
     return table
@@ -131,9 +132,11 @@ def check_args(args: argparse.Namespace) -> Setup:
     named = problems.attempt(_prune_dict, args.prune_dict)
     config = problems.attempt(load_config, args.pruning_config)
     device = problems.attempt(training.start, args)
-    full = problems.attempt(training.full_model, args)
+    full = problems.attempt(training.full_model, args, swin=True)
     table = problems.attempt(_load_table, args, full) if full else None
     data = problems.attempt(training.load_data, args, full) if full else None
+    if full:
+        pruning_options.check_family(args, full.arch, problems)
     if full and not full.has_weights:
         problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
     if data and (args.one_shot or args.align or args.compensate):
@@ -169,7 +172,7 @@ def check_args(args: argparse.Namespace) -> Setup:
 def check_compact(model: nn.Module, masks: Masks) -> float:
     """Relative difference of masked and compact logits on random images. Raises RunFailed above 1e-3."""
     shape = (4, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(masks.keep["embed"].device)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
     masked = model.eval()(images)
     difference = float((compact(model, masks)(images) - masked).norm() / masked.norm())
     if not difference <= 1e-3:

@@ -146,6 +146,7 @@ def _start(args: argparse.Namespace) -> tuple[training.FullModel, dict[str, Any]
         arch, origin = content["arch"], (content["args"] or {}).get("initial_checkpoint", "")
         if args.model not in (None, arch["name"]):
             raise ValueError(f"--model is {args.model} but {path} holds {arch['name']}")
+        training.check_plain(arch["name"])
         full = training.FullModel(arch["name"], training.structural(arch["kwargs"]), origin)
         if content["dims"] != training.dims_of(full).to_dict():
             return full, content

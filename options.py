@@ -44,7 +44,8 @@ def add_model_args(parser: argparse.ArgumentParser, drops: bool = True) -> None:
         "--model",
         metavar="NAME",
         default=None,
-        help="timm name of a plain ViT (default: the checkpoint's, else deit_base_distilled_patch16_224)",
+        help="timm name of a plain ViT, or of a Swin Transformer where the script takes one (default: the "
+        "checkpoint's, else deit_base_distilled_patch16_224)",
     )
     group.add_argument("--model-kwargs", metavar="K=V", nargs="+", action=KeyValues, default={},
                        help="timm arguments of the full-size model, e.g. img_size=32 patch_size=4 (default: none)")

@@ -17,9 +17,9 @@ import training
 from engine import progress_bar
 from finetuning import Run
 from loaders import start_epoch
-from models import ViTDims, skeleton
+from models import ViTDims
 from models.pretrained import from_checkpoint, read_initial
-from models.vit import ModelError, TokenLogits
+from models.vit import ModelError, TokenLogits, skeleton
 from pruning import pm_vit
 from pruning.token_counts import probed
 

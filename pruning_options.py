@@ -6,6 +6,7 @@ from typing import Any
 
 import options
 from calibration import WHEN
+from models import is_swin
 from pruning.gate_saliency import KINDS
 from utils import Problems
 
@@ -88,3 +89,13 @@ def check(args: Any, problems: Problems) -> None:
         problems.add("--tokens does not go with --shrink_interval yet")
     if args.shrink_interval and args.opt.startswith("lookahead_"):
         problems.add(f"--shrink_interval does not go with --opt {args.opt}: its slow weights keep their shape")
+
+
+def check_family(args: Any, arch: str, problems: Problems) -> None:
+    """Complaints about flags that a Swin Transformer is not pruned with."""
+    if not is_swin(arch):
+        return
+    usual = dict(one_shot=False, tokens=False, align=None, compensate=None, selection="published", saliency="weights")
+    for name in (name for name, value in usual.items() if getattr(args, name) != value):
+        value = "" if getattr(args, name) is True else f" {getattr(args, name)}"
+        problems.add(f"{options.flag(name)}{value} is for plain ViTs, not for {arch}, a Swin Transformer")

@@ -14,6 +14,7 @@ import training
 from calibration import Compensation
 from curves import Curves
 from engine import Precision, Progress
+from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from losses import NViTLoss
 from models import Masks, left_alone
@@ -40,7 +41,7 @@ class Setup:
     data: training.Data
     model: nn.Module
     cnn: nn.Module | None
-    table: LatencyTable
+    table: LatencyTable | SwinTable
     config: PruningConfig
     pruner: GlobalPruner
     folder: Path
@@ -48,8 +49,8 @@ class Setup:
     inputs: dict[str, str] = field(default_factory=dict)
 
 
-def make_pruner(args: Any, full: training.FullModel, masks: Masks, table: LatencyTable, config: PruningConfig,
-                cap: int) -> GlobalPruner:  # fmt: skip
+def make_pruner(args: Any, full: training.FullModel, masks: Masks, table: LatencyTable | SwinTable,
+                config: PruningConfig, cap: int) -> GlobalPruner:  # fmt: skip
     """What chooses the units, as --selection and the targets say."""
     more = targets_of(
         masks.full, table, full.arch, full.kwargs, latency_ms=args.latency_target_ms, macs_=args.macs_target,

@@ -11,9 +11,11 @@ from torch import nn
 
 import schema
 from latency.measure import DTYPES, device_name, interleaved, ratio
+from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from latency.whole import measured_ratios
-from models import ViTDims, build_vit, macs, params, sparsity
+from models import build_vit, macs, params, sparsity
+from models.swin_dims import Dims
 from training import FullModel
 from utils import say, say_next, warn
 
@@ -30,13 +32,13 @@ class Conditions:
     compiled: bool = False
 
     @classmethod
-    def of(cls, table: LatencyTable, batch: int) -> Conditions:
+    def of(cls, table: LatencyTable | SwinTable, batch: int) -> Conditions:
         """A table's; `batch` where it does not say."""
         meta = table.meta
         return cls(int(meta.get("batch", batch)), meta.get("dtype", "fp32"), bool(meta.get("compile")))
 
 
-def warn_of_other_conditions(table: LatencyTable, device: torch.device, dtype: torch.dtype | None) -> None:
+def warn_of_other_conditions(table: LatencyTable | SwinTable, device: torch.device, dtype: torch.dtype | None) -> None:
     """Warn where the run's device, or its type (None: fp32), is not what the table was measured with."""
     here, computed = device_name(device), {v: k for k, v in DTYPES.items()}[dtype or torch.float32]
     for what, theirs, ours in (("on", table.meta.get("device", here), here),
@@ -46,7 +48,7 @@ def warn_of_other_conditions(table: LatencyTable, device: torch.device, dtype: t
                  "targets are for the former")  # fmt: skip
 
 
-def measured_ratio(full: FullModel, dims: ViTDims, conditions: Conditions, device: torch.device) -> float:
+def measured_ratio(full: FullModel, dims: Dims, conditions: Conditions, device: torch.device) -> float:
     """Measured latency of the compact model relative to the dense one, the median of `BUILDS` fresh pairs of models."""
     ratios, _ = measured_ratios(
         full.arch, full.kwargs, [dims], conditions.batch, device, conditions.dtype, conditions.compiled,
@@ -68,7 +70,7 @@ def measured_sparse_ratio(full: FullModel, model: nn.Module, conditions: Conditi
     return round(ratio(timings["sparse"], timings["dense"]).median, 5)
 
 
-def stage(full: FullModel, dims: ViTDims, top1: float, *, predicted: float | None, measured: float | None,
+def stage(full: FullModel, dims: Dims, top1: float, *, predicted: float | None, measured: float | None,
           conditions: Conditions, device: torch.device) -> dict[str, Any]:  # fmt: skip
     """One object of summary.json: top-1 in percent, counts of one image, latencies as ratios to the dense model."""
     return dict(

@@ -109,7 +109,7 @@ def check_kwargs(kwargs: dict[str, Any]) -> None:
     if odd := sorted(str(key) for key in kwargs if key in NOT_ARCHITECTURE or not isinstance(key, str)):
         raise SchemaError(f"kwargs has {odd[0]!r}, which is no part of an architecture")
     for key, value in kwargs.items():
-        most = 1_000 if key == "depth" else MAX_WIDTH
+        most = 1_000 if key in ("depth", "depths") else MAX_WIDTH
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(n, int | float) and abs(n) > most for n in numbers):
             raise SchemaError(f"kwargs has {key}={str(value)[:40]}, of at most {most:,}")

@@ -21,8 +21,10 @@ from datasets import build_dataset
 from engine import Precision
 from loaders import build_loader
 from losses import DistillationLoss, NViTLoss, base_criterion
-from models import ViTDims, build_vit, skeleton
+from models import build_vit, family, is_swin, skeleton
 from models.pretrained import check_initial, load_initial_, read_initial
+from models.swin import as_timm_names
+from models.swin_dims import Dims
 from models.vit import TokenLogits
 from utils import init_distributed, rank, say, seed_everything, world_size
 
@@ -63,7 +65,8 @@ class FullModel:
         """Raises ValueError when the weights are for other classes than the data: the head would be random."""
         found = timm.get_pretrained_cfg_value(self.arch, "num_classes")
         if self.state is not None:
-            found = len(self.state.get("head.weight", range(self.kwargs["num_classes"])))  # without: cannot be loaded
+            head = "head.fc.weight" if is_swin(self.arch) else "head.weight"
+            found = len(self.state.get(head, range(self.kwargs["num_classes"])))  # without: cannot be loaded
         if found != self.kwargs["num_classes"]:
             raise ValueError(
                 f"the dense weights know {found} classes, the data has {self.kwargs['num_classes']}: first train the "
@@ -95,14 +98,26 @@ def drop_rates(args: Any) -> dict[str, float]:
     return dict(pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path)
 
 
-def full_model(args: Any) -> FullModel:
-    """What --model, --model-kwargs, --input-size, --initial-checkpoint and --pretrained say. Raises ValueError."""
+def check_plain(arch: str) -> None:
+    """Raises ValueError for a Swin Transformer, which most methods do not take."""
+    if is_swin(arch):
+        raise ValueError(f"--model {arch} is a Swin Transformer, which main_full_global_latency.py and "
+                         "finetune_dense.py take and this script does not")  # fmt: skip
+
+
+def full_model(args: Any, swin: bool = False) -> FullModel:
+    """What --model, --model-kwargs, --input-size, --initial-checkpoint and --pretrained say. Raises ValueError.
+
+    swin: whether it may be a Swin Transformer.
+    """
     arch, kwargs, state = None, {}, None
     if args.initial_checkpoint:
         arch, kwargs, state = read_initial(args.initial_checkpoint)
         if args.model and arch and args.model != arch:
             raise ValueError(f"--model is {args.model} but {args.initial_checkpoint} holds {arch}")
     arch = args.model or arch or DEFAULT_MODEL
+    if not swin:
+        check_plain(arch)
     for key, value in args.model_kwargs.items():
         if kwargs.get(key, value) != value:
             raise ValueError(f"--model-kwargs {key}={value} but {args.initial_checkpoint} has {key}={kwargs[key]}")
@@ -115,12 +130,14 @@ def full_model(args: Any) -> FullModel:
     if len(set(skeleton(arch, **kwargs).patch_embed.img_size)) > 1:
         raise ValueError(f"{arch} takes images that are not square, which the data transforms do not make")
     path = str(Path(args.initial_checkpoint).resolve()) if args.initial_checkpoint else ""
+    if state is not None and is_swin(arch):
+        state = as_timm_names(state, skeleton(arch, **kwargs), path)
     return FullModel(arch, kwargs, path, state, args.pretrained)
 
 
-def dims_of(full: FullModel) -> ViTDims:
+def dims_of(full: FullModel) -> Dims:
     """Widths of the full-size model."""
-    return ViTDims.of(skeleton(full.arch, **full.kwargs))
+    return family.dims_of(skeleton(full.arch, **full.kwargs))
 
 
 @dataclass

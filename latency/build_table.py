@@ -31,16 +31,20 @@ from latency.measure import DTYPES, Bench, compile_mode, device_name
 from latency.points import GROUPS, grid_of
 from latency.runtimes import Command, OnnxRuntime, RuntimeBench, RuntimeFailed
 from latency.samples import NOISY, Progress, sample_all
+from latency.swin_bench import SwinBench
+from latency.swin_table import STAGE, SwinTable
 from latency.table import PUBLISHED_POINTS, LatencyTable
 from latency.whole import measured_ratios
-from models import ViTDims, left_alone, skeleton
+from models import SwinDims, dims_of, is_swin, left_alone, skeleton
 from models.pretrained import read_initial
+from models.swin_dims import Dims
 from utils import key_values, say_next, say_result
 
 POINTS = dict(embed=7, heads=6, qk=5, v=5, mlp=13)
 POINTS_FINE = dict(embed=8, heads=6, qk=8, v=8, mlp=16)  # of a narrow model, which is quick to measure
 POINTS_CUDA = dict(embed=6, heads=6, qk=8, v=8, mlp=17)  # kernels step with the head width
 POINTS_DEAR = dict(embed=3, heads=3, qk=3, v=3, mlp=4)  # where every point is compiled or exported: seconds each
+POINTS_STAGE = dict(embed=5, heads=4, qk=4, v=4, mlp=8)  # of a Swin Transformer, which has several stages
 NARROW = 128  # embedding
 MAX_LEAVES = 200_000
 FIT_BUILDS, FIT_ROUNDS = 2, 5
@@ -74,7 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], ViTDims]:
+def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], Dims]:
     """The timm name, arguments and widths of the model. Raises ValueError (ModelError for an unknown model)."""
     arch, kwargs = args.model, {}
     if args.initial_checkpoint:
@@ -84,22 +88,32 @@ def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], ViTDims]:
         raise ValueError("--model or --initial-checkpoint is needed")
     kwargs |= key_values(args.model_kwargs, "--model-kwargs")
     kwargs |= {k: v for k, v in dict(img_size=args.input_size, num_classes=args.num_classes).items() if v is not None}
-    return arch, kwargs, ViTDims.of(skeleton(arch, **kwargs))
+    return arch, kwargs, dims_of(skeleton(arch, **kwargs))
 
 
-def grid_for(args: argparse.Namespace, dims: ViTDims | None, fixed: Collection[str] = (),
-             prefix: int = 0) -> dict[str, list[int]]:  # fmt: skip
-    """The points of every axis; only their number is checked where there are no `dims`. Raises ValueError."""
+def grid_for(args: argparse.Namespace, dims: Dims | None, fixed: Collection[str] = (),
+             prefix: int = 0) -> dict[str, Any]:  # fmt: skip
+    """The points of every axis, of a Swin Transformer by stage; only their number is checked where there are no `dims`.
+
+    Raises ValueError.
+    """
     given = key_values(args.points, "--points")
     if odd := [f"{axis}={n}" for axis, n in given.items() if axis not in GROUPS or type(n) is not int or n < 2]:
         raise ValueError(f"--points: {' '.join(odd)}: expected whole numbers above 1 for {', '.join(GROUPS)}")
-    usual = POINTS_CUDA if args.device == "cuda" else POINTS_FINE if dims and dims.embed <= NARROW else POINTS
+    stages = len(dims.stages) if dims else 1
+    usual = POINTS_CUDA if args.device == "cuda" else POINTS
+    if isinstance(dims, SwinDims):
+        usual = POINTS_STAGE
+    elif dims and args.device != "cuda" and dims.embed <= NARROW:
+        usual = POINTS_FINE
     counts = (POINTS_DEAR if args.compile or args.runtime else usual) | given
     attention = math.prod(n for axis, n in counts.items() if axis != "mlp") * (1 + len(args.tokens))
-    if (total := attention + math.prod(PUBLISHED_POINTS.values())) > MAX_LEAVES:
+    if (total := stages * (attention + math.prod(PUBLISHED_POINTS.values()))) > MAX_LEAVES:
         raise ValueError(f"--points: {total:,} combinations, of at most {MAX_LEAVES:,}")
     if not dims:
         return {}
+    if isinstance(dims, SwinDims):
+        return {f"{STAGE}{i}": grid_of(counts, stage, fixed) for i, stage in enumerate(dims.stages)}
     grid, own = grid_of(counts, dims, fixed), dims.blocks[0].tokens
     if odd := [n for n in args.tokens if not prefix < n <= own]:
         raise ValueError(f"--tokens must be from {prefix + 1} to the model's {own}, not {odd[0]}")
@@ -116,6 +130,12 @@ def runtime_of(args: argparse.Namespace) -> OnnxRuntime | Command | None:
         case ["command", line]:
             return Command(line)
     raise ValueError("--runtime must be onnxruntime, or command 'CMD {onnx}'; not " + " ".join(args.runtime))
+
+
+def _check_plain(args: argparse.Namespace, arch: str) -> None:
+    """Raises ValueError where a flag is for plain ViTs and the model is none."""
+    if is_swin(arch) and (flags := [f"--{name}" for name in ("tokens", "runtime") if getattr(args, name)]):
+        raise ValueError(f"{' and '.join(flags)}: for plain ViTs, not for {arch}, a Swin Transformer")
 
 
 def problems(args: argparse.Namespace) -> list[str]:
@@ -137,7 +157,10 @@ def problems(args: argparse.Namespace) -> list[str]:
         missing = "" if folder.is_dir() else f": there is no folder {folder}"
         found.append(f"--output: cannot write {args.output}{missing}")
     model = _attempt(found, parent_of, args)
-    prefix = skeleton(model[0], **model[1]).num_prefix_tokens if model else 0
+    prefix = 0
+    if model:
+        _attempt(found, _check_plain, args, model[0])
+        prefix = getattr(skeleton(model[0], **model[1]), "num_prefix_tokens", 0)
     _attempt(found, grid_for, args, model and model[2], (), prefix)
     _attempt(found, runtime_of, args)
     return found
@@ -155,10 +178,10 @@ def _attempt(found: list[str], check: Callable, *args: Any) -> Any:
 def settings_of(args: argparse.Namespace, arch: str, kwargs: dict[str, Any], grid: dict) -> dict[str, Any]:
     """What the measurements depend on: the table's `_meta`, and what an interrupted run must share to be continued."""
     parent = skeleton(arch, **kwargs)
-    where = runtime_of(args)
+    tokens, where = [stage.blocks[0].tokens for stage in dims_of(parent).stages], runtime_of(args)
     return dict(
         model=arch, model_kwargs=kwargs, batch=args.batch_size, img_size=list(parent.patch_embed.img_size),
-        tokens=ViTDims.of(parent).blocks[0].tokens, dtype=args.dtype,
+        tokens=tokens if is_swin(arch) else tokens[0], dtype=args.dtype,
         device=where.device if where else device_name(args.device), runtime=where.name if where else "torch",
         threads=torch.get_num_threads(), compile=compile_mode(args.device) if args.compile else None,
         torch=torch.__version__, timm=timm.__version__, rounds=args.rounds, grid=grid, unit="seconds per block",
@@ -178,7 +201,7 @@ def _share(spread: float) -> str:
     return f"{spread:.0%}" if spread < math.inf else "undisturbed only once"
 
 
-def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
+def build(args: argparse.Namespace) -> tuple[LatencyTable | SwinTable, int]:
     """The measured table, saved, and the number of points measured. Continues an interrupted run."""
     arch, kwargs, dims = parent_of(args)
     fixed = left_alone(arch, **kwargs)
@@ -188,9 +211,10 @@ def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
         bench = RuntimeBench(arch, kwargs, grid, args.batch_size, args.dtype, where)
         measure = bench.measured_ratios
     else:
-        bench = Bench(arch, kwargs, grid, args.batch_size, args.device, args.dtype, args.compile)
+        kind = SwinBench if is_swin(arch) else Bench
+        bench = kind(arch, kwargs, grid, args.batch_size, args.device, args.dtype, args.compile)
 
-        def measure(chosen: Sequence[ViTDims]) -> tuple[np.ndarray, float]:
+        def measure(chosen: Sequence[Dims]) -> tuple[np.ndarray, float]:
             return measured_ratios(
                 arch, kwargs, chosen, args.batch_size, bench.device, args.dtype, args.compile, rounds=FIT_ROUNDS,
                 builds=FIT_BUILDS, progress=partial(tqdm, desc="whole models", leave=False, disable=None),
@@ -199,7 +223,7 @@ def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
     sample_all(bench, progress, args.rounds)
     spreads = {key: progress.spread(key) for key in progress.samples}
     warn_of_noise(spreads)
-    table = LatencyTable.of_parts(progress.seconds(), settings)
+    table = (SwinTable if is_swin(arch) else LatencyTable).of_parts(progress.seconds(), settings)
     factor, constant = fit(table, dims, chosen_for_fit(dims, fixed), measure)
     table = corrected(
         table, factor, constant, date=time.strftime("%Y-%m-%dT%H:%M:%S%z"), complete=True,

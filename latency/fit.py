@@ -10,24 +10,31 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from latency.points import group_of, random_dims
+from latency.swin_table import STAGE, SwinTable
 from latency.table import LatencyTable
-from models.dims import ViTDims
+from models.swin_dims import Dims
 
 MODELS = 11  # narrow to wide, beside the dense one
 MOST_CONSTANT = 0.1  # of the dense model's time
 NOISE = 0.03  # relative errors beyond this count less: they are the machine's
 
-Measure = Callable[[Sequence[ViTDims]], tuple[np.ndarray, float]]  # -> (ratios to dense, seconds of dense)
+Measure = Callable[[Sequence[Dims]], tuple[np.ndarray, float]]  # -> (ratios to dense, seconds of dense)
 
 
-def chosen_for_fit(dims: ViTDims, fixed: Collection[str] = (), seed: int = 0, count: int = MODELS) -> list[ViTDims]:
+def chosen_for_fit(dims: Dims, fixed: Collection[str] = (), seed: int = 0, count: int = MODELS) -> list[Dims]:
     """Random architectures whose embeddings are spread from the narrowest to the full one."""
-    rng, group = random.Random(f"fit {seed}"), group_of("embed", dims.embed)
-    embeds = np.linspace(group, dims.embed, count)
-    return [replace(random_dims(dims, rng, fixed), embed=min(dims.embed, round(e / group) * group)) for e in embeds]
+    rng = random.Random(f"fit {seed}")
+
+    def embed(full: int, i: int) -> int:
+        group = group_of("embed", full)
+        return min(full, round(np.linspace(group, full, count)[i] / group) * group)
+
+    return [dims.with_stages([replace(stage, embed=embed(full.embed, i)) for stage, full in
+                              zip(random_dims(dims, rng, fixed).stages, dims.stages, strict=True)])
+            for i in range(count)]  # fmt: skip
 
 
-def fit(table: LatencyTable, dense: ViTDims, chosen: Sequence[ViTDims], measure: Measure) -> tuple[float, float]:
+def fit(table: LatencyTable | SwinTable, dense: Dims, chosen: Sequence[Dims], measure: Measure) -> tuple[float, float]:
     """(factor of the table's predictions, seconds to add outside the blocks), so that models come out as measured.
 
     Robust least squares of relative errors over the dense model and `chosen`. The seconds are what does not shrink with
@@ -45,7 +52,8 @@ def fit(table: LatencyTable, dense: ViTDims, chosen: Sequence[ViTDims], measure:
     return float(found.x[0] * common), float(found.x[1] * most)
 
 
-def corrected(table: LatencyTable, factor: float, constant: float, **meta: Any) -> LatencyTable:
+def corrected(table: LatencyTable | SwinTable, factor: float, constant: float,
+              **meta: Any) -> LatencyTable | SwinTable:  # fmt: skip
     """The table with every value multiplied by `factor`, and `constant` seconds added outside the blocks."""
 
     def scaled(node: Any, add: float = 0.0) -> Any:
@@ -53,7 +61,8 @@ def corrected(table: LatencyTable, factor: float, constant: float, **meta: Any) 
             return {key: scaled(child, add) for key, child in node.items()}
         return float(f"{factor * node + add:.6g}")
 
-    data = {key: node if key == "_meta" else scaled(node, constant if key == "_overhead" else 0.0)
-            for key, node in table.data.items()}  # fmt: skip
-    data.setdefault("_overhead", {key: constant for key in data if key.startswith("EMB_")})
-    return LatencyTable(data | dict(_meta=table.meta | meta), table.name)
+    data = {key: node if key == "_meta" else scaled(node) for key, node in table.data.items()}
+    before, after = (d[f"{STAGE}0"] if isinstance(table, SwinTable) else d for d in (table.data, data))
+    outside = before.get("_overhead", {key: 0.0 for key in before if key.startswith("EMB_")})
+    after["_overhead"] = scaled(outside, constant)
+    return type(table)(data | dict(_meta=table.meta | meta), table.name)

@@ -14,12 +14,15 @@ import numpy as np
 
 MAX_LEAVES = 2_000_000
 COLUMNS = ("embed", "heads", "qk", "v", "mlp", "tokens")  # of a row of widths
-LEVELS = dict(EMB=("embed",), QK=("heads", "qk"), V=("v",), MLP=("mlp",), N=("tokens",), TOK=("tokens",))
+LEVELS = dict(
+    EMB=("embed",), QK=("heads", "qk"), V=("v",), MLP=("mlp",), N=("tokens",), TOK=("tokens",), OUT=("out",),
+)  # fmt: skip
 GRAMMARS = dict(
     block=("EMB", "QK", "V", "MLP"), attention=("EMB", "QK", "V"), mlp=("EMB", "MLP"), tokens=("EMB",),
-    overhead=("EMB",),
+    overhead=("EMB",), merging=("EMB", "OUT"),
 )  # fmt: skip
-SHOWN = dict(embed="EMB_{}", heads="QK_{}_*", qk="QK_*_{}", v="V_{}", mlp="MLP_{}", tokens="N_{}")
+SHOWN = dict(embed="EMB_{}", heads="QK_{}_*", qk="QK_*_{}", v="V_{}", mlp="MLP_{}", tokens="N_{}",
+             out="OUT_{}")  # fmt: skip
 _KEY = {level: re.compile(level + r"_(0|[1-9]\d{0,8})" * len(widths)) for level, widths in LEVELS.items()}
 
 
@@ -56,7 +59,7 @@ class Grid:
 
     def __init__(self, columns: tuple[str, ...], axes: tuple[np.ndarray, ...], values: np.ndarray) -> None:
         self.columns, self.axes, self.values = columns, axes, values
-        self.select = [COLUMNS.index(c) for c in columns]
+        self.select = [COLUMNS.index(c) for c in columns if c in COLUMNS]
         self.low, self.high = (np.array([a[i] if len(a) == 1 or i else 0 for a in axes]) for i in (0, -1))
         self._strides = [math.prod(values.shape[k + 1 :]) for k in range(values.ndim)]
 

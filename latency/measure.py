@@ -201,18 +201,13 @@ class Bench:
 
     def __init__(self, arch: str, kwargs: dict[str, Any], grid: dict[str, list[int]], batch: int, device: str,
                  dtype: str, compiled: bool) -> None:  # fmt: skip
-        self.device, self.dtype, self.at_once = torch.device(device), DTYPES[dtype], compiled
-        self.clock: list[float] = []  # seconds of the reference
-        self._due = -math.inf
-        settle_allocator()
         parent = skeleton(arch, **kwargs)
+        self._begin(parent, batch, device, dtype, compiled)
         self.arch, self.kwargs, self.dims = arch, kwargs, (dims := ViTDims.of(parent))
         tokens = dims.blocks[0].tokens
-        self.images = self._random(batch, parent.patch_embed.proj.in_channels, *parent.patch_embed.img_size)
         counts = grid.get("tokens", [tokens])
         streams = {(e, n): self._random(batch, n, e) for e in grid["embed"] for n in counts}  # B N E
         pool = _Pool(2 * sum(p.numel() + 64 for p in parent.blocks.parameters()), self.device, self.dtype)
-        self._points: dict[tuple[str, ...], tuple[nn.Module, Tensor, list[nn.Module], Tensor]] = {}
         planned = list(branches(grid, tokens))
         for embed in grid["embed"]:
             chosen = [(key, d) for key, e, d in planned if e == embed and key[0] != "tokens"]
@@ -233,6 +228,16 @@ class Bench:
         self._reference = _caller(pool.fill(block), self._random(batch, tokens, dims.embed), compiled=False)
         with torch.inference_mode():
             warm_up(self._reference, self.device, WARM_UP[device])
+
+    def _begin(self, parent: nn.Module, batch: int, device: str, dtype: str, compiled: bool) -> None:
+        """What does not depend on the grid: conditions, clock and images."""
+        self.device, self.dtype, self.at_once = torch.device(device), DTYPES[dtype], compiled
+        self.clock: list[float] = []  # seconds of the reference
+        self._due = -math.inf
+        settle_allocator()
+        stem = parent.patch_embed
+        self.images = self._random(batch, stem.proj.in_channels, *stem.img_size)
+        self._points: dict[tuple[str, ...], tuple[nn.Module, Tensor, list[nn.Module], Tensor]] = {}
 
     @property
     def keys(self) -> list[tuple[str, ...]]:

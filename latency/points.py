@@ -9,10 +9,10 @@ from itertools import product
 import numpy as np
 
 import schema
-from models.dims import BlockDims, ViTDims
+from models.dims import BLOCK_AXES, BlockDims, ViTDims
+from models.swin_dims import Dims, dims_from_dict
 
 GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units pruned together; at most an eighth
-BLOCK_AXES = ("heads", "qk", "v", "mlp")
 
 
 def group_of(axis: str, full: int) -> int:
@@ -34,8 +34,8 @@ def grid_of(counts: dict[str, int], dims: ViTDims, left_alone: Collection[str] =
     return grid
 
 
-def random_dims(dims: ViTDims, rng: random.Random, left_alone: Collection[str] = ()) -> ViTDims:
-    """An architecture of uniformly random widths: one embedding, and every block its own heads, QK, V and MLP.
+def random_dims(dims: Dims, rng: random.Random, left_alone: Collection[str] = ()) -> Dims:
+    """An architecture of uniformly random widths: every stage an embedding, every block its heads, QK, V and MLP.
 
     Widths are multiples of the pruning groups, from one group to that of `dims`; an axis that is left alone has that.
     """
@@ -44,8 +44,11 @@ def random_dims(dims: ViTDims, rng: random.Random, left_alone: Collection[str] =
         group = full if axis in left_alone else group_of(axis, full)
         return min(full, rng.randint(1, -(-full // group)) * group)
 
-    blocks = [replace(b, **{axis: width(axis, getattr(b, axis)) for axis in BLOCK_AXES}) for b in dims.blocks]
-    return ViTDims(width("embed", dims.embed), tuple(blocks))
+    def drawn(stage: ViTDims) -> ViTDims:
+        blocks = [replace(b, **{axis: width(axis, getattr(b, axis)) for axis in BLOCK_AXES}) for b in stage.blocks]
+        return ViTDims(width("embed", stage.embed), tuple(blocks))
+
+    return dims.with_stages([drawn(stage) for stage in dims.stages])
 
 
 def branches(grid: dict[str, list[int]], tokens: int) -> Iterator[tuple[tuple[str, ...], int, BlockDims]]:
@@ -66,10 +69,10 @@ def branches(grid: dict[str, list[int]], tokens: int) -> Iterator[tuple[tuple[st
             yield ("attention", *level, f"QK_{h}_{q}", f"V_{v}"), e, BlockDims(h, q, v, 0, n)
 
 
-def read_dims(path: str) -> ViTDims:
+def read_dims(path: str) -> Dims:
     """Widths from a `dims.json`. Raises ValueError."""
     try:
-        return ViTDims.from_dict(schema.read_json(path))
+        return dims_from_dict(schema.read_json(path))
     except ValueError as error:
         reason = str(error).removeprefix(f"{path}").lstrip(": ")
         raise ValueError(f"{path} is no dims.json: {reason}") from None

@@ -88,12 +88,14 @@ class LatencyTable:
             for key in path:
                 node = node.setdefault(key, {})
             node[last] = float(f"{value:.6g}")
-        overhead = tree.pop("overhead")
-        return cls({"_meta": meta, **_published(tree), "_overhead": overhead, "_parts": tree})
+        overhead = {"_overhead": tree.pop("overhead")} if "overhead" in tree else {}
+        return cls({"_meta": meta, **_published(tree), **overhead, "_parts": tree})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:
-        """Raises LatencyTableError, whatever is wrong with the file."""
+        """The table in a file, a `SwinTable` where it is one. Raises LatencyTableError, whatever is wrong with it."""
+        from latency.swin_table import SwinTable, is_swin_table  # made of these tables
+
         try:
             if (size := os.path.getsize(path)) > MAX_BYTES:
                 raise LatencyTableError(f"{path}: {size:,} bytes; a latency table has at most {MAX_BYTES:,}")
@@ -108,7 +110,8 @@ class LatencyTable:
         if not text.strip():
             raise LatencyTableError(f"{path}: the file is empty; expected a JSON object with keys EMB_{{embed}}")
         try:
-            return cls(json.loads(text), str(path))
+            data = json.loads(text)
+            return (SwinTable if is_swin_table(data) else cls)(data, str(path))
         except json.JSONDecodeError as error:
             where = f"line {error.lineno} column {error.colno}"
             raise LatencyTableError(f"{path}: not JSON at {where}: {error.msg}") from None
@@ -181,6 +184,9 @@ class LatencyTable:
 
     def check_covers(self, dims: ViTDims) -> None:
         """Raises LatencyTableError when a width lies above the table, or the token count is not the table's."""
+        if not isinstance(dims, ViTDims):
+            raise LatencyTableError(f"{self.name}: measured on a plain ViT but the model has {len(dims.stages)} stages;"
+                                    " build a table for it with python -m latency.build_table")  # fmt: skip
         self.model_seconds(dims)
         tokens = None if self._tokens else self.meta.get("tokens")
         if odd := [b.tokens for b in dims.blocks if tokens is not None and b.tokens != tokens]:

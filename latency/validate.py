@@ -24,7 +24,8 @@ from latency.measure import DTYPES, device_name
 from latency.points import random_dims, read_dims
 from latency.table import LatencyTable
 from latency.whole import BUILDS, ROUNDS, measured_ratios
-from models import ViTDims, left_alone, skeleton
+from models import dims_of, left_alone, skeleton
+from models.swin_dims import Dims
 from utils import Problems, RunFailed, key_values, run_script, say, table, warn
 
 matplotlib.use("Agg")
@@ -73,7 +74,7 @@ class Check:
         if meta.get("runtime", "torch") != "torch":
             raise ValueError(f"{lut.name} was measured by {meta['runtime']}; models are measured here with torch")
         self.kwargs = meta.get("model_kwargs", {}) | key_values(args.model_kwargs, "--model-kwargs")
-        self.dense = ViTDims.of(skeleton(self.arch, **self.kwargs))
+        self.dense = dims_of(skeleton(self.arch, **self.kwargs))
         self.fixed = left_alone(self.arch, **self.kwargs)
         lut.check_covers(self.dense)
         self.batch, self.dtype = args.batch_size or meta.get("batch"), meta.get("dtype", "fp32")
@@ -84,7 +85,7 @@ class Check:
         self.device, self.compiled = device_for(args.device, lut), bool(meta.get("compile"))
         self.rounds, self.builds = args.rounds, args.builds
 
-    def measure(self, chosen: list[ViTDims]) -> tuple[np.ndarray, float]:
+    def measure(self, chosen: list[Dims]) -> tuple[np.ndarray, float]:
         """(measured ratios to dense, seconds of the dense model)."""
         return measured_ratios(
             self.arch, self.kwargs, chosen, self.batch, self.device, self.dtype, self.compiled, rounds=self.rounds,
@@ -112,7 +113,7 @@ def draw(predicted: np.ndarray, measured: np.ndarray, title: str, path: str | Pa
     plt.close(figure)
 
 
-def check_args(args: argparse.Namespace) -> tuple[Check, list[ViTDims]]:
+def check_args(args: argparse.Namespace) -> tuple[Check, list[Dims]]:
     """Everything wrong is reported at once. Raises BadArguments."""
     problems = Problems()
     for name in ("random", "rounds", "builds"):
@@ -132,13 +133,13 @@ def check_args(args: argparse.Namespace) -> tuple[Check, list[ViTDims]]:
     return check, given
 
 
-def report(check: Check, names: list[str], chosen: list[ViTDims], plot: str | Path) -> None:
+def report(check: Check, names: list[str], chosen: list[Dims], plot: str | Path) -> None:
     """Print the table of predicted and measured ratios, their mean and worst error; draw them."""
     measured, dense_seconds = check.measure(chosen)
     predicted = np.array([check.lut.ratio(dims, check.dense) for dims in chosen])
     errors = predicted / measured - 1
     rows: list[list[Any]] = [
-        [name, str(dims.embed), f"{p:.4f}", f"{m:.4f}", f"{e:+.1%}"]
+        [name, "/".join(str(stage.embed) for stage in dims.stages), f"{p:.4f}", f"{m:.4f}", f"{e:+.1%}"]
         for name, dims, p, m, e in zip(names, chosen, predicted, measured, errors, strict=True)
     ]
     say(table(["architecture", "embed", "predicted", "measured", "error"], rows))

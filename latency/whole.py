@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 from latency.measure import interleaved, ratio
-from models.dims import ViTDims
+from models.family import Model, build_vit, skeleton
+from models.swin_dims import Dims
 from models.tokens import layers
-from models.vit import build_vit, skeleton
 
 BUILDS, ROUNDS = 3, 7
 TOGETHER = 4  # models measured in turn with one dense model
@@ -23,7 +22,7 @@ AGREE = 0.06  # relative difference between builds up to which they agree
 
 
 @torch.no_grad()
-def fresh(arch: str, dims: ViTDims | None, kwargs: dict[str, Any], device: torch.device) -> VisionTransformer:
+def fresh(arch: str, dims: Dims | None, kwargs: dict[str, Any], device: torch.device) -> Model:
     """A model with small random weights, built without timm's slow initialisation."""
     with torch.device("meta"):
         model = build_vit(arch, dims, **kwargs)
@@ -32,6 +31,9 @@ def fresh(arch: str, dims: ViTDims | None, kwargs: dict[str, Any], device: torch
         parameter.uniform_(-0.04, 0.04)
     for _, tokens in layers(model):
         tokens.reset()
+    for module in model.modules():
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
     return model.eval()
 
 
@@ -41,7 +43,7 @@ def images_for(arch: str, kwargs: dict[str, Any], batch: int, device: torch.devi
     return torch.randn(batch, stem.proj.in_channels, *stem.img_size, device=device)
 
 
-def measured_ratios(arch: str, kwargs: dict[str, Any], chosen: Sequence[ViTDims], batch: int, device: torch.device,
+def measured_ratios(arch: str, kwargs: dict[str, Any], chosen: Sequence[Dims], batch: int, device: torch.device,
                     dtype: str = "fp32", compiled: bool = False, *, rounds: int = ROUNDS, builds: int = BUILDS,
                     progress: Callable = iter) -> tuple[np.ndarray, float]:  # fmt: skip
     """(latency of every architecture of `chosen` over the dense model's, seconds per batch of the dense model).

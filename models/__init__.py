@@ -1,13 +1,16 @@
-"""Vision Transformers with free widths: architecture as a value, masks, compaction, counts."""
+"""Vision Transformers, plain and Swin, with free widths: architecture as a value, masks, compaction, counts."""
 from models.compact import compact
 from models.count import macs, params
 from models.dims import BlockDims, DimsError, ViTDims
+from models.family import build_vit, dims_of, is_swin, left_alone, skeleton
 from models.features import FeaturePyramid, backbone
 from models.masks import Masks
 from models.pretrained import load_dense
-from models.vit import ModelError, TokenLogits, build_vit, left_alone, skeleton
+from models.swin_dims import SwinDims, dims_from_dict
+from models.vit import ModelError, TokenLogits
 
 __all__ = [
-    "BlockDims", "DimsError", "FeaturePyramid", "Masks", "ModelError", "TokenLogits", "ViTDims", "backbone",
-    "build_vit", "compact", "left_alone", "load_dense", "macs", "params", "skeleton",
+    "BlockDims", "DimsError", "FeaturePyramid", "Masks", "ModelError", "SwinDims", "TokenLogits", "ViTDims", "backbone",
+    "build_vit", "compact", "dims_from_dict", "dims_of", "is_swin", "left_alone", "load_dense", "macs", "params",
+    "skeleton",
 ]  # fmt: skip

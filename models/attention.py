@@ -46,13 +46,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, 
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dropout:
             return _explicit(q, k, v, scale)
         way = "padded"
-    (B, H, N, _), width = q.shape, v.shape[-1]
-    if way == "padded":
+    B, H, N, _ = q.shape
+    out = by_kernel(q, k, v, scale, dropout, padded=way == "padded")
+    return out.transpose(1, 2).reshape(B, N, H * v.shape[-1])
+
+
+def by_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, bias: Tensor | None = None,
+              padded: bool = True) -> Tensor:  # fmt: skip
+    """softmax(scale q k^T + bias) v by torch's kernel, as it is or padded: shapes of `attend` -> (B, H, N, v).
+
+    bias: of the scores, (1, H, N, M).
+    """
+    width = v.shape[-1]
+    if padded:
         multiple = 1 if q.device.type == "cpu" else TENSOR_CORES
         common = -(-max(q.shape[-1], width) // multiple) * multiple
         q, k, v = (F.pad(t, (0, common - t.shape[-1])) if t.shape[-1] < common else t for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)[..., :width]
-    return out.transpose(1, 2).reshape(B, N, H * width)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)[..., :width]
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -1,13 +1,17 @@
-"""Which axes every parameter of a plain timm ViT carries: the one table that masks, saliency, compaction, counts read.
+"""Which axes every parameter of a timm ViT carries: the one table that masks, saliency, compaction, counts read.
 
 An *axis* is a set of units that are removed together wherever they appear: `embed` (one for the whole model) and
 `heads`, `qk`, `v`, `mlp` of each block, written `blocks.3.qk`. A *segment* is a product of axes, the outer one first:
 ("heads", "qk") is timm's row order (h q). A dimension of a parameter is the concatenation of its segments; a dimension
 with none is never cut.
+
+A Swin Transformer has these axes in every stage, `layers.2.embed` and `layers.2.blocks.0.qk`, as timm names parameters.
+The downsampling that begins a stage reads four patches side by side: four times the embedding of the stage before.
 """
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 Segment = tuple[str, ...]
 Dim = tuple[Segment, ...]
@@ -17,6 +21,7 @@ EMBED: Dim = (("embed",),)
 QKV: Dim = (("heads", "qk"), ("heads", "qk"), ("heads", "v"))  # fused rows: q of all heads, k of all, v of all
 HEADS_V: Dim = (("heads", "v"),)
 MLP: Dim = (("mlp",),)
+MERGED: Dim = (("before",),) * 4  # the embedding of the stage before, of a patch and its three neighbours
 
 OUTSIDE: dict[str, tuple[Dim, ...]] = {
     "patch_embed.proj.weight": (EMBED, FIXED, FIXED, FIXED),
@@ -31,10 +36,21 @@ OUTSIDE: dict[str, tuple[Dim, ...]] = {
     "head_dist.weight": (FIXED, EMBED),
     "head_dist.bias": (FIXED,),
 }
+SWIN_OUTSIDE: dict[str, tuple[Dim, ...]] = {
+    **{f"patch_embed.proj.{p}": OUTSIDE[f"patch_embed.proj.{p}"] for p in ("weight", "bias")},
+    **{f"{norm}.{p}": (EMBED,) for norm in ("patch_embed.norm", "norm") for p in ("weight", "bias")},
+    "head.fc.weight": (FIXED, EMBED),
+    "head.fc.bias": (FIXED,),
+}
+DOWNSAMPLE: dict[str, tuple[Dim, ...]] = {
+    **{f"downsample.norm.{p}": (MERGED,) for p in ("weight", "bias")},
+    "downsample.reduction.weight": (EMBED, MERGED),
+}
 BLOCK: dict[str, tuple[Dim, ...]] = {
     **{f"{norm}.{p}": (EMBED,) for norm in ("norm1", "norm2") for p in ("weight", "bias")},
     "attn.qkv.weight": (QKV, EMBED),
     "attn.qkv.bias": (QKV,),
+    "attn.relative_position_bias_table": (FIXED, (("heads",),)),  # Swin's alone
     **{f"attn.{norm}.{p}": (FIXED,) for norm in ("q_norm", "k_norm") for p in ("weight", "bias")},  # over all of qk
     "attn.proj.weight": (EMBED, HEADS_V),
     "attn.proj.bias": (EMBED,),
@@ -48,23 +64,45 @@ BLOCK: dict[str, tuple[Dim, ...]] = {
     **{f"tokens.{p}": (FIXED, FIXED) for p in ("merge_matrix", "reconstruct_matrix")},
 }
 BRANCH = dict(norm1="heads", attn="heads", ls1="heads", norm2="mlp", mlp="mlp", ls2="mlp")
-_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_IN_BLOCK = re.compile(r"((?:layers\.\d+\.)?blocks\.\d+)\.(.+)")
+_IN_STAGE = re.compile(r"layers\.(\d+)\.(?:blocks\.(\d+)\.)?(.+)")
 
 
-def axes_of(parameter: str) -> tuple[Dim, ...]:
-    """Axes of each dimension of a parameter, by its timm name. Raises KeyError for a name that no plain ViT has."""
+def local_name(parameter: str) -> str:
+    """A parameter's name within its block (`attn.qkv.weight`) or stage, or its whole name."""
+    match = _IN_BLOCK.fullmatch(parameter)
+    return match[2] if match else re.sub(r"^layers\.\d+\.", "", parameter)
+
+
+def _named(dims: tuple[Dim, ...], name: Callable[[str], str]) -> tuple[Dim, ...]:
+    return tuple(tuple(tuple(map(name, segment)) for segment in dim) for dim in dims)
+
+
+def axes_of(parameter: str, stages: int = 0) -> tuple[Dim, ...]:
+    """Axes of each dimension of a parameter, by its timm name; stages: of a Swin Transformer, 0 for a plain ViT.
+
+    Raises KeyError for a name that no such model has.
+    """
+    if stages:
+        return _axes_in_stages(parameter, stages)
     if not (match := _IN_BLOCK.fullmatch(parameter)):
         return OUTSIDE[parameter]
-    block, local = match.groups()
+    return _named(BLOCK[match[2]], lambda axis: axis if axis == "embed" else f"{match[1]}.{axis}")
 
-    def name(axis: str) -> str:
-        return axis if axis == "embed" else f"blocks.{block}.{axis}"
 
-    return tuple(tuple(tuple(map(name, segment)) for segment in dim) for dim in BLOCK[local])
+def _axes_in_stages(parameter: str, stages: int) -> tuple[Dim, ...]:
+    if match := _IN_STAGE.fullmatch(parameter):
+        stage, block, local = int(match[1]), match[2], match[3]
+        dims = (DOWNSAMPLE if block is None else BLOCK)[local]
+    else:
+        stage, block = 0 if parameter.startswith("patch_embed.") else stages - 1, None
+        dims = SWIN_OUTSIDE[parameter]
+    embeds = dict(embed=f"layers.{stage}.embed", before=f"layers.{stage - 1}.embed")
+    return _named(dims, lambda axis: embeds.get(axis, f"layers.{stage}.blocks.{block}.{axis}"))
 
 
 def branch_of(parameter: str) -> str | None:
     """The axis whose emptiness removes this parameter's whole branch (`blocks.3.heads`); None where there is none."""
     match = _IN_BLOCK.fullmatch(parameter)
     branch = match and BRANCH.get(match[2].split(".")[0])  # token compression stays when both branches go
-    return branch and f"blocks.{match[1]}.{branch}"
+    return branch and f"{match[1]}.{branch}"

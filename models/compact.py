@@ -2,20 +2,20 @@
 from __future__ import annotations
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
+from models.family import Model, build_vit
 from models.masks import Masks
 from models.tokens import layers
-from models.vit import build_vit
 
 
 @torch.no_grad()
-def compact(model: VisionTransformer, masks: Masks) -> VisionTransformer:
+def compact(model: Model, masks: Masks) -> Model:
     """The dense model that computes what the masked `model` computes (to rounding), on its device, in its mode.
 
     A block without heads or without MLP units loses that branch, its bias included.
     """
-    small = build_vit(model.arch, masks.dims, **model.arch_kwargs)
+    reference = next(model.parameters())
+    small = build_vit(model.arch, masks.dims, **model.arch_kwargs).to(device=reference.device, dtype=reference.dtype)
     source = dict(model.named_parameters())
     for name, parameter in small.named_parameters():
         if name in source:  # all but what merges tokens by a mask
@@ -26,12 +26,11 @@ def compact(model: VisionTransformer, masks: Masks) -> VisionTransformer:
     else:
         for i, tokens in layers(small):
             tokens.load_state_dict(model.blocks[i].tokens.state_dict())
-    reference = next(model.parameters())
-    return small.to(device=reference.device, dtype=reference.dtype).train(model.training)
+    return small.train(model.training)
 
 
 @torch.inference_mode()
-def difference(model: VisionTransformer, small: VisionTransformer) -> float:
+def difference(model: Model, small: Model) -> float:
     """Relative difference of the logits of a masked model and its compact one on random images, both in eval mode."""
     shape = (4, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
@@ -40,7 +39,7 @@ def difference(model: VisionTransformer, small: VisionTransformer) -> float:
 
 
 @torch.no_grad()
-def expand_(model: VisionTransformer, masks: Masks, small: VisionTransformer) -> None:
+def expand_(model: Model, masks: Masks, small: Model) -> None:
     """Write a compact model's weights into the masked full-size `model`: the inverse of `compact`."""
     compacted = dict(small.named_parameters())
     for name, parameter in model.named_parameters():

@@ -8,22 +8,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from models.axes import axes_of, branch_of
+from models.axes import branch_of
 from models.dims import ViTDims
+from models.family import Model, dims_of, is_swin, skeleton
+from models.swin import check_fits
+from models.swin_dims import Dims, SwinDims
 from models.tokens import merging
-from models.vit import skeleton
 
 
-def _parent(arch: str, dims: ViTDims | None, kwargs: dict[str, Any]) -> tuple[VisionTransformer, ViTDims]:
+def _parent(arch: str, dims: Dims | None, kwargs: dict[str, Any]) -> tuple[Model, Dims]:
+    if is_swin(arch):
+        parent = skeleton(arch, **kwargs)
+        if dims is not None:
+            check_fits(arch, parent, dims)
+        return parent, dims or dims_of(parent)
     if dims is not None:
         kwargs = kwargs | dict(depth=max(1, len(dims.blocks)))
     parent = skeleton(arch, **kwargs)
-    return parent, dims or ViTDims.of(parent)
+    return parent, dims or dims_of(parent)
 
 
-def params(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> int:
+def params(arch: str, dims: Dims | None = None, **kwargs: Any) -> int:
     """Trainable parameters of `build_vit(arch, dims, **kwargs)`."""
     parent, dims = _parent(arch, dims, kwargs)
     sizes = dims.sizes()
@@ -33,8 +41,10 @@ def params(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> int:
         if branch is None or sizes.get(branch):
             total += prod(
                 sum(prod(sizes[axis] for axis in segment) for segment in dim) if dim else length
-                for dim, length in zip(axes_of(name), parameter.shape, strict=True)
+                for dim, length in zip(dims.axes_of(name), parameter.shape, strict=True)
             )
+    if isinstance(parent, SwinTransformer):
+        return total
     return total + sum(_token_params(parent, b.tokens, kwargs.get("dense_merge", False)) for b in dims.blocks)
 
 
@@ -87,14 +97,36 @@ class MacsFormula:
         )
 
 
-def macs_by_part(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> dict[str, int]:
-    """What `macs` sums: patch_embed, attention, mlp, tokens (their compression), classifier."""
-    _, dims = _parent(arch, dims, kwargs)
+def _swin_macs(parent: SwinTransformer, dims: SwinDims) -> dict[str, int]:
+    """As MacsFormula counts; attention runs over windows, with what pads the last of them."""
+    embeds, resolutions = [s.embed for s in dims.stages], [s.blocks[0].tokens for s in dims.stages]
+    stem, attention, mlp = parent.patch_embed, 0, 0
+    for stage, layer in zip(dims.stages, parent.layers, strict=True):
+        for b, block in zip(stage.blocks, layer.blocks, strict=True):
+            sides = zip(block.input_resolution, block.window_size, strict=True)
+            windows, area = prod(-(-side // window) for side, window in sides), block.window_area
+            linears = stage.embed * b.heads * (2 * b.qk + b.v) + b.heads * b.v * stage.embed
+            attention += windows * (area * linears + area**2 * b.heads * (b.qk + b.v))
+            mlp += 2 * b.tokens * stage.embed * b.mlp
+    return dict(
+        patch_embed=stem.num_patches * prod(stem.patch_size) * stem.proj.in_channels * embeds[0],
+        attention=attention,
+        mlp=mlp,
+        downsampling=sum(n * 4 * e * e_ for n, e, e_ in zip(resolutions[1:], embeds, embeds[1:], strict=False)),
+        classifier=embeds[-1] * parent.num_classes,
+    )
+
+
+def macs_by_part(arch: str, dims: Dims | None = None, **kwargs: Any) -> dict[str, int]:
+    """What `macs` sums: patch_embed, attention, mlp, classifier, and tokens (their compression) or downsampling."""
+    parent, dims = _parent(arch, dims, kwargs)
+    if isinstance(dims, SwinDims):
+        return _swin_macs(parent, dims)
     widths = np.array([(b.heads, b.qk, b.v, b.mlp) for b in dims.blocks], dtype=np.int64).reshape(-1, 4).T
     parts = MacsFormula.of(arch, dims, **kwargs).parts(np.int64(dims.embed), *widths)
     return {name: int(count) for name, count in parts.items()}
 
 
-def macs(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> int:
+def macs(arch: str, dims: Dims | None = None, **kwargs: Any) -> int:
     """Multiply-accumulates of one image through `build_vit(arch, dims, **kwargs)`; see MacsFormula."""
     return sum(macs_by_part(arch, dims, **kwargs).values())

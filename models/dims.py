@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+from models.axes import Dim, axes_of
 
 MOST = 1_000_000  # of any width; what a model is built from never comes unchecked from a file
 MOST_BLOCKS = 1_000
@@ -53,6 +55,7 @@ class BlockDims:
 
 
 _FIELDS = tuple(f.name for f in fields(BlockDims))
+BLOCK_AXES = ("heads", "qk", "v", "mlp")
 
 
 @dataclass(frozen=True)
@@ -130,5 +133,28 @@ class ViTDims:
         """Units of every axis, by the axis names of `models.axes`."""
         named = dict(embed=self.embed)
         for i, b in enumerate(self.blocks):
-            named |= {f"blocks.{i}.{axis}": getattr(b, axis) for axis in ("heads", "qk", "v", "mlp")}
+            named |= {f"blocks.{i}.{axis}": getattr(b, axis) for axis in BLOCK_AXES}
         return named
+
+    def resized(self, sizes: dict[str, int]) -> ViTDims:
+        """These dims with other widths on the axes that `sizes` has. Raises DimsError."""
+        widths: dict[int, dict[str, int]] = {}
+        for name, units in sizes.items():
+            if name != "embed":
+                _, block, axis = name.split(".")
+                widths.setdefault(int(block), {})[axis] = units
+        blocks = (replace(b, **widths[i]) if i in widths else b for i, b in enumerate(self.blocks))
+        return ViTDims(sizes.get("embed", self.embed), tuple(blocks))
+
+    @property
+    def stages(self) -> tuple[ViTDims, ...]:
+        """What shares one embedding: a plain ViT is one stage, a Swin Transformer has several (`SwinDims`)."""
+        return (self,)
+
+    def with_stages(self, stages: Sequence[ViTDims]) -> ViTDims:
+        """Dims of this kind, of these stages."""
+        return stages[0]
+
+    def axes_of(self, parameter: str) -> tuple[Dim, ...]:
+        """Axes of each dimension of a parameter of such a model (`models.axes`)."""
+        return axes_of(parameter)

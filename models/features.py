@@ -11,18 +11,24 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.dims import ViTDims
+from models.family import Model
+from models.swin_dims import SwinDims
 
 
-def backbone(model: VisionTransformer, blocks: Sequence[int] | int = 4, norm: bool = False) -> FeatureGetterNet:
+def backbone(model: Model, blocks: Sequence[int] | int = 4, norm: bool = False) -> FeatureGetterNet:
     """What timm's `features_only=True` gives of a full-width model: images (B, 3, H, W) -> a list of maps (B, E, h, w).
 
-    blocks: indices of the blocks whose output is wanted, or how many of the last; norm: with the final LayerNorm.
+    blocks: indices of the blocks whose output is wanted, of a Swin Transformer the stages, or how many of the last;
+    norm: with the final LayerNorm.
     `feature_info` says channels and reduction of every map. The given model is left as it is; the result's has neither
     the blocks after the last that is wanted nor a classifier. Raises AssertionError for a block that there is none of.
     """
     features = FeatureGetterNet(copy.deepcopy(model), out_indices=blocks, norm=norm)
     inner = features.model
-    inner.dims = ViTDims(inner.dims.embed, inner.dims.blocks[: len(inner.blocks)])
+    if isinstance(inner.dims, SwinDims):
+        inner.dims = SwinDims(inner.dims.stages[: len(inner.layers)])
+    else:
+        inner.dims = ViTDims(inner.dims.embed, inner.dims.blocks[: len(inner.blocks)])
     return features
 
 
@@ -33,13 +39,16 @@ class FeaturePyramid(nn.Module):
     to each scale by itself, by deconvolution or pooling, and projected. scales: of the patches' grid, powers of two,
     finest first; with patches of 16 pixels the default is of strides 4, 8, 16 and 32. A halved odd grid rounds up, as a
     CNN's does. `feature_info` says channels and reduction of every map. The given model is left as it is; what follows
-    its blocks here is new and has to be trained. Raises ValueError for other scales.
+    its blocks here is new and has to be trained. Raises ValueError for other scales, and for a Swin Transformer, whose
+    stages are a pyramid already: `backbone`.
     """
 
     def __init__(
         self, model: VisionTransformer, channels: int = 256, scales: Sequence[float] = (4, 2, 1, 0.5)
     ) -> None:
         super().__init__()
+        if isinstance(model.dims, SwinDims):
+            raise ValueError("a Swin Transformer's stages are a pyramid already: models.backbone gives its maps")
         falling = sorted(set(scales), reverse=True) == [*scales]
         if not scales or not falling or any(math.frexp(scale)[0] != 0.5 for scale in scales):
             raise ValueError(f"scales must be powers of two, the largest first, not {scales}")

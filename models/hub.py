@@ -11,10 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from timm.models.vision_transformer import VisionTransformer
 
 from checkpoint import FORMAT, CheckpointError, write_atomically
-from models.vit import skeleton
+from models.family import Model, is_swin, skeleton
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB = "hf-hub:"
@@ -25,15 +24,17 @@ def is_folder(path: str | Path) -> bool:
     return str(path).startswith(HUB) or Path(path).is_dir()
 
 
-def config_of(model: VisionTransformer, **more: Any) -> dict[str, Any]:
+def config_of(model: Model, **more: Any) -> dict[str, Any]:
     """What config.json says of a compact model; `more` are further plain values."""
+    kwargs = {k: v for k, v in model.arch_kwargs.items() if not k.endswith("drop_rate")}
+    common = dict(format=FORMAT, arch=dict(name=model.arch, kwargs=kwargs), dims=model.dims.to_dict(), **more)
+    if is_swin(model.arch):  # which only this project reads
+        return common
     parent = skeleton(model.arch, **model.arch_kwargs)
     block, prefix = parent.blocks[0], parent.num_prefix_tokens
-    kwargs = {k: v for k, v in model.arch_kwargs.items() if not k.endswith("drop_rate")}
-    return dict(
-        format=FORMAT, arch=dict(name=model.arch, kwargs=kwargs), dims=model.dims.to_dict(),
+    return common | dict(
         scale=block.attn.head_dim**-0.5, norm_eps=block.norm1.eps, tokens=parent.patch_embed.num_patches + prefix,
-        prefix_tokens=prefix, **more,
+        prefix_tokens=prefix,
     )  # fmt: skip
 
 
@@ -42,7 +43,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
     write_atomically(folder / CONFIG, lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
 
 
-def write_weights(folder: Path, model: VisionTransformer) -> None:
+def write_weights(folder: Path, model: Model) -> None:
     """Write model.safetensors."""
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     write_atomically(folder / WEIGHTS, lambda file: file.write(save(state, metadata=dict(format="pt"))))

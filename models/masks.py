@@ -1,13 +1,11 @@
 """Which units of a model survive. In every mask, True is keep and False is remove."""
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
-from models.axes import Dim, axes_of, branch_of
-from models.dims import ViTDims
+from models.axes import Dim, branch_of
+from models.swin_dims import Dims
 from models.tokens import around, spread_order
 from models.vit import LayerNorm
 
@@ -22,7 +20,7 @@ class Masks:
     removed from it is merged into the nearest survivor on the grid: the masked model computes on fewer tokens already.
     """
 
-    def __init__(self, dims: ViTDims, device: torch.device | str = "cpu", grid: tuple[int, int] | None = None) -> None:
+    def __init__(self, dims: Dims, device: torch.device | str = "cpu", grid: tuple[int, int] | None = None) -> None:
         self.full, self.grid = dims, grid
         patches = grid[0] * grid[1] if grid else 0
         self.prefix = max(b.tokens for b in dims.blocks) - patches if grid else 0  # tokens that are never merged
@@ -32,14 +30,14 @@ class Masks:
 
     def fresh(self) -> Masks:
         """Masks over the same axes that keep everything."""
-        return Masks(self.full, self.keep["embed"].device, self.grid)
+        return Masks(self.full, next(iter(self.keep.values())).device, self.grid)
 
     def sizes(self) -> dict[str, int]:
         """Units of every axis, removed ones too."""
         return {axis: len(keep) for axis, keep in self.keep.items()}
 
     @classmethod
-    def first(cls, full: ViTDims, dims: ViTDims, device: torch.device | str = "cpu",
+    def first(cls, full: Dims, dims: Dims, device: torch.device | str = "cpu",
               grid: tuple[int, int] | None = None) -> Masks:  # fmt: skip
         """Keep the first units of every axis: for a model whose units are sorted by importance.
 
@@ -53,7 +51,7 @@ class Masks:
             masks.remove(axis, order[alive:].to(device))
         return masks
 
-    def units(self, dims: ViTDims) -> dict[str, int]:
+    def units(self, dims: Dims) -> dict[str, int]:
         """Units that an architecture has of every axis."""
         tokens = {f"blocks.{i}.tokens": b.tokens - self.prefix for i, b in enumerate(dims.blocks) if self.grid}
         return dims.sizes() | tokens
@@ -67,15 +65,13 @@ class Masks:
         return self._alive[axis]
 
     @property
-    def dims(self) -> ViTDims:
+    def dims(self) -> Dims:
         """The architecture that is left."""
-        blocks = []
-        for i, b in enumerate(self.full.blocks):
-            left = replace(b, **{a: self._alive[f"blocks.{i}.{a}"] for a in ("heads", "qk", "v", "mlp")})
-            if self.grid and (left.heads or left.mlp):  # an empty block compresses nothing
-                left = replace(left, tokens=self.prefix + self._alive[f"blocks.{i}.tokens"])
-            blocks.append(left)
-        return ViTDims(self._alive["embed"], tuple(blocks))
+        left = self.full.resized({a: n for a, n in self._alive.items() if not a.endswith(".tokens")})
+        if not self.grid:
+            return left
+        patches = {i: self._alive[f"blocks.{i}.tokens"] for i, b in enumerate(left.blocks) if b.heads or b.mlp}
+        return left.resized({f"blocks.{i}.tokens": self.prefix + n for i, n in patches.items()})  # empty: as they were
 
     def _keep_along(self, dim: Dim) -> Tensor:
         """Survivors along one dimension of a parameter: products of axes, concatenated."""
@@ -100,18 +96,18 @@ class Masks:
         if self._branch_is_gone(parameter):
             tensor.zero_()
             return
-        for position, dim in enumerate(axes_of(parameter)):
+        for position, dim in enumerate(self.full.axes_of(parameter)):
             if self._is_cut(dim):
                 shape = [-1 if i == position else 1 for i in range(tensor.dim())]
                 tensor.mul_(self._keep_along(dim).view(shape))
 
     def kept(self, parameter: str, position: int) -> Tensor:
         """Indices of the survivors along one dimension of a parameter, int64."""
-        return self._keep_along(axes_of(parameter)[position]).nonzero().flatten()
+        return self._keep_along(self.full.axes_of(parameter)[position]).nonzero().flatten()
 
     def cut(self, parameter: str, tensor: Tensor) -> Tensor:
         """The surviving part of a parameter, as the compact model holds it."""
-        for position, dim in enumerate(axes_of(parameter)):
+        for position, dim in enumerate(self.full.axes_of(parameter)):
             if self._is_cut(dim):
                 tensor = tensor.index_select(position, self.kept(parameter, position))
         return tensor
@@ -120,7 +116,7 @@ class Masks:
         """The inverse of `cut`: `small` at the survivors' places in a tensor like `full`, zeros elsewhere."""
         places = [
             self.kept(parameter, position) if self._is_cut(dim) else torch.arange(length, device=full.device)
-            for position, (dim, length) in enumerate(zip(axes_of(parameter), full.shape, strict=True))
+            for position, (dim, length) in enumerate(zip(self.full.axes_of(parameter), full.shape, strict=True))
         ]
         pasted = torch.zeros_like(full)
         pasted[torch.meshgrid(*places, indexing="ij")] = small
@@ -144,9 +140,9 @@ class Masks:
         patches merged around the survivors."""
         self.install_tokens_(model)
         self.zero_weights_(model)
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, LayerNorm):
-                module.set_mask(self.keep["embed"])
+                module.set_mask(self._keep_along(self.full.axes_of(f"{name}.weight")[0]))
         for name, parameter in model.named_parameters():
             for value in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

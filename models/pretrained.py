@@ -1,25 +1,25 @@
 """From files to models: this project's checkpoints, and the dense weights a run starts from."""
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 
 import checkpoint
 from checkpoint import CheckpointError
 from models import hub
 from models.compact import compact
 from models.count import params
-from models.dims import DimsError, ViTDims
+from models.dims import DimsError
+from models.family import Model, build_vit, is_swin, skeleton
 from models.masks import Masks
+from models.swin_dims import Dims, dims_from_dict
 from models.tokens import layers
-from models.vit import ModelError, build_vit, skeleton
+from models.vit import ModelError
 
 
-def _fill(model: VisionTransformer, state: dict[str, torch.Tensor], path: str | Path) -> None:
+def _fill(model: Model, state: dict[str, torch.Tensor], path: str | Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -36,16 +36,13 @@ def _check_size(weights: dict[str, torch.Tensor], expected: int, path: str | Pat
                               f"they are {found:,}")  # fmt: skip
 
 
-def full_dims(dims: ViTDims, masks: dict[str, torch.Tensor], total: int) -> ViTDims:
+def full_dims(dims: Dims, masks: dict[str, torch.Tensor], total: int) -> Dims:
     """Widths before pruning, from the lengths of the masks: the model that was pruned may have been a compact one.
 
     A block whose tokens have a mask had all `total` of them.
     """
-    blocks = []
-    for i, b in enumerate(dims.blocks):
-        widths = {a: len(masks[f"blocks.{i}.{a}"]) for a in ("heads", "qk", "v", "mlp")}
-        blocks.append(replace(b, **widths, tokens=total if f"blocks.{i}.tokens" in masks else b.tokens))
-    return ViTDims(len(masks["embed"]), tuple(blocks))
+    tokens = {axis: total for axis in (f"blocks.{i}.tokens" for i in range(len(dims.blocks))) if axis in masks}
+    return dims.resized({axis: len(masks[axis]) for axis in dims.sizes()} | tokens)
 
 
 def has_tokens(masks: dict[str, torch.Tensor]) -> bool:
@@ -55,7 +52,7 @@ def has_tokens(masks: dict[str, torch.Tensor]) -> bool:
 
 def from_checkpoint(
     content: dict[str, Any], path: str | Path, ema: bool = False, **overrides: Any
-) -> VisionTransformer:
+) -> Model:
     """The compact model of a loaded checkpoint; ema: its moving average; `overrides` are timm kwargs (drop rates)."""
     weights = content["model_ema" if ema else "model"]
     if weights is None:
@@ -63,18 +60,19 @@ def from_checkpoint(
     try:
         arch = content["arch"]["name"]
         kwargs = content["arch"]["kwargs"] | overrides
-        dims = ViTDims.from_dict(content["dims"])
+        dims = dims_from_dict(content["dims"])
         if content["masks"] is None:
             _check_size(weights, params(arch, dims, **kwargs), path)
             model = build_vit(arch, dims, **kwargs)
             _fill(model, weights, path)
             return model
         named = skeleton(arch, **kwargs)
-        total = named.patch_embed.num_patches + named.num_prefix_tokens
+        total = named.patch_embed.num_patches + getattr(named, "num_prefix_tokens", 0)
         parent = full_dims(dims, content["masks"], total)
         _check_size(weights, params(arch, parent, **kwargs), path)
         student = build_vit(arch, parent, **kwargs)
-        masks = Masks(student.dims, grid=student.patch_embed.grid_size if has_tokens(content["masks"]) else None)
+        grid = student.patch_embed.grid_size if has_tokens(content["masks"]) and not is_swin(arch) else None
+        masks = Masks(student.dims, grid=grid)
         masks.load_state_dict(content["masks"])
         masks.install_tokens_(student)
         _fill(student, weights, path)
@@ -91,8 +89,8 @@ def from_checkpoint(
         raise CheckpointError(f"checkpoint {path} describes no model that can be built: {error}") from None
 
 
-def load_dense(path: str | Path, device: torch.device | str = "cpu", ema: bool = False) -> VisionTransformer:
-    """Any checkpoint of this project as a compact model in eval mode; `model.dims` is its ViTDims.
+def load_dense(path: str | Path, device: torch.device | str = "cpu", ema: bool = False) -> Model:
+    """Any checkpoint of this project as a compact model in eval mode; `model.dims` is its ViTDims or SwinDims.
 
     A pruned checkpoint is compacted first; ema takes the moving average of the weights. `path` may also be a folder
     that tools.export has written, or hf-hub:OWNER/NAME. Raises CheckpointError.
@@ -128,7 +126,7 @@ def check_initial(arch: str, kwargs: dict[str, Any], state: dict[str, torch.Tens
     _check_size(state, expected, path)
 
 
-def load_initial_(model: VisionTransformer, state: dict[str, torch.Tensor], path: str | Path) -> list[str]:
+def load_initial_(model: Model, state: dict[str, torch.Tensor], path: str | Path) -> list[str]:
     """Load a dense state dict into a full-width model; returns the classifier weights left fresh: other classes.
 
     Raises CheckpointError when anything but the classifier does not fit.

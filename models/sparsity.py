@@ -20,7 +20,7 @@ def two_of_four(weight: Tensor) -> Tensor:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Linear]:
-    return {f"blocks.{n}": m for n, m in model.blocks.named_modules() if isinstance(m, nn.Linear)}
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and "blocks." in n}
 
 
 @torch.no_grad()

@@ -230,7 +230,7 @@ def merging(tokens: int, total: int, prefix: int, dense: bool) -> nn.Module | No
 
 def layers(model: nn.Module) -> Iterator[tuple[int, Any]]:
     """(index, compression) of every block that has one."""
-    return ((i, block.tokens) for i, block in enumerate(model.blocks) if block.tokens is not None)
+    return ((i, block.tokens) for i, block in enumerate(getattr(model, "blocks", ())) if block.tokens is not None)
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import schema
-from models.dims import ViTDims
 from models.masks import Masks
+from models.swin_dims import Dims
 from pruning.saliency import Saliency
 
 AXES = ("embed", "heads", "qk", "v", "mlp")
@@ -49,7 +49,7 @@ class PruningConfig:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ConfigError(f"group_size of {axis} must be a whole number above 0, not {size!r}")
 
-    def group_sizes(self, of: ViTDims | Masks, multiple: int = 1, left_alone: Collection[str] = ()) -> dict[str, int]:
+    def group_sizes(self, of: Dims | Masks, multiple: int = 1, left_alone: Collection[str] = ()) -> dict[str, int]:
         """Units per group of every axis: at most an eighth of the axis, so that narrow models keep a choice.
 
         They are rounded up to multiples of `multiple` (heads and tokens may be any number), so that widths end at

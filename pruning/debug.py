@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from models.dims import ViTDims
 from models.masks import Masks
+from models.swin_dims import Dims
 from pruning.global_latency import Event
 
 LISTS = dict(head="heads", QK="qk", V="v", MLP="mlp")
 
 
-def dimension_row(dims: ViTDims) -> str:
-    """EMB, then all heads, all QK, all V, all MLP: 1 + 4 x depth whole numbers."""
+def dimension_row(dims: Dims) -> str:
+    """EMB (of every stage), then all heads, all QK, all V, all MLP: 1 + 4 x depth whole numbers of a plain ViT."""
     lists = (getattr(b, axis) for axis in LISTS.values() for b in dims.blocks)
-    return ",".join(map(str, [dims.embed, *lists]))
+    return ",".join(map(str, [*(stage.embed for stage in dims.stages), *lists]))
 
 
 def write_event(folder: Path, number: int, masks: Masks, event: Event, criterion: str) -> None:
@@ -37,9 +37,10 @@ def write_event(folder: Path, number: int, masks: Masks, event: Event, criterion
     (folder / f"debugOutput_pruning_{number:08d}.txt").write_text("\n".join(lines) + "\n")
 
 
-def scalars(dims: ViTDims) -> dict[str, int]:
+def scalars(dims: Dims) -> dict[str, int]:
     """TensorBoard tags of the remaining widths, as published."""
-    named = {"dimension/EMB": dims.embed}
+    several = len(dims.stages) > 1
+    named = {f"dimension/EMB{f'_{i}' * several}": stage.embed for i, stage in enumerate(dims.stages)}
     for i, block in enumerate(dims.blocks):
         named |= {f"dimension/Layer_{i}_{name}": getattr(block, axis) for name, axis in LISTS.items()}
     return named

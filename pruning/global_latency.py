@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from models.dims import ViTDims
 from models.masks import Masks
+from models.swin_dims import Dims, SwinDims
 from pruning.targets import Target, latency_share
 
 COLUMNS = ("embed", "heads", "qk", "v", "mlp", "tokens")  # of LatencyTable.blocks_seconds
@@ -42,8 +44,10 @@ class Event:
     reached: bool
 
 
-def narrowed(dims: ViTDims, axis: str, units: int) -> ViTDims:
+def narrowed(dims: Dims, axis: str, units: int) -> Dims:
     """`dims` with `units` fewer on one axis."""
+    if isinstance(dims, SwinDims):
+        return dims.resized({axis: dims.sizes()[axis] - units})
     if axis == "embed":
         return replace(dims, embed=dims.embed - units)
     _, block, kind = axis.split(".")
@@ -56,13 +60,29 @@ def _widths(dims: ViTDims) -> np.ndarray:
     return np.array([(dims.embed, b.heads, b.qk, b.v, b.mlp, b.tokens) for b in dims.blocks], dtype=float)
 
 
-def latency_per_unit(table: LatencyTable, dims: ViTDims, group_sizes: dict[str, int]) -> dict[str, float]:
+def _per_unit_of_stages(table: SwinTable, dims: SwinDims, group_sizes: dict[str, int]) -> dict[str, float]:
+    """As `latency_per_unit`: every stage by its table; its embedding also changes the downsampling on both sides."""
+    costs = {}
+    for i, (part, stage) in enumerate(zip(table.stages, dims.stages, strict=True)):
+        prefix = f"layers.{i}."
+        sizes = {axis.removeprefix(prefix): n for axis, n in group_sizes.items() if axis.startswith(prefix)}
+        costs |= {prefix + axis: cost for axis, cost in latency_per_unit(part, stage, sizes).items()}
+        if (units := min(sizes["embed"], stage.embed - sizes["embed"])) > 0:
+            smaller = narrowed(dims, f"{prefix}embed", units)
+            saved = table.merging_seconds(dims) - table.merging_seconds(smaller)
+            costs[f"{prefix}embed"] += max(saved, 0.0) / units
+    return costs
+
+
+def latency_per_unit(table: LatencyTable | SwinTable, dims: Dims, group_sizes: dict[str, int]) -> dict[str, float]:
     """Seconds of model latency that one unit of each axis costs at `dims`, never negative.
 
     The finite difference over the group that would go next, per unit (published: over one unit; on a grid no finer than
     the groups the two are equal, on a finer one this sees the steps of the device). Of a block with all its tokens it
     is the mean over half of them: the first that goes has to be merged and put back, which costs more than it saves.
     """
+    if isinstance(dims, SwinDims):
+        return _per_unit_of_stages(table, dims, group_sizes)
     base = _widths(dims)
     depth = len(base)
     names = [[kind if kind == "embed" else f"blocks.{i}.{kind}" for kind in COLUMNS] for i in range(depth)]
@@ -91,8 +111,8 @@ class GlobalPruner:
     budgets, all of which must be met; per_event: groups removed by one event; cap: most units removed in all.
     """
 
-    def __init__(self, masks: Masks, table: LatencyTable, group_sizes: dict[str, int], *, regularization: float,
-                 target: float | None, per_event: int, cap: int | None = None,
+    def __init__(self, masks: Masks, table: LatencyTable | SwinTable, group_sizes: dict[str, int], *,
+                 regularization: float, target: float | None, per_event: int, cap: int | None = None,
                  targets: Sequence[Target] = ()) -> None:  # fmt: skip
         self.masks, self.table, self.dense = masks, table, masks.full
         self.group_sizes, self.regularization = group_sizes, regularization
@@ -109,7 +129,7 @@ class GlobalPruner:
         """Whether every target is met; False where there is none."""
         return bool(self.targets) and self.excess(self.masks.dims) <= 1
 
-    def excess(self, dims: ViTDims) -> float:
+    def excess(self, dims: Dims) -> float:
         """The largest of the targets' values over their limits: at most 1 where all are met. 0 without targets."""
         return max((target.measure(dims) / target.limit for target in self.targets), default=0.0)
 
@@ -119,14 +139,11 @@ class GlobalPruner:
         return ", ".join(f"{t.flag} {t.limit:g} not reached, now {t.show(t.measure(now))}"
                          for t in self.targets if t.measure(now) > t.limit)  # fmt: skip
 
-    def floor(self) -> ViTDims:
+    def floor(self) -> Dims:
         """The smallest architecture that pruning may reach: one group of every axis."""
-        blocks = [
-            replace(b, **{a: min(getattr(b, a), self.group_sizes[f"blocks.{i}.{a}"]) for a in COLUMNS[1:-1]},
-                    tokens=self.masks.prefix + self.group_sizes.get(f"blocks.{i}.tokens", b.tokens))
-            for i, b in enumerate(self.dense.blocks)
-        ]
-        return ViTDims(self.group_sizes["embed"], tuple(blocks))
+        sizes = {axis: min(n, self.group_sizes[axis]) for axis, n in self.dense.sizes().items()}
+        tokens = {a: self.masks.prefix + n for a, n in self.group_sizes.items() if a.endswith(".tokens")}
+        return self.dense.resized(sizes | tokens)
 
     @property
     def removed(self) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.axes import axes_of
-from models.dims import ViTDims
+from models.axes import local_name
+from models.swin_dims import Dims
 
 # Which axes score a parameter, by its name inside the block. As published: qk sums Q only and v sums V only (the other
 # side gives the same sum), mlp sums fc1, norms and tokens enter nowhere.
@@ -27,17 +27,14 @@ SCORED = {
     "mlp.fc1.bias": ("mlp",),
     "mlp.fc2.weight": ("embed",),
     "mlp.fc2.bias": ("embed",),
+    "downsample.reduction.weight": ("embed",),  # a stage's own, which it writes, and that of the stage before
 }
-CONSTANTS = dict(heads=1 / 12, qk=1 / 2, v=1 / 2, mlp=1.0)  # published; embed's 1/12 is 1/depth
+CONSTANTS = dict(heads=1 / 12, qk=1 / 2, v=1 / 2, mlp=1.0)  # published; embed's 1/12 is 1/depth, of its stage
 
 
 def _kind(axis: str) -> str:
     """The axis without its block: `blocks.3.qk` is `qk`."""
     return axis.rsplit(".", 1)[-1]
-
-
-def _local(parameter: str) -> str:
-    return parameter.split(".", 2)[2] if parameter.startswith("blocks.") else parameter
 
 
 class EventMean:
@@ -111,28 +108,32 @@ class Saliency(EventMean):
 
     CRITERIA = ("taylor_sq", "taylor_elementwise", "magnitude")
 
-    def __init__(self, model: nn.Module, dims: ViTDims, criterion: str, momentum: float = 0.0) -> None:
+    def __init__(self, model: nn.Module, dims: Dims, criterion: str, momentum: float = 0.0) -> None:
         device = next(model.parameters()).device
         super().__init__(dims.sizes(), momentum, device)
-        self.criterion = criterion
+        self.criterion, self._axes_of = criterion, dims.axes_of
         self._sums = torch.zeros_like(self.average)  # this step's sum of every unit
         self._views = dict(zip(self.sizes, self._sums.split(list(self.sizes.values())), strict=True))
         self._constant = torch.cat([self._constant_of(axis, n, dims) for axis, n in self.sizes.items()]).to(device)
         self._plan = [
-            (p, self._destinations(name, p)) for name, p in model.named_parameters() if _local(name) in SCORED
+            (p, self._destinations(name, p)) for name, p in model.named_parameters() if local_name(name) in SCORED
         ]
 
-    def _constant_of(self, axis: str, units: int, dims: ViTDims) -> Tensor:
+    def _constant_of(self, axis: str, units: int, dims: Dims) -> Tensor:
         squared = self.criterion == "taylor_sq"
-        constant = 1 / len(dims.blocks) if axis == "embed" else CONSTANTS[_kind(axis)]
+        if _kind(axis) == "embed":
+            stage = dims.stages[int(axis.split(".")[1]) if "." in axis else 0]
+            constant = 1 / len(stage.blocks)
+        else:
+            constant = CONSTANTS[_kind(axis)]
         return torch.full((units,), constant if squared else 1.0)
 
     def _destinations(
         self, name: str, parameter: nn.Parameter
     ) -> list[tuple[int, slice, list[int], list[int], Tensor]]:
         """Where a parameter's sums go: (dimension, rows of it, their shape as axes, axes to sum, the axis's sums)."""
-        scored, places = SCORED[_local(name)], []
-        for position, dim in enumerate(axes_of(name)):
+        scored, places = SCORED[local_name(name)], []
+        for position, dim in enumerate(self._axes_of(name)):
             start, seen = 0, set()
             for segment in dim:
                 shape = [self.sizes[axis] for axis in segment]

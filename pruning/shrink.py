@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models.compact import compact, expand_
+from models.family import build_vit
 from models.masks import Masks
-from models.vit import build_vit
 
 
 class Student(nn.Module):

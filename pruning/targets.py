@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from models.count import macs, params
-from models.dims import ViTDims
+from models.swin_dims import Dims
 
 
 @dataclass(frozen=True)
@@ -17,24 +18,24 @@ class Target:
     flag: str
     limit: float
     unit: str
-    measure: Callable[[ViTDims], float]
+    measure: Callable[[Dims], float]
 
     def show(self, value: float) -> str:
         return f"{value:,.0f} {self.unit}" if value >= 10_000 else f"{value:.4g} {self.unit}"
 
-    def check_reachable(self, floor: ViTDims) -> None:
+    def check_reachable(self, floor: Dims) -> None:
         """Raises ValueError when even `floor`, the smallest that may be reached, lies above the limit."""
         if self.limit < (lowest := self.measure(floor)):
             raise ValueError(f"{self.flag} {self.limit:g} is below {self.show(lowest)}, the least that the group sizes "
                              "allow")  # fmt: skip
 
 
-def latency_share(table: LatencyTable, dense: ViTDims, limit: float) -> Target:
+def latency_share(table: LatencyTable | SwinTable, dense: Dims, limit: float) -> Target:
     """The published target: predicted latency over the dense model's."""
     return Target("--latency_target", limit, "of the dense latency", lambda dims: table.ratio(dims, dense))
 
 
-def targets_of(dense: ViTDims, table: LatencyTable, arch: str, kwargs: dict[str, Any], *,
+def targets_of(dense: Dims, table: LatencyTable | SwinTable, arch: str, kwargs: dict[str, Any], *,
                latency_ms: float | None = None, macs_: float | None = None,
                params_: float | None = None) -> list[Target]:  # fmt: skip
     """The targets beside the published one that are not None.

@@ -23,7 +23,8 @@ import torch
 import importance_files
 import options
 import training
-from models import ViTDims, build_vit
+from models import ViTDims
+from models.vit import build_vit
 from pruning.gates import COMPONENTS, axes_of_component
 from pruning.savit import Importance, published_sizes
 from utils import BadArguments, Problems, make_folder, run_script, say, say_next

@@ -14,17 +14,18 @@ import argparse
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import options
 from latency.measure import device_name, interleaved
 from latency.runtimes import RuntimeFailed
-from models import ViTDims, load_dense, skeleton
+from models import ViTDims, is_swin, load_dense, skeleton
+from models.family import Model
 from tools.formats import FORMATS, Call, images
 from utils import Problems, RunFailed, make_folder, run_script, say, say_result
 
 LIMIT = 1e-4  # of the relative difference that an export may have
+PLAIN = ("timm", "standalone")  # formats that know plain ViTs alone
 BATCHES = (1, 5)  # of the random images that it is measured on
 
 
@@ -44,7 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_args(args: argparse.Namespace) -> tuple[VisionTransformer, Path]:
+def check_args(args: argparse.Namespace) -> tuple[Model, Path]:
     """(the compact model, the folder to write). Everything wrong is reported at once; raises BadArguments."""
     problems = Problems()
     chosen = FORMATS[args.format]
@@ -57,7 +58,11 @@ def check_args(args: argparse.Namespace) -> tuple[VisionTransformer, Path]:
     model = problems.attempt(load_dense, args.checkpoint, ema=args.use_ema)
     if args.output and args.output.is_file():
         problems.add(f"--output {args.output} is a file, not a folder")
-    if model is not None and args.format == "timm" and has_fewer_tokens(model):
+    swin = model is not None and is_swin(model.arch)
+    if swin and args.format in PLAIN:
+        problems.add(f"--format {args.format} is for plain ViTs, not for {model.arch}, a Swin Transformer; the other "
+                     "formats take it")  # fmt: skip
+    if model is not None and not swin and args.format == "timm" and has_fewer_tokens(model):
         problems.add("--format timm knows widths alone, and this model also merges tokens; the other formats take it")
     problems.raise_if_any()
     beside = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent
@@ -66,14 +71,14 @@ def check_args(args: argparse.Namespace) -> tuple[VisionTransformer, Path]:
     return model, folder
 
 
-def has_fewer_tokens(model: VisionTransformer) -> bool:
+def has_fewer_tokens(model: Model) -> bool:
     """Whether a block computes on fewer tokens than there are."""
     full = ViTDims.of(skeleton(model.arch, **model.arch_kwargs)).blocks[0].tokens
     return any(block.tokens != full for block in model.dims.blocks)
 
 
 @torch.inference_mode()
-def difference(model: VisionTransformer, exported: Call) -> float:
+def difference(model: Model, exported: Call) -> float:
     """The largest relative difference of the exported model's logits, over batches of random images."""
     found = []
     for batch in BATCHES:
@@ -93,7 +98,7 @@ class _Called(nn.Module):
         return self.call[0](x)
 
 
-def measure(args: argparse.Namespace, model: VisionTransformer, exported: Call) -> str:
+def measure(args: argparse.Namespace, model: Model, exported: Call) -> str:
     """Measure the exported model and the model itself in turn; a line that says both."""
     timings = interleaved(dict(torch=model, exported=_Called(exported)), images(model, args.batch_size))
     ms = {name: f"{1e3 * t.median:.3f} ms" for name, t in timings.items()}

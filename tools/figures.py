@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from models import ViTDims
+from models.swin_dims import Dims
 from tools.run_data import Event, Run
 
 matplotlib.use("Agg")
@@ -59,6 +59,11 @@ def _bars(axes: Axes, widths: Sequence[int], dense: Sequence[int] | None) -> Non
     axes.yaxis.get_major_locator().set_params(integer=True)
 
 
+def embedding(dims: Dims) -> str:
+    """The embedding's width, of a Swin Transformer that of every stage."""
+    return ", ".join(str(stage.embed) for stage in dims.stages)
+
+
 def _title(axis: str) -> str:
     return TITLES[axis][0].upper() + TITLES[axis][1:]
 
@@ -71,7 +76,7 @@ def axes_of(run: Run) -> list[str]:
     """What to draw of a run's blocks: tokens too where some were merged."""
     left, dense = run.dims(run.last), run.dims("dense")
     now = [b.tokens for b in left.blocks]
-    before = [b.tokens for b in dense.blocks] if dense else [max(now)] * len(now)
+    before = [b.tokens for b in (dense or left).blocks] if dense or len(left.stages) > 1 else [max(now)] * len(now)
     return [*AXES, *(["tokens"] if now != before else [])]
 
 
@@ -85,7 +90,7 @@ def widths(run: Run, axis: str) -> Chart:
     return _chart(lambda axes: _bars(axes, now, before), f"{_title(axis)} per block", alt)
 
 
-def redistribution(events: Sequence[Event], dense: ViTDims, axis: str) -> Chart:
+def redistribution(events: Sequence[Event], dense: Dims, axis: str) -> Chart:
     """The share that is left of one width, per block (rows) and pruning event (columns)."""
     full = np.array([getattr(b, axis) for b in dense.blocks])[:, None]
     left = np.array([event.dim[PUBLISHED[axis]] for event in events]).T / full.clip(1)  # L events
@@ -183,6 +188,6 @@ def plot_widths(run: Run, path: Path) -> None:
         panel.set_title(title)
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(f"embedding {left.embed}" + (f" of {dense.embed}" if dense else ""))
+    figure.suptitle(f"embedding {embedding(left)}" + (f" of {embedding(dense)}" if dense else ""))
     figure.savefig(path, dpi=130)
     plt.close(figure)

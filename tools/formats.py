@@ -12,12 +12,12 @@ import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from datasets import SMALL
 from latency.runtimes import OnnxRuntime, export
 from models import hub, load_dense
+from models.family import Model
 from tools import standalone
 from tools.plain_timm import plain_timm
 from utils import write_text
@@ -25,7 +25,7 @@ from utils import write_text
 Call = Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> logits (B, classes)
 
 
-def preprocess(model: VisionTransformer) -> dict[str, Any]:
+def preprocess(model: Model) -> dict[str, Any]:
     """timm's arguments for the transform that validation images get (`datasets.build_transform`)."""
     channels, size = model.patch_embed.proj.in_channels, model.patch_embed.img_size
     return dict(
@@ -34,28 +34,28 @@ def preprocess(model: VisionTransformer) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def images(model: VisionTransformer, batch: int) -> Tensor:
+def images(model: Model, batch: int) -> Tensor:
     """Random images (B, 3, S, S), always the same."""
     generator = torch.Generator().manual_seed(batch)
     return torch.randn(batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, generator=generator)
 
 
-def _write_config(model: VisionTransformer, folder: Path) -> None:
+def _write_config(model: Model, folder: Path) -> None:
     hub.write_config(folder, hub.config_of(model, preprocess=preprocess(model)))
 
 
-def _write_safetensors(model: VisionTransformer, folder: Path) -> None:
+def _write_safetensors(model: Model, folder: Path) -> None:
     _write_config(model, folder)
     hub.write_weights(folder, model)
 
 
-def _write_standalone(model: VisionTransformer, folder: Path) -> None:
+def _write_standalone(model: Model, folder: Path) -> None:
     _write_safetensors(model, folder)
     title = f"{model.arch} with pruned widths: embedding {model.dims.embed}, {len(model.dims.blocks)} blocks."
     write_text(folder / "model.py", standalone.source(title))
 
 
-def _write_onnx(model: VisionTransformer, folder: Path) -> None:
+def _write_onnx(model: Model, folder: Path) -> None:
     _write_config(model, folder)
     ways = {name: module.way for name, module in model.named_modules() if hasattr(module, "way")}
     try:
@@ -66,14 +66,14 @@ def _write_onnx(model: VisionTransformer, folder: Path) -> None:
             model.get_submodule(name).way = way
 
 
-def _write_program(model: VisionTransformer, folder: Path) -> None:
+def _write_program(model: Model, folder: Path) -> None:
     _write_config(model, folder)
     with torch.inference_mode():
         program = torch.export.export(model, (images(model, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, folder / "model.pt2")
 
 
-def _write_timm(model: VisionTransformer, folder: Path) -> None:
+def _write_timm(model: Model, folder: Path) -> None:
     save_for_hf(plain_timm(model, **preprocess(model)), folder, safe_serialization=True)
 
 
@@ -96,7 +96,7 @@ class Format:
     use: how what was written is loaded, with {folder} for the folder and {file} for its file.
     """
 
-    write: Callable[[VisionTransformer, Path], None]
+    write: Callable[[Model, Path], None]
     read: Callable[[Path], Call]
     result: str
     use: str

@@ -93,7 +93,7 @@ def _section(run: Run, level: int) -> str:
     """Everything about one run, under headings of `level`."""
     heading, dense = f"h{level}", run.dims("dense")
     left = run.dims(run.last)
-    embed = f"Embedding {left.embed}" + (f" of {dense.embed}." if dense else ".")
+    embed = f"Embedding {figures.embedding(left)}" + (f" of {figures.embedding(dense)}." if dense else ".")
     parts = [
         element(heading, "Widths that are left"), element("p", escape(embed)),
         charts(figures.widths(run, axis) for axis in figures.axes_of(run)),

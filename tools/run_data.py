@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models import DimsError, ViTDims
+from models import DimsError, dims_from_dict
+from models.swin_dims import Dims
 
 STAGES = ("dense", "pruned", "finetuned")
 _RATIO, _SCORE = (re.compile(rf"{name}: (\S+)") for name in ("latency_ratio", "threshold_now"))
@@ -17,7 +18,7 @@ _RATIO, _SCORE = (re.compile(rf"{name}: (\S+)") for name in ("latency_ratio", "t
 class Event:
     """One pruning event: widths that were left, predicted latency of dense, saliency of the last group removed."""
 
-    dim: dict[str, Any]  # the published spelling
+    dim: dict[str, Any]  # the published spelling; EMB is the sum over stages
     ratio: float
     score: float
 
@@ -46,9 +47,9 @@ class Run:
     def result(self) -> dict[str, Any]:
         return self.stages[self.last]
 
-    def dims(self, stage: str) -> ViTDims | None:
+    def dims(self, stage: str) -> Dims | None:
         """Widths of a stage, None where the run has none of that name."""
-        return ViTDims.from_dict(self.stages[stage]["dims"]) if stage in self.stages else None
+        return dims_from_dict(self.stages[stage]["dims"]) if stage in self.stages else None
 
 
 def _json(path: Path) -> Any:
@@ -67,16 +68,16 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _event(path: Path) -> Event | None:
+def _event(path: Path, stages: int) -> Event | None:
     numbers = [int(n) for n in path.read_text().split(",")]
     state = path.with_name(path.name.replace("dimension", "pruning"))
     text = state.read_text() if state.exists() else ""
     ratio, score = _RATIO.search(text), _SCORE.search(text)
-    if not ratio or not score or len(numbers) % 4 != 1:
+    depth, odd = divmod(len(numbers) - stages, 4)
+    if not ratio or not score or depth < 0 or odd:
         return None
-    depth = len(numbers) // 4
-    lists = {name: numbers[1 + i * depth :][:depth] for i, name in enumerate(("head", "QK", "V", "MLP"))}
-    return Event(dict(EMB=numbers[0]) | lists, float(ratio[1]), float(score[1]))
+    lists = {name: numbers[stages + i * depth :][:depth] for i, name in enumerate(("head", "QK", "V", "MLP"))}
+    return Event(dict(EMB=sum(numbers[:stages])) | lists, float(ratio[1]), float(score[1]))
 
 
 def _unfinished(folder: Path) -> str:
@@ -113,7 +114,8 @@ def read_run(folder: Path) -> Run:
         run.name = f"{outer.name}/{folder.resolve().name}" if has_outer else run.name
     if has_outer:
         run.pruning = _lines(outer)
-        found = (_event(path) for path in sorted(outer.glob("debug/debugOutput_dimension_*.txt")))
+        stages = len(run.dims(run.last).stages)
+        found = (_event(path, stages) for path in sorted(outer.glob("debug/debugOutput_dimension_*.txt")))
         run.events = [event for event in found if event]
     places = dict.fromkeys([outer, folder] if has_outer else [folder])
     run.made = [found["starts"][-1] for place in places if (found := _json(place / "run.json"))]
