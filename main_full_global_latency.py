@@ -132,11 +132,12 @@ def check_args(args: argparse.Namespace) -> Setup:
     named = problems.attempt(_prune_dict, args.prune_dict)
     config = problems.attempt(load_config, args.pruning_config)
     device = problems.attempt(training.start, args)
-    full = problems.attempt(training.full_model, args, swin=True)
+    full = problems.attempt(training.full_model, args, swin=True, narrower=True)
     table = problems.attempt(_load_table, args, full) if full else None
     data = problems.attempt(training.load_data, args, full) if full else None
     if full:
         pruning_options.check_family(args, full.arch, problems)
+        pruning_options.check_start(args, full.start, problems)
     if full and not full.has_weights:
         problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
     if data and (args.one_shot or args.align or args.compensate):
@@ -147,6 +148,8 @@ def check_args(args: argparse.Namespace) -> Setup:
     cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
     problems.raise_if_any()
     (config, dead), (label, cap) = config, named
+    problems.attempt(table.check_covers, model.dims)
+    problems.raise_if_any()
     masks = Masks(model.dims, device, model.patch_embed.grid_size if args.tokens else None)
     pruner = make_pruner(args, full, masks, table, config, cap)
     for target in () if args.one_shot else pruner.targets:  # one-shot goes below the floors of the groups
@@ -184,12 +187,14 @@ def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: flo
     """summary.json and dims.json of a finished run."""
     conditions = results.Conditions.of(setup.table, args.batch_size)
     common = dict(conditions=conditions, device=setup.device)
-    dense = results.stage(setup.full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
     measured = results.measured_ratio(setup.full, masks.dims, conditions, setup.device)
     pruned = results.stage(
         setup.full, masks.dims, top1, predicted=round(setup.pruner.ratio, 5), measured=measured, **common
     )
-    summary = dict(dense=dense, pruned=pruned)
+    summary = dict(pruned=pruned)
+    if masks.full == setup.pruner.dense:
+        dense = results.stage(setup.full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
+        summary = dict(dense=dense, pruned=pruned)
     write_json(setup.folder / "dims.json", masks.dims.to_dict())
     write_json(setup.folder / "summary.json", summary)
     return summary

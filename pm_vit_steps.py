@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,7 +81,9 @@ def read_model(args: Any) -> Model:
         initial_checkpoint="", pretrained=False,
     ))  # fmt: skip
     full.kwargs["num_classes"] = kwargs.get("num_classes", skeleton(arch, **kwargs).num_classes)
-    return Model(full, content, content["args"].get("initial_checkpoint", ""))
+    dense = content["masks"] is None and content["dims"] == training.dims_of(full).to_dict()
+    origin = str(Path(args.resume).resolve()) if dense else content["args"].get("initial_checkpoint", "")
+    return Model(full, content, origin)
 
 
 def is_compressed(full: training.FullModel, dims: ViTDims) -> bool:

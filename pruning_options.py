@@ -75,6 +75,13 @@ def add_one_shot_args(parser: Any) -> None:
                        help="meet --latency_target as measured here, in a few rounds, not as predicted (default: off)")
 
 
+def check_start(args: Any, start: dict[str, Any] | None, problems: Problems) -> None:
+    """Complaints about what needs a full-width model where the run starts from a `start` that is narrower."""
+    for name in ("one_shot", "align", "compensate", "tokens"):
+        if start and getattr(args, name):
+            problems.add(f"{options.flag(name)} starts from a full-width model; {args.initial_checkpoint} is pruned")
+
+
 def check(args: Any, problems: Problems) -> None:
     """Complaints about flags of pruning with training that do not go together."""
     if args.saliency == "weights" and args.saliency_loss != "training":

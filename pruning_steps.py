@@ -52,15 +52,16 @@ class Setup:
 def make_pruner(args: Any, full: training.FullModel, masks: Masks, table: LatencyTable | SwinTable,
                 config: PruningConfig, cap: int) -> GlobalPruner:  # fmt: skip
     """What chooses the units, as --selection and the targets say."""
+    dense = training.dims_of(full)
     more = targets_of(
-        masks.full, table, full.arch, full.kwargs, latency_ms=args.latency_target_ms, macs_=args.macs_target,
+        dense, table, full.arch, full.kwargs, latency_ms=args.latency_target_ms, macs_=args.macs_target,
         params_=args.params_target,
     )  # fmt: skip
     sizes = config.group_sizes(masks, args.width_multiple, left_alone(full.arch, **full.kwargs))
     kind = ValuePruner if args.selection == "value" else GlobalPruner
     return kind(
         masks, table, sizes, regularization=args.latency_regularization, cap=cap or None, target=args.latency_target,
-        targets=more, per_event=args.prune_per_iter // args.group_size,
+        targets=more, dense=dense, per_event=args.prune_per_iter // args.group_size,
     )  # fmt: skip
 
 

@@ -17,12 +17,13 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
+import checkpoint
 from datasets import build_dataset
 from engine import Precision
 from loaders import build_loader
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models import build_vit, family, is_swin, skeleton
-from models.pretrained import check_initial, load_initial_, read_initial
+from models.pretrained import check_initial, from_checkpoint, load_initial_, read_initial
 from models.swin import as_timm_names
 from models.swin_dims import Dims
 from models.vit import TokenLogits
@@ -33,16 +34,22 @@ DEFAULT_MODEL = "deit_base_distilled_patch16_224"
 
 @dataclass
 class FullModel:
-    """The full-size model a run is about: timm's name, kwargs (classes once the data is known) and weights."""
+    """The full-size model a run is about: timm's name, kwargs (classes once the data is known) and weights.
+
+    start: the checkpoint of a narrower model that the run starts from; `path` is then where the dense weights are.
+    """
 
     arch: str
     kwargs: dict[str, Any]
     path: str = ""
     state: dict[str, Tensor] | None = field(default=None, repr=False)
     pretrained: bool = False
+    start: dict[str, Any] | None = field(default=None, repr=False)
 
     def build(self, **drop_rates: float) -> nn.Module:
         """The model with its weights, or freshly initialised where it has none. Raises ValueError."""
+        if self.start is not None:
+            return from_checkpoint(self.start, self.start["path"], **drop_rates)
         if self.state is None and self.pretrained:
             return self._download(drop_rates)
         if self.state is not None:
@@ -105,38 +112,57 @@ def check_plain(arch: str) -> None:
                          "finetune_dense.py take and this script does not")  # fmt: skip
 
 
-def full_model(args: Any, swin: bool = False) -> FullModel:
+def _narrower(path: str) -> dict[str, Any] | None:
+    """The checkpoint of a model that pruning has made narrower already; None for anything else. Raises ValueError."""
+    if not path or not checkpoint.is_ours(content := checkpoint.read(path)):
+        return None
+    content = checkpoint.load_model(path)
+    arch = content["arch"]
+    dense = family.dims_of(skeleton(arch["name"], **arch["kwargs"])).to_dict()
+    return None if content["masks"] is None and content["dims"] == dense else content | dict(path=path)
+
+
+def _sized(arch: str, kwargs: dict[str, Any], size: int | None, fixed: bool) -> dict[str, Any]:
+    """The arguments for images of `size`, None for the model's own, which a compact one keeps. Raises ValueError."""
+    own = skeleton(arch, **kwargs).patch_embed.img_size
+    if size and size != own[0]:
+        if fixed or "img_size" in kwargs:
+            raise ValueError(f"--input-size is {size} but the model has img_size={own[0]}")
+        own = skeleton(arch, **(kwargs := kwargs | dict(img_size=size))).patch_embed.img_size
+    if len(set(own)) > 1:
+        raise ValueError(f"{arch} takes images that are not square, which the data transforms do not make")
+    return kwargs
+
+
+def full_model(args: Any, swin: bool = False, narrower: bool = False) -> FullModel:
     """What --model, --model-kwargs, --input-size, --initial-checkpoint and --pretrained say. Raises ValueError.
 
-    swin: whether it may be a Swin Transformer.
+    swin: whether it may be a Swin Transformer; narrower: whether the weights may be of a compact model.
     """
-    arch, kwargs, state = None, {}, None
-    if args.initial_checkpoint:
+    arch, kwargs, state, path = None, {}, None, ""
+    start = _narrower(args.initial_checkpoint) if narrower else None
+    if start:
+        arch, kwargs, state = start["arch"]["name"], start["arch"]["kwargs"], start["model"]
+        path = (start["args"] or {}).get("initial_checkpoint", "")
+    elif args.initial_checkpoint:
         arch, kwargs, state = read_initial(args.initial_checkpoint)
-        if args.model and arch and args.model != arch:
-            raise ValueError(f"--model is {args.model} but {args.initial_checkpoint} holds {arch}")
+        path = str(Path(args.initial_checkpoint).resolve())
+    if args.model and arch and args.model != arch:
+        raise ValueError(f"--model is {args.model} but {args.initial_checkpoint} holds {arch}")
     arch = args.model or arch or DEFAULT_MODEL
     if not swin:
         check_plain(arch)
     for key, value in args.model_kwargs.items():
         if kwargs.get(key, value) != value:
             raise ValueError(f"--model-kwargs {key}={value} but {args.initial_checkpoint} has {key}={kwargs[key]}")
-    kwargs = structural(kwargs | args.model_kwargs)
-    size = args.input_size
-    if size and kwargs.get("img_size", size) != size:
-        raise ValueError(f"--input-size is {size} but the model has img_size={kwargs['img_size']}")
-    if size and size != skeleton(arch, **kwargs).patch_embed.img_size[0]:
-        kwargs["img_size"] = size
-    if len(set(skeleton(arch, **kwargs).patch_embed.img_size)) > 1:
-        raise ValueError(f"{arch} takes images that are not square, which the data transforms do not make")
-    path = str(Path(args.initial_checkpoint).resolve()) if args.initial_checkpoint else ""
-    if state is not None and is_swin(arch):
+    kwargs = _sized(arch, structural(kwargs | args.model_kwargs), args.input_size, fixed=bool(start))
+    if state is not None and is_swin(arch) and not start:
         state = as_timm_names(state, skeleton(arch, **kwargs), path)
-    return FullModel(arch, kwargs, path, state, args.pretrained)
+    return FullModel(arch, kwargs, path, state, args.pretrained, start)
 
 
 def dims_of(full: FullModel) -> Dims:
-    """Widths of the full-size model."""
+    """Widths of the full-size model, whatever the run starts from."""
     return family.dims_of(skeleton(full.arch, **full.kwargs))
 
 

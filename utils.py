@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import random
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
     """Run a script's main; a user's mistake or a failed run ends in one line per problem, never in a traceback."""
     global _folders
     reason = ""
+    sys.unraisablehook = _say_unless_starting
     try:
         _folders = contextlib.ExitStack()
         main(args)
@@ -103,6 +105,13 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
         _fail(line, said=is_main() or not together, reason=reason)
     finally:
         _let_go(reason)
+
+
+def _say_unless_starting(args: Any) -> None:
+    """Python's own message, but for a loader's thread that was just starting when a dead data process ends a run."""
+    frames = traceback.extract_tb(args.exc_traceback)
+    if not frames or frames[-1].name != "_bootstrap_inner":
+        sys.__unraisablehook__(args)
 
 
 def _let_go(reason: str) -> None:

@@ -44,4 +44,7 @@ def expand_(model: Model, masks: Masks, small: Model) -> None:
     compacted = dict(small.named_parameters())
     for name, parameter in model.named_parameters():
         parameter.copy_(masks.paste(name, compacted[name], parameter)) if name in compacted else parameter.zero_()
+    if not masks.grid:
+        for i, tokens in layers(model):
+            tokens.load_state_dict(small.blocks[i].tokens.state_dict())
     masks.install_(model)

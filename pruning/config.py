@@ -63,7 +63,7 @@ class PruningConfig:
             if kind in left_alone:
                 return n
             step = 1 if kind in ("heads", "tokens") else multiple
-            return min(n, -(-min(sizes[kind], max(1, n // 8)) // step) * step)
+            return max(1, min(n, -(-min(sizes[kind], max(1, n // 8)) // step) * step))
 
         return {axis: size(axis, n) for axis, n in of.sizes().items()}
 

@@ -22,6 +22,7 @@ from models.swin_dims import Dims, SwinDims
 from pruning.targets import Target, latency_share
 
 COLUMNS = ("embed", "heads", "qk", "v", "mlp", "tokens")  # of LatencyTable.blocks_seconds
+BRANCHES = ("heads", "mlp")
 LAST_CANDIDATES = 32  # lowest-ranked axes that the last group of a run may come from
 CLOSE = 0.002  # relative distance below a target at which a run may end while there is a choice
 
@@ -108,13 +109,14 @@ class GlobalPruner:
 
     table, dense: predict the latency ratio; group_sizes: units per group and the floor of each axis (one group stays);
     regularization: lambda, in squared loss per second; target: ratio to stop at, None for none; targets: further
-    budgets, all of which must be met; per_event: groups removed by one event; cap: most units removed in all.
+    budgets, all of which must be met; dense: what ratios are to, where the model that is pruned is a narrower one;
+    per_event: groups removed by one event; cap: most units removed in all.
     """
 
     def __init__(self, masks: Masks, table: LatencyTable | SwinTable, group_sizes: dict[str, int], *,
                  regularization: float, target: float | None, per_event: int, cap: int | None = None,
-                 targets: Sequence[Target] = ()) -> None:  # fmt: skip
-        self.masks, self.table, self.dense = masks, table, masks.full
+                 targets: Sequence[Target] = (), dense: Dims | None = None) -> None:  # fmt: skip
+        self.masks, self.table, self.dense = masks, table, dense or masks.full
         self.group_sizes, self.regularization = group_sizes, regularization
         self.per_event, self.cap = per_event, cap
         self.targets = [*targets] if target is None else [latency_share(table, self.dense, target), *targets]
@@ -141,13 +143,19 @@ class GlobalPruner:
 
     def floor(self) -> Dims:
         """The smallest architecture that pruning may reach: one group of every axis."""
-        sizes = {axis: min(n, self.group_sizes[axis]) for axis, n in self.dense.sizes().items()}
+        sizes = {axis: min(n, self.group_sizes[axis]) for axis, n in self.masks.full.sizes().items()}
         tokens = {a: self.masks.prefix + n for a, n in self.group_sizes.items() if a.endswith(".tokens")}
-        return self.dense.resized(sizes | tokens)
+        return self.masks.full.resized(sizes | tokens)
 
     @property
     def removed(self) -> int:
         return sum(n - self.masks.alive(axis) for axis, n in self.masks.sizes().items())
+
+    def _is_used(self, axis: str) -> bool:
+        """Whether the branch of an axis is left; tokens are used by both branches."""
+        block, _, kind = axis.rpartition(".")
+        branches = dict(mlp=["mlp"], embed=[], tokens=BRANCHES).get(kind, ["heads"])
+        return not branches or any(self.masks.alive(f"{block}.{branch}") for branch in branches)
 
     def ranking(self, scores: dict[str, Tensor]) -> list[Group]:
         """Groups that may go, lowest adjusted score first; within an axis always its lowest units first.
@@ -157,7 +165,7 @@ class GlobalPruner:
         """
         cost = latency_per_unit(self.table, self.masks.dims, self.group_sizes)
         ranked: list[tuple[float, Group]] = []
-        for axis, size in self.group_sizes.items():
+        for axis, size in ((a, n) for a, n in self.group_sizes.items() if self._is_used(a)):
             alive = self.masks.keep[axis].cpu().nonzero().flatten()
             adjusted = scores[axis][alive] - self.regularization * cost[axis]
             if not torch.isfinite(adjusted).all():

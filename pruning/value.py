@@ -15,10 +15,8 @@ from torch import Tensor
 
 from models.dims import ViTDims
 from pruning.allocation import allocate
-from pruning.global_latency import COLUMNS, Event, GlobalPruner, Group
+from pruning.global_latency import BRANCHES, COLUMNS, Event, GlobalPruner, Group
 from pruning.probe import Curve
-
-BRANCHES = ("heads", "mlp")
 
 
 class ValuePruner(GlobalPruner):
@@ -31,7 +29,7 @@ class ValuePruner(GlobalPruner):
 
     def floor(self) -> ViTDims:
         """The smallest architecture that pruning may reach: no blocks, one group of the embedding."""
-        return replace(super().floor(), blocks=tuple(replace(b, heads=0, mlp=0) for b in self.dense.blocks))
+        return replace(super().floor(), blocks=tuple(replace(b, heads=0, mlp=0) for b in self.masks.full.blocks))
 
     def _orders(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """Per axis that is left, its surviving units, lowest score first. Raises ValueError for scores not finite."""
@@ -43,12 +41,6 @@ class ValuePruner(GlobalPruner):
             if self._is_used(axis):
                 orders[axis] = alive[values.argsort(stable=True)]
         return orders
-
-    def _is_used(self, axis: str) -> bool:
-        """Whether the branch of an axis is left; tokens are used by both branches."""
-        block, _, kind = axis.rpartition(".")
-        branches = dict(mlp=["mlp"], embed=[], tokens=BRANCHES).get(kind, ["heads"])
-        return not branches or any(self.masks.alive(f"{block}.{branch}") for branch in branches)
 
     def _widths(self, axis: str, alive: int) -> np.ndarray:
         """What an axis may be cut to, widest first: multiples of its group, and nothing where that ends a branch."""

@@ -311,6 +311,23 @@ def test_damage_is_told_from_other_files(tmp_path):
     assert not isinstance(error.value, DamagedError)
 
 
+def test_a_thread_that_was_just_starting_prints_no_traceback():
+    """A signal handler that raises inside Thread.start leaves the new thread without its place: CPython's KeyError."""
+    code = """
+import _thread, threading, time, utils
+def main(args):
+    _thread.start_new_thread(threading.Thread(target=print)._bootstrap, ())
+    time.sleep(0.2)
+    {}
+    raise utils.RunFailed("a process that reads data died")
+utils.run_script(main, None)
+"""
+    for more, shown in (("pass", False), ("_thread.start_new_thread(int, ('no number',)); time.sleep(0.2)", True)):
+        done = subprocess.run([sys.executable, "-c", code.format(more)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and "error: a process that reads data died" in done.stderr
+        assert ("Exception ignored" in done.stderr) == shown and "_limbo" not in done.stderr, done.stderr
+
+
 def test_no_process_is_waited_for_that_outlives_sigterm():
     """Where a data worker dies while the others start, nobody has asked those to end."""
     code = ("import multiprocessing, signal, sys, time; sys.path.insert(0, '.')\nimport utils\n"

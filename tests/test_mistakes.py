@@ -54,7 +54,7 @@ prune --initial-checkpoint {}/none.pth
 prune --initial-checkpoint {}/notes.txt
 prune --initial-checkpoint {}/half.pth
 prune --initial-checkpoint {}/code.pth
-prune --initial-checkpoint {}/pruned/pruned_checkpoint.pth
+prune --align --initial-checkpoint {}/pruned/pruned_checkpoint.pth
 prune --initial-checkpoint ''
 prune --input-size 32
 prune --model-kwargs depth

@@ -12,6 +12,7 @@ from test_resume import equal, interrupted, only
 
 import finetune_dense
 import main_full_global_latency
+import main_pm_vit
 from models import Masks, build_vit, compact, load_dense
 from models.tokens import layers
 from pruning.allocation import allocate, interpolated
@@ -210,6 +211,52 @@ def test_one_shot_with_tokens(job, tmp_path):
     small = load_dense(folder / "pruned_checkpoint.pth")
     assert json.loads((folder / "summary.json").read_text())["pruned"]["latency_predicted"] <= 0.5
     assert any(b.tokens < 18 for b in small.dims.blocks)
+
+
+@pytest.mark.parametrize("more", [[], ["--shrink_interval", "1"], ["--selection", "value"]])
+def test_widths_of_a_token_compressed_model(job, runs, tmp_path, monkeypatch, more):
+    """Tokens first, then widths: the structure stays, the ratio is to the dense model, the result finetunes."""
+    run(main_pm_vit, *PLAIN, "--prune", "--prune_iter", "2", "--keep_rate", "0.7", "--merge_list", "1", "--resume",
+        runs["dense"] / "ft_checkpoint.pth", "--output_dir", tmp_path / "tokens")  # fmt: skip
+    start = tmp_path / "tokens" / "pruned_checkpoint.pth"
+    flags = [f for f in job if f != "--tokens"] + ["--initial-checkpoint", start, "--latency_target", "0.5"]
+    flags += more if "--selection" not in more else [*more, "--latency_regularization", "0"]
+    run(main_full_global_latency, *flags, "--output_dir", tmp_path / "whole")
+    folder = only(tmp_path / "whole", "global_*")
+    before, after = load_dense(start), load_dense(folder / "pruned_checkpoint.pth")
+    assert [b.tokens for b in after.dims.blocks] == [b.tokens for b in before.dims.blocks] == [18, 13]
+    assert params_of(after) < params_of(before)
+    assert torch.equal(before.blocks[1].tokens.owner, after.blocks[1].tokens.owner)
+    summary = json.loads((folder / "summary.json").read_text())
+    dense = build_vit(before.arch, **before.arch_kwargs).dims
+    predicted = token_table(width=0.1).ratio(after.dims, dense)
+    assert set(summary) == {"pruned"} and summary["pruned"]["latency_predicted"] == pytest.approx(predicted, abs=1e-4)
+    assert 0.4 < predicted <= 0.5
+    interrupted(monkeypatch, main_full_global_latency, [*flags, "--output_dir", tmp_path / "broken"], 8)
+    run(main_full_global_latency, *flags, "--output_dir", tmp_path / "broken", "--resume")
+    equal(*(only(tmp_path / name, "global_*") for name in ("whole", "broken")), "pruned_checkpoint.pth")
+    run(finetune_dense, *PLAIN, "--finetune", folder, "--epochs", "1", "--kl_loss_coeff", "1000",
+        "--original_loss_coeff", "1")  # fmt: skip
+
+
+def params_of(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_pruned_widths_are_pruned_further(job, runs, tmp_path):
+    """From a checkpoint in its masked form; what needs a full-width model says so."""
+    start = runs["pruned"] / "pruned_checkpoint.pth"
+    flags = [f for f in job if f != "--tokens"] + ["--initial-checkpoint", start, "--latency_target", "0.4",
+                                                   "--latency_look_up_table", runs["table"]]  # fmt: skip
+    run(main_full_global_latency, *flags, "--output_dir", tmp_path / "more")
+    folder = only(tmp_path / "more", "global_*")
+    before, after = load_dense(start), load_dense(folder / "pruned_checkpoint.pth")
+    assert params_of(after) < params_of(before) and set(json.loads((folder / "summary.json").read_text())) == {"pruned"}
+    with pytest.raises(BadArguments) as error:
+        run(main_full_global_latency, *flags, "--tokens", "--align", "--compensate", "end", "--calib_images", "128",
+            "--output_dir", tmp_path)  # fmt: skip
+    for flag in ("--tokens", "--align", "--compensate"):
+        assert f"{flag} starts from a full-width model; {start} is pruned" in str(error.value)
 
 
 def test_what_does_not_go_with_tokens(job, runs, tmp_path):
