@@ -29,8 +29,9 @@ from models import ViTDims, build_vit, load_dense
 from pruning.config import PruningConfig, load_config
 from utils import Problems
 
-NAMES = ("main_full_global_latency", "finetune_dense", "revit_scratch", "main_savit", "main_savit_deploy")
-SCRIPTS = {name: importlib.import_module(name) for name in NAMES}
+SCRIPTS = {name: importlib.import_module(name) for name in (
+    "main_full_global_latency", "finetune_dense", "revit_scratch", "main_savit", "main_savit_deploy", "main_pm_vit",
+)}  # fmt: skip
 ARCH = "deit_tiny_distilled_patch16_224"
 KWARGS = dict(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3)
 
@@ -83,6 +84,9 @@ def arguments(words: bytes | list[str]) -> None:
                 assert end.code in (0, 2)
                 continue
             problems = Problems()
+            if name == "main_pm_vit":
+                script.check_flags(args, problems)
+                continue
             if name == "main_savit_deploy":
                 args = script.with_losses(args)
             options.check_values(args, problems)
@@ -97,9 +101,11 @@ TARGETS = dict(table=table, dims=dims, config=config, checkpoint=checkpoints, ar
 # ---------------------------------------------------------------- inputs
 DIMS = dict(embed=8, blocks=[dict(heads=2, qk=4, v=4, mlp=32, tokens=6)])
 DIM = dict(EMB=8, head=[2], QK=[4], V=[4], MLP=[32])
+STAGES = dict(stages=[DIMS | dict(blocks=2 * DIMS["blocks"]), DIMS])
 TABLE = {"EMB_4": {"QK_1_1": {"V_1": {"MLP_1": 1e-6, "MLP_32": 2e-6}, "V_4": {"MLP_1": 1e-6, "MLP_32": 2e-6}}},
          "EMB_8": {"QK_1_1": {"V_1": {"MLP_1": 1e-6, "MLP_32": 2e-6}, "V_4": {"MLP_1": 1e-6, "MLP_32": 2e-6}}},
          "_meta": dict(device="x", batch=4, tokens=6), "_overhead": {"EMB_8": 1e-6}}  # fmt: skip
+TOKENS = {"TOK_4": {"EMB_8": TABLE["EMB_8"]}, "TOK_6": {"EMB_8": TABLE["EMB_8"]}}
 WORDS = st.sampled_from(["", "x", "nan", "inf", "-1", "0", "1", "1e999", "9" * 30, "9" * 5000, "True", "{", '{"G":1}',
                          "\0", "a=b", "=", "4.2G", "K", "heads", "é", "--"])  # fmt: skip
 LEAVES = st.one_of(
@@ -230,9 +236,19 @@ def lists(draw: Any) -> list[str]:
     return words
 
 
+CONFIGS = [dict(criterion="taylor_sq", momentum=0.9, group_size=PruningConfig().group_size),
+           dict(method=23, pruning_momentum=0.9, group_size=16)]  # fmt: skip
 STRATEGIES = dict(
-    table=texts([TABLE]), dims=texts([DIMS, DIM]),
-    config=texts([dict(criterion="taylor_sq", momentum=0.9, group_size=PruningConfig().group_size),
-                  dict(method=23, pruning_momentum=0.9, group_size=16)]),
-    checkpoint=files(), arguments=lists(),
-)  # fmt: skip
+    table=texts([TABLE, TOKENS]), dims=texts([DIMS, DIM, STAGES]), config=texts(CONFIGS), checkpoint=files(),
+    arguments=lists(),
+)
+
+
+def seeds(name: str) -> list[bytes]:
+    """Valid inputs of a target."""
+    if name == "checkpoint":
+        return [_bytes(_signed(dict(valid_checkpoint())))]
+    if name == "arguments":
+        return ["\n".join(words).encode() for words in ([flag, "1"] for flag in _flags())]
+    valid = dict(table=[TABLE, TOKENS], dims=[DIMS, DIM, STAGES], config=CONFIGS)[name]
+    return [json.dumps(value).encode() for value in valid]
