@@ -1,6 +1,7 @@
 """The formats that a compact model is exported to: what each writes into a folder, and how it is read back to check."""
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import util
@@ -17,7 +18,8 @@ from torch import Tensor
 from datasets import SMALL
 from latency.runtimes import OnnxRuntime, export
 from models import hub, load_dense
-from models.family import Model
+from models.family import Model, is_swin
+from models.tokens import streamline_
 from tools import standalone
 from tools.plain_timm import plain_timm
 from utils import write_text
@@ -55,19 +57,20 @@ def _write_standalone(model: Model, folder: Path) -> None:
     write_text(folder / "model.py", standalone.source(title))
 
 
+def _classifier(model: Model) -> Model:
+    """A copy that computes what its logits need alone: an exported program can do nothing else."""
+    return copy.deepcopy(model) if is_swin(model.arch) else streamline_(copy.deepcopy(model))
+
+
 def _write_onnx(model: Model, folder: Path) -> None:
     _write_config(model, folder)
-    ways = {name: module.way for name, module in model.named_modules() if hasattr(module, "way")}
-    try:
-        with torch.inference_mode():
-            export(model, images(model, 2), folder / "model.onnx", dynamic_batch=True)
-    finally:
-        for name, way in ways.items():
-            model.get_submodule(name).way = way
+    with torch.inference_mode():
+        export(_classifier(model), images(model, 2), folder / "model.onnx", dynamic_batch=True)
 
 
 def _write_program(model: Model, folder: Path) -> None:
     _write_config(model, folder)
+    model = _classifier(model)
     with torch.inference_mode():
         program = torch.export.export(model, (images(model, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, folder / "model.pt2")
