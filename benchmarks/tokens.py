@@ -190,7 +190,7 @@ def nearest_tome(ef: Any, base: nn.Module, target: nn.Module) -> nn.Module:
 
 def served(model: nn.Module) -> nn.Module:
     """As it would be deployed to classify."""
-    return streamline_(copy.deepcopy(model)) if hasattr(model, "dims") else model
+    return model if isinstance(model.blocks[0], ToMeBlock) else streamline_(copy.deepcopy(model))
 
 
 def load_base(path: str) -> nn.Module:

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from benchmarks import attention_routes, checkpoint_overhead, handmade, one_shot_cost, pruning_overhead, savit
+from benchmarks import attention_routes, checkpoint_overhead, handmade, one_shot_cost, pruning_overhead, savit, tokens
 from benchmarks import latency as latency_targets
 from latency.table import LatencyTable
 from models import ViTDims, build_vit
@@ -87,3 +87,22 @@ def test_checkpoint_overhead_prints_the_share(tmp_path, capsys):
     words = ["--initial-checkpoint", str(tmp_path / "dense.pth"), "--batch-size", "4", "--steps", "2", "--saves", "2"]
     checkpoint_overhead.main(checkpoint_overhead.get_args_parser().parse_args(words))
     assert re.search(r"two saves are \d+\.\d\d % of it", capsys.readouterr().out)
+
+
+def test_bipartite_merging_of_the_benchmark(tiny, randomise, images):
+    """With nothing merged it is the dense model; equal patches merge without a loss, and tokens get fewer block by
+    block; it is served as it is, ours without what a classifier does not read."""
+    model = randomise(build_vit(**tiny)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tokens.tome(model, 0)(images), model(images), rtol=1e-4, atol=1e-5)
+        merged = tokens.tome(model, 3)
+        counts = []
+        for block in merged.blocks:
+            block.register_forward_hook(lambda _, __, out: counts.append(out.shape[1]))
+        merged(images)
+        assert counts == [15, 12]
+        model.pos_embed[:, 2:] = model.pos_embed[:, 2:3]
+        flat = images.mean((2, 3), keepdim=True).expand_as(images)
+        torch.testing.assert_close(tokens.tome(model, 3)(flat), model(flat), rtol=1e-4, atol=1e-5)
+    assert tokens.served(merged) is merged
+    assert tokens.served(model).blocks[-1].read == 2 and model.blocks[-1].read is None
