@@ -260,7 +260,11 @@ def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 def load_model(path: str | Path) -> dict[str, Any]:
     """A checkpoint that a model can be built from. Raises CheckpointError."""
-    content = load(path)
+    return with_model(load(path), path)
+
+
+def with_model(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """What `load` found in `path`, as a checkpoint that a model can be built from. Raises CheckpointError."""
     if missing := [key for key in ("arch", "dims", "model") if content[key] is None]:
         raise CheckpointError(f"checkpoint {path} holds no model: it lacks {', '.join(missing)}")
     return content

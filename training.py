@@ -116,7 +116,7 @@ def _narrower(path: str) -> dict[str, Any] | None:
     """The checkpoint of a model that pruning has made narrower already; None for anything else. Raises ValueError."""
     if not path or not checkpoint.is_ours(content := checkpoint.read(path)):
         return None
-    content = checkpoint.load_model(path)
+    content = checkpoint.with_model(checkpoint.checked(content, path), path)
     arch = content["arch"]
     dense = family.dims_of(skeleton(arch["name"], **arch["kwargs"])).to_dict()
     return None if content["masks"] is None and content["dims"] == dense else content | dict(path=path)

@@ -204,6 +204,12 @@ def spread_order(grid: tuple[int, int], layer: int) -> Tensor:
     return torch.tensor(list(dict.fromkeys([*visited, *range(rows * columns)])))
 
 
+def spread_evenly(grid: tuple[int, int], layer: int, count: int) -> Tensor:
+    """The first `count` patches of `spread_order`: (N,) bool."""
+    order = spread_order(grid, layer)
+    return torch.zeros(len(order), dtype=torch.bool).index_fill(0, order[:count], True)
+
+
 def nearest_on_grid(centres: Tensor, grid: tuple[int, int]) -> Tensor:
     """The nearest centre in two dimensions; a tie goes to the first. (N,) bool -> index among the centres, (N,)."""
     places = torch.arange(len(centres))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.compact import compact
 from models.masks import Masks
-from models.tokens import TokenMerge, around, spread_order
+from models.tokens import TokenMerge, around, spread_evenly
 from models.vit import Attention
 from pruning import streams
 from pruning.moments import PLAIN_RIDGE, Moments, all_reduced, compensated, corrected
@@ -125,8 +125,7 @@ def _token_curve(model: VisionTransformer, index: int, judge: list[Tensor], logi
     patches = grid[0] * grid[1]
     curve = {prefix + patches: 0.0}
     for left in probed_widths(patches, group):
-        keep = torch.zeros(patches, dtype=torch.bool).index_fill(0, spread_order(grid, index)[:left], True)
-        tokens = around(keep, grid, prefix).to(judge[0].device)
+        tokens = around(spread_evenly(grid, index, left), grid, prefix).to(judge[0].device)
 
         def out(x: Tensor, tokens: TokenMerge = tokens) -> Tensor:
             z = tokens.compress(x)

@@ -14,8 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.tokens import around, spread_order
-from models.vit import Block
+from models.tokens import around, spread_evenly
 from pruning import streams
 from pruning.allocation import interpolated
 from pruning.pm_vit import Structure
@@ -32,17 +31,12 @@ class _Counted:
         self.grid, self.prefix = model.patch_embed.grid_size, model.num_prefix_tokens
         self.patches = self.grid[0] * self.grid[1]
 
-    def centres(self, layer: int, count: int) -> Tensor:
-        """The patches (N,) bool that stay tokens."""
-        chosen = spread_order(self.grid, layer)[:count]
-        return torch.zeros(self.patches, dtype=torch.bool).index_fill(0, chosen, True)
-
-    def set(self, layer: int, count: int) -> Block:
-        block, reference = self.model.blocks[layer], next(self.model.parameters())
-        block.tokens = None
+    def set(self, layer: int, count: int) -> None:
+        """Let a block compute on so many patches."""
+        tokens, reference = None, next(self.model.parameters())
         if count < self.patches:
-            block.tokens = around(self.centres(layer, count), self.grid, self.prefix).to(reference)
-        return block
+            tokens = around(spread_evenly(self.grid, layer, count), self.grid, self.prefix).to(reference)
+        self.model.blocks[layer].tokens = tokens
 
     @contextmanager
     def installed(self, counts: Sequence[int]) -> Iterator[None]:
@@ -113,5 +107,5 @@ def probed(model: VisionTransformer, layers: Sequence[int], images: Tensor, tota
         with counted.installed(counts):
             tried[tuple(counts)] = judged(zip(map(model, parts), logits, strict=True))
     best = min(tried, key=tried.get)
-    centres = torch.stack([counted.centres(i, n) for i, n in zip(layers, best, strict=True)])
+    centres = torch.stack([spread_evenly(counted.grid, i, n) for i, n in zip(layers, best, strict=True)])
     return Structure(tuple(layers), centres, torch.zeros_like(centres), torch.ones(centres.shape, dtype=torch.float64))
