@@ -6,7 +6,7 @@
 Every row is one method at one latency ratio with one seed, which chooses the calibration images. Nothing trains before
 the recovery recipe of the folder --bench (equal_footing.py, torch_pruning_baseline.py), of --epochs epochs. Rows that
 --rows holds already are not repeated. Ratios are the table's, or with --measured those of equal_footing.py, which need
-an idle machine.
+an idle machine. There --check measures the widths of the rows that --rows holds, beside what the table says of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 from torch import nn
 
 from benchmarks.pruners import METHODS, PEERS, Bench, dims_of, maker
-from benchmarks.rows import append, read
+from benchmarks.rows import append, read, spread
+from models import ViTDims, build_vit
 from utils import table
 
 
@@ -42,6 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=0, help="of recovery")
     parser.add_argument("--per-class", type=int, default=1000, help="training images a class for recovery")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no row after so many")
+    parser.add_argument("--check", action="store_true", help="make no row, measure the latency of those that are there")
     parser.add_argument("--plot", type=Path, default=None, help="PNG of top-1 over latency")
     return parser
 
@@ -81,6 +83,20 @@ def report(rows: list[dict[str, Any]], dense: float) -> str:
     return table([f"points lost of {dense:.2f}", *(f"at {target:g}" for target in targets)], lines)
 
 
+def check(bench: Bench, rows: list[dict[str, Any]]) -> str:
+    """Ratios by the table and as measured, each method's mean over the seeds with the spread of the measured ones."""
+    found: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    for row in (row for row in rows if "dims" in row):
+        model = build_vit(bench.arch, ViTDims.from_dict(row["dims"]), **bench.kwargs)
+        pair = row["latency"], bench.ef.latency_ratio(bench.base, model)[0]
+        found.setdefault((row["method"], row["target"]), []).append(pair)
+    lines = []
+    for (method, target), pairs in found.items():
+        predicted, measured = zip(*pairs, strict=True)
+        lines.append([method, f"{target:g}", f"{statistics.mean(predicted):.3f}", spread(measured, 3)])
+    return table(["", "target", "by the table", "measured"], lines)
+
+
 def plot(rows: list[dict[str, Any]], dense: float, path: Path) -> None:
     """Top-1 over latency, the mean over seeds."""
     import matplotlib
@@ -105,6 +121,9 @@ def plot(rows: list[dict[str, Any]], dense: float, path: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     begin, rows = time.monotonic(), read(args.rows)
     done, bench = {_key(row) for row in rows}, Bench(args)
+    if args.check:
+        print(check(bench, [row for row in rows if row["epochs"] == args.epochs and row["method"] in args.methods]))
+        return
     for seed in args.seeds:
         for method in args.methods:
             left = [t for t in args.targets if (method, t, seed, args.epochs, args.measured) not in done]

@@ -217,7 +217,8 @@ class TorchPruning:
         images, labels = bench.calibration(seed)
         self.gradients = None
         if mode["crit"] != "l2":
-            self.gradients = baseline.gradients(self.base, mode["crit"], images, labels)
+            batch = 1 if mode["crit"] == "hessian-fixed" else BATCH  # it goes back through the batch for every image
+            self.gradients = baseline.gradients(self.base, mode["crit"], images, labels, batch)
 
     def __call__(self, target: float) -> nn.Module:
         low, high, best = 0.0, 0.95, None

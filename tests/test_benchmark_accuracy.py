@@ -24,6 +24,7 @@ def load_base(path):
     return model.eval()
 @torch.no_grad()
 def top1(model, x, y): return 100 * (model(normalise(x)).argmax(1) == y).float().mean().item()
+def latency_ratio(dense, model): return 1 - model.embed_dim / 100, 3.0, 2.0
 def finetune(model, teacher, x, y, epochs, seed): assert all(p.requires_grad for p in model.parameters())
 """
 
@@ -80,6 +81,20 @@ def test_recovery_is_a_row_of_its_own(words, tmp_path, capsys):
     assert [row["epochs"] for row in rows] == [0, 0, 1, 1]
     assert all(("finetuned" in row) == bool(row["epochs"]) for row in rows)
     assert rows[0]["oneshot"] == rows[2]["oneshot"]
+
+
+def test_rows_are_measured_afterwards(words, tmp_path, capsys):
+    words += ["--targets", "0.6", "--methods", "random", "--seeds", "0", "1"]
+    run(words)
+    before = (tmp_path / "rows.jsonl").read_text()
+    capsys.readouterr()
+    run([*words, "--check"])
+    rows = [json.loads(line) for line in before.splitlines()]
+    low, high = sorted(1 - row["dims"]["embed"] / 100 for row in rows)
+    mean = sum(row["latency"] for row in rows) / 2
+    (line,) = capsys.readouterr().out.splitlines()[-1:]
+    assert line.split() == f"random 0.6 {mean:.3f} {(low + high) / 2:.3f} ({low:.3f} to {high:.3f})".split()
+    assert (tmp_path / "rows.jsonl").read_text() == before
 
 
 def test_shrinking_is_timed_in_pairs(monkeypatch, capsys):
