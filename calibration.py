@@ -72,6 +72,13 @@ def prepare(args: Any, setup: Any) -> Tensor | None:
     return images
 
 
+def compensate_(dense: nn.Module, small: nn.Module, masks: Masks, images: Tensor, batch: int) -> None:
+    """Refit `small`, cut from `dense` by `masks`, in place (`pruning.refit`), and say how far it is from it."""
+    found = refit_(dense, small, masks, images, batch)
+    _agree(small)
+    say(f"compensated: divergence {found:.2e} nats on held-out images")
+
+
 class Compensation:
     """After a cut, the survivors take over what the removed units carried, by a refit of the whole model.
 
@@ -95,10 +102,8 @@ class Compensation:
         if reference is None:
             return
         small = compact(model, masks).eval()
-        found = refit_(reference, small, kept, self.images, self.batch)
+        compensate_(reference, small, kept, self.images, self.batch)
         expand_(model, masks, small)
-        _agree(model)
-        say(f"compensated: divergence {found:.2e} nats on held-out images")
 
     def state_dict(self) -> dict[str, Tensor] | None:
         """The dense model where it is needed at the end: another run could not align it the same to the last bit."""

@@ -24,7 +24,7 @@ from engine import evaluate
 from finetuning import CHECKPOINT, Run, read_resumed, train
 from latency.measure import device_name
 from latency.whole import measured_ratios
-from models import ViTDims, macs, params, skeleton
+from models import Masks, ViTDims, macs, params, skeleton
 from pruning import pm_vit
 from utils import (
     FailedTogether,
@@ -78,8 +78,10 @@ def _add_token_args(parser: argparse.ArgumentParser) -> None:
              "attention received, no labels; random; seq evenly spread, no data; clus attn on a compressed model, "
              "whose skipped patches stay skipped; probe evenly spread, as many in every block as the predictions need, "
              "no labels (default: attn)")  # fmt: skip
+    add("--compensate", action="store_true",
+        help="refit the weights, after --prune, to the dense model's outputs, without labels (default: off)")
     add("--calib_images", metavar="N", type=int, default=256,
-        help="training images that --prune_mode probe looks at, over all processes (default: 256)")
+        help="training images that --prune_mode probe and --compensate look at, over all processes (default: 256)")
     add("--prune_iter", metavar="N", type=int, default=250, help="batches to score on, 0 for an epoch (default: 250)")
     add("--prune_rate", metavar="F", type=float, default=None,
         help="share of patches that skip a block (default: 0.1, with --prune_mode probe 0)")
@@ -113,6 +115,9 @@ def prune(args: argparse.Namespace, run: Run) -> None:
         small = pm_vit.compressed(model, found, merging, args.dense_merge)
     except pm_vit.CompressionError as error:
         raise FailedTogether(str(error)) from None
+    if args.compensate:
+        images = calibration.images_of(args, run.full)
+        calibration.compensate_(model, small, Masks(model.dims, run.device), images, args.batch_size)
     precision = training.precision(args, run.device)
     test = partial(evaluate, loader=run.data.val, precision=precision, sharded=args.dist_eval)
     before, after = (test(m)["acc1"] for m in (model, small))
@@ -212,6 +217,8 @@ def check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add("--resume FILE is required: dense weights, or a checkpoint")
     if not (args.output_dir or args.eval or args.speed_only):
         problems.add("--output_dir is required")
+    if args.compensate and not args.prune:
+        problems.add("--compensate goes with --prune")
     if args.dense_merge and args.shortcut != "skipped":
         problems.add("--dense_merge goes with --shortcut skipped")
     if args.freeze_param and args.freeze_matrix:
@@ -226,6 +233,8 @@ def check_model(args: argparse.Namespace, model: steps.Model) -> None:
         raise ValueError(f"{what}: {args.resume or model.full.arch} has no token structure; compress it with --prune")
     if args.prune and args.prune_mode == "clus" and not compressed:
         raise ValueError("--prune_mode clus compresses a compressed model further; --resume holds none")
+    if args.compensate and compressed:
+        raise ValueError(f"--compensate refits to a model with all of its tokens; {args.resume} has fewer")
     if args.prune:
         stem = skeleton(model.full.arch, **model.full.kwargs).patch_embed
         pm_vit.budget(len(steps.merge_list(args, model.dims)), stem.num_patches, args.prune_rate, args.keep_rate)
@@ -248,8 +257,8 @@ def check_args(args: argparse.Namespace) -> Run:
     run.data = problems.attempt(training.load_data, args, model.full, train=not args.eval)
     problems.raise_if_any()
     problems.attempt(model.check_classes, args, run.data.classes)
-    if args.prune and args.prune_mode == "probe":
-        problems.attempt(shards.check_indexed, args, "--prune_mode probe")
+    if args.prune and (args.prune_mode == "probe" or args.compensate):
+        problems.attempt(shards.check_indexed, args, "--compensate" if args.compensate else "--prune_mode probe")
         problems.attempt(calibration.check, args, len(run.data.train.dataset))
     problems.raise_if_any()
     run.model = problems.attempt(model.build, args)

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from benchmarks.rows import append, read, spread
 from latency.measure import DTYPES, device_name, interleaved, ratio
 from latency.whole import fresh, images_for
-from models import TokenLogits, ViTDims, build_vit, skeleton
+from models import Masks, TokenLogits, ViTDims, build_vit, skeleton
 from models.pretrained import load_initial_, read_initial
 from models.tokens import layers, streamline_
 from pruning import pm_vit
+from pruning.refit import refit_
 from pruning.token_counts import probed
 from utils import table
 
@@ -39,6 +40,7 @@ METHODS = {  # mode of scoring, then how patches are merged
     "attn, raster": ("attn", pm_vit.Merging(where="raster")),
     "attn, as published": ("attn", pm_vit.Merging("raster", published=True, shortcut=False)),
     "attn, without shortcut": ("attn", pm_vit.Merging(shortcut=False)),
+    "attn, compensated": ("attn", pm_vit.Merging()),
     "head_entropy": ("head_entropy", pm_vit.Merging()),
     "probe": ("probe", pm_vit.Merging()),
     "random": ("random", pm_vit.Merging()),
@@ -64,7 +66,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="rows of each method")
     parser.add_argument("--keep_rate", type=float, default=0.6, help="share of patches that stay (default: 0.6)")
     parser.add_argument("--prune_rate", type=float, default=0.1, help="share that is skipped (default: 0.1)")
+    parser.add_argument("--depth_factor", type=float, default=pm_vit.DEPTH_FACTOR, help="as main_pm_vit.py takes it")
     parser.add_argument("--batches", type=int, default=80, help="of 64 images, to score on")
+    parser.add_argument("--calib", type=int, default=1024, help="images to compensate on")
     parser.add_argument("--epochs", type=int, default=2, help="of recovery")
     parser.add_argument("--per-class", type=int, default=1000, help="training images a class for recovery")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no row after so many")
@@ -176,8 +180,11 @@ def compressed(args: argparse.Namespace, method: str, seed: int, base: nn.Module
     def loss(images: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(sum(TokenLogits(base)(images)) / 2, targets)
 
-    ranks = pm_vit.comparable(pm_vit.measured(base, where, batches, loss, mode), where)
-    return pm_vit.compressed(base, pm_vit.chosen(ranks, where, args.prune_rate, args.keep_rate), merging)
+    ranks = pm_vit.comparable(pm_vit.measured(base, where, batches, loss, mode), where, args.depth_factor)
+    small = pm_vit.compressed(base, pm_vit.chosen(ranks, where, args.prune_rate, args.keep_rate), merging)
+    if method.endswith("compensated"):
+        refit_(base, small, Masks(base.dims), normalise(data[0][pick[: args.calib]]), 64)
+    return small
 
 
 def nearest_tome(ef: Any, base: nn.Module, target: nn.Module) -> nn.Module:
@@ -207,18 +214,19 @@ def accuracy(args: argparse.Namespace) -> None:
 
     begin = time.monotonic()
     rows = read(args.rows)
-    done = {(row["method"], row["seed"], row["keep_rate"]) for row in rows}
+    asked = dict(keep_rate=args.keep_rate, prune_rate=args.prune_rate, depth_factor=args.depth_factor)
+    done = {(row["method"], row["seed"]) for row in rows if asked.items() <= row.items()}
     train, val = ef.load_split("train", args.per_class), ef.load_split("val")
     base, dense = load_base(args.initial_checkpoint), ef.load_base(args.initial_checkpoint)
     for seed in args.seeds:
         for method in args.methods:
-            if (method, seed, args.keep_rate) in done or time.monotonic() - begin > 60 * args.minutes:
+            if (method, seed) in done or time.monotonic() - begin > 60 * args.minutes:
                 continue
             torch.manual_seed(seed)
             ours = compressed(args, args.methods[0] if method == "tome" else method, seed, base, train, ef.normalise)
             model = nearest_tome(ef, base, ours) if method == "tome" else ours
             latency = ef.latency_ratio(dense, served(model))[0]
-            row = dict(method=method, seed=seed, keep_rate=args.keep_rate, latency=latency)
+            row = dict(method=method, seed=seed, latency=latency) | asked
             row |= dict(oneshot=ef.top1(model, *val))
             ef.finetune(model.requires_grad_(True), dense, *train, args.epochs, seed=seed)
             row |= dict(epochs=args.epochs, per_class=args.per_class, finetuned=ef.top1(model, *val))
@@ -230,12 +238,13 @@ def accuracy(args: argparse.Namespace) -> None:
 def report(rows: list[dict[str, Any]]) -> None:
     """Mean and spread over seeds of every method and keep rate."""
     lines = []
-    for method, keep in dict.fromkeys((row["method"], row["keep_rate"]) for row in rows):
-        ours = [row for row in rows if (row["method"], row["keep_rate"]) == (method, keep)]
+    rates = ("keep_rate", "prune_rate", "depth_factor")
+    for method, *asked in dict.fromkeys((row["method"], *map(row.get, rates)) for row in rows):
+        ours = [row for row in rows if [row["method"], *map(row.get, rates)] == [method, *asked]]
         columns = (("latency", 3), ("oneshot", 2), ("finetuned", 2))
         cells = [spread([row[key] for row in ours], digits) for key, digits in columns]
-        lines.append([method, f"{keep:g}", str(len(ours)), *cells])
-    print(table(["", "keep rate", "seeds", "latency of dense", "top-1 one-shot", "after recovery"], lines))
+        lines.append([method, "/".join(f"{rate:g}" for rate in asked), str(len(ours)), *cells])
+    print(table(["", "keep/skip/depth factor", "seeds", "latency of dense", "top-1 one-shot", "after recovery"], lines))
 
 
 def main(args: argparse.Namespace) -> None:

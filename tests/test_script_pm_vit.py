@@ -11,8 +11,10 @@ from jobs import PLAIN, run, same
 import finetune_dense
 import main_pm_vit
 import pm_vit_steps
+from datasets import build_dataset
 from models import load_dense
 from models.tokens import SKIPPED, DenseTokenMerge, layers
+from pruning.refit import divergence
 from utils import BadArguments, RunFailed
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +120,26 @@ def test_as_published(runs, tmp_path):
     assert i == 1 and isinstance(tokens, DenseTokenMerge) and (tokens.merge_matrix != 0).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("start", ["dense", "pruned"])
+def test_a_refit_brings_the_predictions_back(runs, tmp_path, start):
+    """Nearer to the model that was compressed; structure and token matrices as without it."""
+    path = runs[start] / ("ft_checkpoint.pth" if start == "dense" else "pruned_checkpoint.pth")
+    flags = [*SCORE, "--prune_mode", "seq", "--resume", path]
+    run(main_pm_vit, *flags, "--output_dir", tmp_path / "cut")
+    run(main_pm_vit, *flags, "--compensate", "--calib_images", "512", "--output_dir", tmp_path / "refitted")
+    whole, cut, refitted = (load_dense(f).eval() for f in
+                            (path, *(tmp_path / n / "pruned_checkpoint.pth" for n in ("cut", "refitted"))))  # fmt: skip
+    assert cut.dims == refitted.dims
+    dataset, _ = build_dataset(False, main_pm_vit.get_args_parser().parse_args([*PLAIN, "--input-size", "16"]), False)
+    images = torch.stack([image for image, _ in dataset])
+    with torch.inference_mode():
+        taught, *students = (model(images) for model in (whole, cut, refitted))
+    before, after = (divergence(found, taught).mean() for found in students)
+    assert after < 0.7 * before
+    for (_, old), (_, new) in zip(layers(cut), layers(refitted), strict=True):
+        assert same(old.state_dict(), new.state_dict())
+
+
 def test_a_pruned_model_goes_in_and_comes_out(runs, tmp_path, capsys):
     """Widths by NViT, tokens by Prune and Merge, finetuned by finetune_dense.py."""
     run(main_pm_vit, *SCORE, "--resume", runs["pruned"] / "pruned_checkpoint.pth", "--output_dir", tmp_path)
@@ -181,6 +203,7 @@ def complaint(*flags):
     (["--prune_mode", "clus"], "compresses a compressed model"),
     (["--prune_mode", "probe", "--prune_rate", "0.1"], "only merges: --prune_rate 0.1 goes with the other modes"),
     (["--prune_mode", "probe", "--calib_images", "20"], "--calib_images must be at least 64"),
+    (["--compensate", "--calib_images", "20"], "--calib_images must be at least 64"),
     (["--dense_merge"], "--dense_merge goes with --shortcut skipped"),
     (["--eval"], "three things to do"),
     (["--keep_rate", "0"], "--keep_rate must be in (0, 1]"),
@@ -196,4 +219,5 @@ def test_a_model_without_token_structure(runs, tmp_path):
     start = ["--resume", runs["dense"] / "ft_checkpoint.pth", "--output_dir", tmp_path]
     assert "has no token structure" in complaint(*PLAIN, "--eval", *start)
     assert "has no token structure" in complaint(*PLAIN, *start)
+    assert "--compensate goes with --prune" in complaint(*PLAIN, *start, "--compensate")
     assert "no dense model to distil from" not in complaint(*PLAIN, *start, "--distillation-type", "soft")
