@@ -8,7 +8,7 @@ import torch
 from conftest import TINY
 from jobs import table_file, token_table
 
-from benchmarks import accuracy_per_ms, shrink_time
+from benchmarks import accuracy_per_ms, shrink_time, tokens
 from benchmarks.pruners import GRADIENT
 from models import build_vit
 
@@ -24,7 +24,7 @@ def load_base(path):
     return model.eval()
 @torch.no_grad()
 def top1(model, x, y): return 100 * (model(normalise(x)).argmax(1) == y).float().mean().item()
-def latency_ratio(dense, model): return 1 - model.embed_dim / 100, 3.0, 2.0
+def latency_ratio(dense, model, rounds=1): return 1 - model.embed_dim / 100, 3.0, 2.0
 def finetune(model, teacher, x, y, epochs, seed): assert all(p.requires_grad for p in model.parameters())
 """
 
@@ -95,6 +95,22 @@ def test_rows_are_measured_afterwards(words, tmp_path, capsys):
     (line,) = capsys.readouterr().out.splitlines()[-1:]
     assert line.split() == f"random 0.6 {mean:.3f} {(low + high) / 2:.3f} ({low:.3f} to {high:.3f})".split()
     assert (tmp_path / "rows.jsonl").read_text() == before
+
+
+def test_tokens_by_every_method_once(words, tmp_path, capsys):
+    table = words.index("--table")
+    words[table : table + 2] = ["--batches", "2", "--epochs", "0"]
+    methods = [*tokens.METHODS]
+    words = [*map(str, words), "--seeds", "0", "--methods", *methods]
+    tokens.main(tokens.get_args_parser().parse_args(["accuracy", *words]))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == methods
+    lines = capsys.readouterr().out.splitlines()[-len(methods) :]
+    assert all(line.startswith(method) for line, method in zip(lines, methods, strict=True))
+    again = tokens.get_args_parser().parse_args(["accuracy", *words, "--depth_factor", "0.1", "--methods", "attn"])
+    for _ in range(2):
+        tokens.main(again)
+    assert (tmp_path / "rows.jsonl").read_text().count("\n") == len(methods) + 1
 
 
 def test_shrinking_is_timed_in_pairs(monkeypatch, capsys):
