@@ -98,24 +98,30 @@ def check(bench: Bench, rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], dense: float, path: Path) -> None:
-    """Top-1 over latency, the mean over seeds."""
+    """Top-1 over latency, the mean over seeds: right after pruning, and after recovery where there was one."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    key = "finetuned" if any("finetuned" in row for row in rows) else "oneshot"
-    figure, axes = plt.subplots(figsize=(8, 5.5))
-    for k, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        mine = [row for row in rows if row["method"] == method and key in row]
-        points = [[row for row in mine if row["target"] == target] for target in sorted({r["target"] for r in mine})]
-        x, y = ([statistics.mean(row[name] for row in point) for point in points] for name in ("latency", key))
-        axes.plot(x, y, marker="o", linestyle="--" if method in PEERS else "-", label=method,
-                  color=plt.cm.tab20(k % 20))  # fmt: skip
-    axes.axhline(dense, color="grey", linewidth=0.8)
-    axes.set(xlabel="latency, share of the dense model's", ylabel="top-1 (%)")
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    titles = dict(oneshot="right after pruning", finetuned="after recovery")
+    shown = {key: title for key, title in titles.items() if any(key in row for row in rows)}
+    figure, panels = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4.2), sharey=True, squeeze=False)
+    for panel, (key, title) in zip(panels.flat, shown.items(), strict=True):
+        panel.axhline(dense, color="grey", linewidth=0.8)
+        for k, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            mine = [row for row in rows if row["method"] == method and key in row]
+            targets = sorted({row["target"] for row in mine})
+            points = [[row for row in mine if row["target"] == target] for target in targets]
+            x, y = ([statistics.mean(row[name] for row in point) for point in points] for name in ("latency", key))
+            panel.plot(x, y, marker="o", markersize=4, linestyle="--" if method in PEERS else "-",
+                       color=plt.cm.tab20(2 * k % 20 + k // 10 % 2), label=method)  # fmt: skip
+        panel.set(xlabel="latency, share of the dense model's", title=title)
+        panel.grid(alpha=0.25)
+    panels[0, 0].set_ylabel(f"top-1 (%), dense {dense:.2f}")
+    panels[0, -1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -137,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
                 print(json.dumps(rows[-1]), flush=True)
                 append(args.rows, rows[-1])
     dense = bench.ef.top1(bench.base, *bench.val)
-    shown = [row for row in rows if (row["epochs"], row["measured"]) == (args.epochs, args.measured)]
+    shown = [row for row in rows if _key(row)[3:] == (args.epochs, args.measured) and row["method"] in args.methods]
     print(report(shown, dense))
     if args.plot:
         plot(shown, dense, args.plot)
