@@ -105,18 +105,23 @@ def _add_token_args(parser: argparse.ArgumentParser) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- prune
+def calibrates(args: argparse.Namespace) -> bool:
+    """Whether --prune looks at --calib_images."""
+    return args.prune_mode == "probe" or args.compensate
+
+
 def prune(args: argparse.Namespace, run: Run) -> None:
     """Compress the model and write pruned_checkpoint.pth with what it is worth."""
     provenance.record(args, run.folder, run.device, run.data, {})
     model = run.model.to(run.device).eval()
     merging = pm_vit.Merging(args.merge, args.merge_entries == "published", args.shortcut == "merged")
+    images = calibration.images_of(args, run.full) if calibrates(args) else None
     try:
-        found = steps.structure(args, run)
+        found = steps.structure(args, run, images)
         small = pm_vit.compressed(model, found, merging, args.dense_merge)
     except pm_vit.CompressionError as error:
         raise FailedTogether(str(error)) from None
     if args.compensate:
-        images = calibration.images_of(args, run.full)
         calibration.compensate_(model, small, Masks(model.dims, run.device), images, args.batch_size)
     precision = training.precision(args, run.device)
     test = partial(evaluate, loader=run.data.val, precision=precision, sharded=args.dist_eval)
@@ -257,7 +262,7 @@ def check_args(args: argparse.Namespace) -> Run:
     run.data = problems.attempt(training.load_data, args, model.full, train=not args.eval)
     problems.raise_if_any()
     problems.attempt(model.check_classes, args, run.data.classes)
-    if args.prune and (args.prune_mode == "probe" or args.compensate):
+    if args.prune and calibrates(args):
         problems.attempt(shards.check_indexed, args, "--compensate" if args.compensate else "--prune_mode probe")
         problems.attempt(calibration.check, args, len(run.data.train.dataset))
     problems.raise_if_any()

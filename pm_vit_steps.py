@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import calibration
 import checkpoint
 import training
 from engine import progress_bar
@@ -136,12 +135,15 @@ def scores(args: Any, run: Run, layers: Sequence[int]) -> Tensor:
     return pm_vit.measured(model, layers, batches, loss, mode, args.per_image).cpu()
 
 
-def structure(args: Any, run: Run) -> pm_vit.Structure:
-    """What becomes of every patch. Raises ValueError (CompressionError) for rates that leave nothing."""
+def structure(args: Any, run: Run, images: Tensor | None) -> pm_vit.Structure:
+    """What becomes of every patch. Raises ValueError (CompressionError) for rates that leave nothing.
+
+    images: this process's calibration images, which --prune_mode probe alone looks at.
+    """
     layers, stem = merge_list(args, run.model.dims), run.model.patch_embed
     if args.prune_mode == "probe":
         total, _ = pm_vit.budget(len(layers), stem.num_patches, args.prune_rate, args.keep_rate)
-        return probed(run.model, layers, calibration.images_of(args, run.full), total, args.batch_size)
+        return probed(run.model, layers, images, total, args.batch_size)
     found = scores(args, run, layers)
     passing = pm_vit.skipped_patches(run.model, layers) if args.prune_mode == "clus" else None
     if args.prune_mode not in ("random", "seq"):
