@@ -34,6 +34,7 @@ from pruning.token_counts import probed
 from utils import table
 
 PROBED = 256  # images
+ASKED = ("keep_rate", "prune_rate", "depth_factor", "epochs", "per_class")  # flags that a row belongs to
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 METHODS = {  # mode of scoring, then how patches are merged
     "attn": ("attn", pm_vit.Merging()),
@@ -214,7 +215,7 @@ def accuracy(args: argparse.Namespace) -> None:
 
     begin = time.monotonic()
     rows = read(args.rows)
-    asked = dict(keep_rate=args.keep_rate, prune_rate=args.prune_rate, depth_factor=args.depth_factor)
+    asked = {name: getattr(args, name) for name in ASKED}
     done = {(row["method"], row["seed"]) for row in rows if asked.items() <= row.items()}
     train, val = ef.load_split("train", args.per_class), ef.load_split("val")
     base, dense = load_base(args.initial_checkpoint), ef.load_base(args.initial_checkpoint)
@@ -229,22 +230,21 @@ def accuracy(args: argparse.Namespace) -> None:
             row = dict(method=method, seed=seed, latency=latency) | asked
             row |= dict(oneshot=ef.top1(model, *val))
             ef.finetune(model.requires_grad_(True), dense, *train, args.epochs, seed=seed)
-            row |= dict(epochs=args.epochs, per_class=args.per_class, finetuned=ef.top1(model, *val))
+            row |= dict(finetuned=ef.top1(model, *val))
             rows.append(row)
             append(args.rows, row)
     report(rows)
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """Mean and spread over seeds of every method and keep rate."""
-    lines = []
-    rates = ("keep_rate", "prune_rate", "depth_factor")
-    for method, *asked in dict.fromkeys((row["method"], *map(row.get, rates)) for row in rows):
-        ours = [row for row in rows if [row["method"], *map(row.get, rates)] == [method, *asked]]
+    """Mean and spread over seeds of every method, as asked for."""
+    lines, kinds = [], [(row["method"], *map(row.get, ASKED)) for row in rows]
+    for kind in dict.fromkeys(kinds):
+        ours = [row for row, its in zip(rows, kinds, strict=True) if its == kind]
         columns = (("latency", 3), ("oneshot", 2), ("finetuned", 2))
         cells = [spread([row[key] for row in ours], digits) for key, digits in columns]
-        lines.append([method, "/".join(f"{rate:g}" for rate in asked), str(len(ours)), *cells])
-    print(table(["", "keep/skip/depth factor", "seeds", "latency of dense", "top-1 one-shot", "after recovery"], lines))
+        lines.append([*map(str, kind), str(len(ours)), *cells])
+    print(table(["", *ASKED, "seeds", "latency of dense", "top-1 one-shot", "after recovery"], lines))
 
 
 def main(args: argparse.Namespace) -> None:
