@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latency.measure import settle_allocator
 from latency.table import LatencyTable
 from models import BlockDims, Masks, TokenLogits, ViTDims, build_vit, compact
 from models.pretrained import load_initial_, read_initial
@@ -68,7 +69,6 @@ METHODS = (*GRADIENT, *ONE_SHOT, *PEERS)
 CLOSE, ROUNDS, TRIALS = 0.01, 5, 10
 
 
-
 def dims_of(model: nn.Module) -> ViTDims:
     """Widths, of Torch-Pruning's models too."""
     if hasattr(model, "dims"):
@@ -92,6 +92,7 @@ class Bench:
         self.arch, self.kwargs, self.state = read_initial(args.initial_checkpoint)
         self.base = equal_footing.load_base(args.initial_checkpoint)
         self.train, self.val = equal_footing.load_split("train"), equal_footing.load_split("val")
+        settle_allocator()
 
     @functools.cached_property
     def recovery(self) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.rows import append, read, spread
-from latency.measure import DTYPES, device_name, interleaved, ratio
+from latency.measure import DTYPES, device_name, interleaved, ratio, settle_allocator
 from latency.whole import fresh, images_for
 from models import Masks, TokenLogits, ViTDims, build_vit, skeleton
 from models.pretrained import load_initial_, read_initial
@@ -213,6 +213,7 @@ def accuracy(args: argparse.Namespace) -> None:
     sys.path.insert(0, str(args.bench))
     import equal_footing as ef
 
+    settle_allocator()
     begin = time.monotonic()
     rows = read(args.rows)
     asked = {name: getattr(args, name) for name in ASKED}
