@@ -84,11 +84,12 @@ def _add_token_args(parser: argparse.ArgumentParser) -> None:
         help="training images that --prune_mode probe and --compensate look at, over all processes (default: 256)")
     add("--prune_iter", metavar="N", type=int, default=250, help="batches to score on, 0 for an epoch (default: 250)")
     add("--prune_rate", metavar="F", type=float, default=None,
-        help="share of patches that skip a block (default: 0.1, with --prune_mode probe 0)")
+        help="share of patches that skip a block (default: 0.1; 0 with --prune_mode probe and --merge content)")
     add("--keep_rate", metavar="F", type=float, default=0.6, help="share of patches that stay tokens (default: 0.6)")
     add("--merge_list", metavar="L", type=int, nargs="+", default=None, help="blocks to compress (default: all)")
-    add("--merge", choices=tuple(pm_vit.ASSIGN), default="grid",
-        help="where merged patches go: the nearest centre on the grid, or along the row as published (default: grid)")
+    add("--merge", choices=pm_vit.MERGES, default="grid",
+        help="where merged patches go: the nearest centre on the grid, or along the row as published, the same for all "
+             "images; or, image by image, the patch that each is most like (default: grid)")  # fmt: skip
     add("--merge_entries", choices=("mean", "published"), default="mean",
         help="entries of the merge matrix: rows sum to 1, or the centre's is 1 (default: mean)")
     add("--shortcut", choices=("merged", "skipped"), default="merged",
@@ -209,13 +210,30 @@ def uniform(dims: ViTDims, keep_rate: float, prefix: int) -> ViTDims:
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
+def only_merges(args: argparse.Namespace) -> str:
+    """The flag that lets no patch skip a block, if one does."""
+    if args.merge == pm_vit.CONTENT:
+        return "--merge content"
+    return "--prune_mode probe" if args.prune_mode == "probe" else ""
+
+
+def _check_content(args: argparse.Namespace, problems: Problems) -> None:
+    """Complaints about flags of matrices beside --merge content."""
+    for odd in ("--dense_merge", "--merge_entries published", "--shortcut skipped"):
+        name, *value = odd.removeprefix("--").split()
+        if getattr(args, name) in (True, *value):
+            problems.add(f"{odd} is of matrices, which --merge content has none of")
+
+
 def check_flags(args: argparse.Namespace, problems: Problems) -> None:
     """Complaints about flags and how they go together."""
     options.check_values(steps.with_losses(args), problems)
     if args.prune_rate is None:
-        args.prune_rate = 0.0 if args.prune_mode == "probe" else 0.1
-    if args.prune_mode == "probe" and args.prune_rate:
-        problems.add(f"--prune_mode probe only merges: --prune_rate {args.prune_rate:g} goes with the other modes")
+        args.prune_rate = 0.0 if only_merges(args) else 0.1
+    if (flag := only_merges(args)) and args.prune_rate:
+        problems.add(f"{flag} only merges: --prune_rate {args.prune_rate:g} does not go with it")
+    if args.merge == pm_vit.CONTENT:
+        _check_content(args, problems)
     if sum((args.prune, args.eval, args.speed_only)) > 1:
         problems.add("--prune, --eval and --speed-only are three things to do: give one")
     if not (args.resume or args.initial_checkpoint or args.pretrained or args.speed_only):
@@ -236,6 +254,14 @@ def check_model(args: argparse.Namespace, model: steps.Model) -> None:
     if (args.eval or not (args.prune or args.speed_only)) and not compressed:
         what = "--eval" if args.eval else "finetuning"
         raise ValueError(f"{what}: {args.resume or model.full.arch} has no token structure; compress it with --prune")
+    if model.content and model.content["arch"]["kwargs"].get("content_merge"):
+        if args.freeze_param:
+            raise ValueError(f"--freeze_param: {args.resume} merges by content and has no matrices to train")
+        if args.prune and args.merge != pm_vit.CONTENT:
+            raise ValueError(f"--merge {args.merge}: {args.resume} merges by content; --merge content goes on with it")
+        if args.prune and args.prune_mode not in ("seq", "random", "probe"):
+            raise ValueError(f"--prune_mode {args.prune_mode} scores patches that have a place of their own; "
+                             f"{args.resume} merges by content: seq, random and probe compress it further")
     if args.prune and args.prune_mode == "clus" and not compressed:
         raise ValueError("--prune_mode clus compresses a compressed model further; --resume holds none")
     if args.compensate and compressed:
@@ -253,6 +279,8 @@ def check_args(args: argparse.Namespace) -> Run:
     problems.raise_if_any()
     model = problems.attempt(steps.read_model, args)
     problems.raise_if_any()
+    if args.merge == pm_vit.CONTENT and (args.prune or args.speed_only):
+        model.full.kwargs["content_merge"] = True
     problems.attempt(check_model, args, model)
     problems.raise_if_any()
     run = Run(device, model.full, training.Data(None, None, 0), None, origin=model.origin, start=model.weights)

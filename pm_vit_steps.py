@@ -143,7 +143,7 @@ def structure(args: Any, run: Run, images: Tensor | None) -> pm_vit.Structure:
     layers, stem = merge_list(args, run.model.dims), run.model.patch_embed
     if args.prune_mode == "probe":
         total, _ = pm_vit.budget(len(layers), stem.num_patches, args.prune_rate, args.keep_rate)
-        return probed(run.model, layers, images, total, args.batch_size)
+        return probed(run.model, layers, images, total, args.batch_size, args.merge == pm_vit.CONTENT)
     found = scores(args, run, layers)
     passing = pm_vit.skipped_patches(run.model, layers) if args.prune_mode == "clus" else None
     if args.prune_mode not in ("random", "seq"):

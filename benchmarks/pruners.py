@@ -64,6 +64,8 @@ ONE_SHOT = {
     "one-shot-not-refitted": dict(refit=False),
     "one-shot-tokens": dict(tokens=True),
     "one-shot-tokens-alone": dict(tokens=True, widths=False),
+    "one-shot-tokens-content": dict(tokens=True, content=True),
+    "one-shot-tokens-content-alone": dict(tokens=True, widths=False, content=True),
 }
 METHODS = (*GRADIENT, *ONE_SHOT, *PEERS)
 CLOSE, ROUNDS, TRIALS = 0.01, 5, 10
@@ -98,9 +100,9 @@ class Bench:
     def recovery(self) -> tuple[Tensor, Tensor]:
         return self.ef.load_split("train", self.args.per_class)
 
-    def model(self) -> nn.Module:
-        """The dense model as one of this project's."""
-        model = build_vit(self.arch, **self.kwargs)
+    def model(self, **kwargs: Any) -> nn.Module:
+        """The dense model as one of this project's, with further arguments."""
+        model = build_vit(self.arch, **self.kwargs, **kwargs)
         load_initial_(model, self.state, self.args.initial_checkpoint)
         return model.eval()
 
@@ -185,10 +187,13 @@ class Gradient:
 
 
 class OneShot:
-    """This project's one-shot pruning: aligned, priced, allocated, and refitted or not; of widths, tokens or both."""
+    """This project's one-shot pruning: aligned, priced, allocated, and refitted or not; of widths, tokens or both,
+    tokens merged by place or by content."""
 
-    def __init__(self, bench: Bench, seed: int, refit: bool = True, widths: bool = True, tokens: bool = False) -> None:
-        self.bench, self.refit, self.dense = bench, refit, bench.model().requires_grad_(False)
+    def __init__(self, bench: Bench, seed: int, refit: bool = True, widths: bool = True, tokens: bool = False,
+                 content: bool = False) -> None:  # fmt: skip
+        self.bench, self.refit = bench, refit
+        self.dense = bench.model(**dict(content_merge=True) if content else {}).requires_grad_(False)
         self.images = bench.ef.normalise(bench.calibration(seed)[0])
         self.grid = self.dense.patch_embed.grid_size if tokens else None
         masks = Masks(self.dense.dims, grid=self.grid)

@@ -6,7 +6,7 @@
 `speed` prints dense over compressed time, interleaved, fused attention on both sides, a tenth of the patches skipped.
 `accuracy` compresses the CIFAR-10 base, one-shot and after the shared recovery recipe of the folder --bench
 (equal_footing.py); rows that --rows holds already are not repeated. `tome` is bipartite matching written from the paper
-(Bolya et al., arXiv 2210.09461), with as many merged per block as come nearest to the latency of --methods' first.
+(Bolya et al., arXiv 2210.09461), with as many merged as come nearest to the latency of --methods' first.
 """
 from __future__ import annotations
 
@@ -44,6 +44,9 @@ METHODS = {  # mode of scoring, then how patches are merged
     "attn, compensated": ("attn", pm_vit.Merging()),
     "head_entropy": ("head_entropy", pm_vit.Merging()),
     "probe": ("probe", pm_vit.Merging()),
+    "attn, content": ("attn", pm_vit.Merging(where="content")),
+    "probe, content": ("probe", pm_vit.Merging(where="content")),
+    "probe, content, compensated": ("probe", pm_vit.Merging(where="content")),
     "random": ("random", pm_vit.Merging()),
     "seq": ("seq", pm_vit.Merging()),
     "tome": (),
@@ -113,9 +116,12 @@ def speed(args: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- ToMe
 class ToMeBlock(nn.Module):
-    """A block that merges the r most similar pairs of its tokens after attention; token sizes travel along."""
+    """A block that merges the r most similar pairs of its tokens after attention; token sizes travel along.
 
-    def __init__(self, block: nn.Module, r: int, prefix: int, sizes: list[Tensor | None]) -> None:
+    r None: of the last block only the prefix tokens are wanted, as of our models (`streamline_`).
+    """
+
+    def __init__(self, block: nn.Module, r: int | None, prefix: int, sizes: list[Tensor | None]) -> None:
         super().__init__()
         self.block, self.r, self.prefix, self.sizes = block, r, prefix, sizes
 
@@ -124,9 +130,12 @@ class ToMeBlock(nn.Module):
         B, N, _ = x.shape
         size = self.sizes[0] if self.sizes[0] is not None and self.sizes[0].shape[:2] == (B, N) else x.new_ones(B, N, 1)
         q, k, v = (t.view(B, N, a.num_heads, -1).transpose(1, 2) for t in a.qkv(block.norm1(x)).chunk(3, -1))
+        if self.r is None:
+            q, x = q[:, :, : self.prefix], x[:, : self.prefix]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log().view(B, 1, 1, N), scale=a.scale)
-        x = x + block.drop_path1(block.ls1(a.proj(mixed.transpose(1, 2).reshape(B, N, -1))))
-        x, self.sizes[0] = self.merged(x, size, k.mean(1))
+        x = x + block.drop_path1(block.ls1(a.proj(mixed.transpose(1, 2).flatten(2))))
+        if self.r is not None:
+            x, self.sizes[0] = self.merged(x, size, k.mean(1))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
     def merged(self, x: Tensor, size: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,11 +159,12 @@ class ToMeBlock(nn.Module):
         return x, torch.cat([size[:, : self.prefix], out[..., -1:]], 1)
 
 
-def tome(model: nn.Module, r: int) -> nn.Module:
-    """`model` with r tokens merged in every block."""
+def tome(model: nn.Module, merged: list[int | None]) -> nn.Module:
+    """`model` with so many tokens merged in each block, None for a last block that only the classifier reads."""
     model, sizes = copy.deepcopy(model), [None]
     prefix = model.num_prefix_tokens
-    model.blocks = nn.Sequential(*(ToMeBlock(block, r, prefix, sizes) for block in model.blocks))
+    made = (ToMeBlock(block, r, prefix, sizes) for block, r in zip(model.blocks, merged, strict=True))
+    model.blocks = nn.Sequential(*made)
     model.blocks[0].register_forward_pre_hook(lambda *_: sizes.__setitem__(0, None))
     return model
 
@@ -164,16 +174,20 @@ def compressed(args: argparse.Namespace, method: str, seed: int, base: nn.Module
                normalise: Any) -> nn.Module:  # fmt: skip
     """The base compressed by one of our methods, scored on images that the seed chooses."""
     mode, merging = METHODS[method]
+    content = merging.where == pm_vit.CONTENT
+    prune_rate = 0.0 if content else args.prune_rate
     where, grid = range(len(base.blocks)), base.patch_embed.grid_size
     generator = torch.Generator().manual_seed(seed)
     if mode == "probe":
-        pick = torch.randperm(len(data[0]), generator=generator)[:PROBED]
+        pick = torch.randperm(len(data[0]), generator=generator)
         total, _ = pm_vit.budget(len(where), grid[0] * grid[1], 0.0, args.keep_rate)
-        return pm_vit.compressed(base, probed(base, where, normalise(data[0][pick]), total, 64), merging)
+        found = probed(base, where, normalise(data[0][pick[:PROBED]]), total, 64, content)
+        small = pm_vit.compressed(base, found, merging)
+        return compensated(args, method, base, small, normalise(data[0][pick[: args.calib]]))
     if mode in ("random", "seq"):
         shape = len(where), grid[0] * grid[1]
         ranks = torch.rand(shape, generator=generator) if mode == "random" else pm_vit.spread(where, grid)
-        structure = pm_vit.chosen(ranks, where, args.prune_rate, args.keep_rate)
+        structure = pm_vit.chosen(ranks, where, prune_rate, args.keep_rate)
         return pm_vit.compressed(base, replace(structure, weights=torch.ones_like(ranks)), merging)
     pick = torch.randperm(len(data[0]), generator=generator)[: 64 * args.batches]
     batches = [(normalise(data[0][i]), data[1][i]) for i in pick.split(64)]
@@ -182,18 +196,40 @@ def compressed(args: argparse.Namespace, method: str, seed: int, base: nn.Module
         return F.cross_entropy(sum(TokenLogits(base)(images)) / 2, targets)
 
     ranks = pm_vit.comparable(pm_vit.measured(base, where, batches, loss, mode), where, args.depth_factor)
-    small = pm_vit.compressed(base, pm_vit.chosen(ranks, where, args.prune_rate, args.keep_rate), merging)
+    small = pm_vit.compressed(base, pm_vit.chosen(ranks, where, prune_rate, args.keep_rate), merging)
+    return compensated(args, method, base, small, normalise(data[0][pick[: args.calib]]))
+
+
+def compensated(args: argparse.Namespace, method: str, base: nn.Module, small: nn.Module, images: Tensor) -> nn.Module:
+    """`small`, refitted in place where the method says so."""
     if method.endswith("compensated"):
-        refit_(base, small, Masks(base.dims), normalise(data[0][pick[: args.calib]]), 64)
+        refit_(base, small, Masks(base.dims), images, 64)
     return small
 
 
 def nearest_tome(ef: Any, base: nn.Module, target: nn.Module) -> nn.Module:
-    """ToMe with the number of merged tokens whose latency is nearest to that of `target`, measured side by side."""
-    patches, depth = base.patch_embed.num_patches, len(base.blocks)
-    target = served(target)
-    found = {r: abs(1 - ef.latency_ratio(target, tome(base, r), rounds=9)[0]) for r in range(2, patches // depth + 1)}
-    return tome(base, min(found, key=found.get))
+    """ToMe whose latency is nearest to that of `target`, measured side by side: by bisection over the tokens that it
+    merges in all, of which the first blocks merge one more than the last where blocks do not divide them."""
+    merging, target = len(base.blocks) - 1, served(target)
+
+    def made(total: int) -> tuple[float, nn.Module]:
+        model = tome(base, [*(total // merging + (i < total % merging) for i in range(merging)), None])
+        return ef.latency_ratio(target, model, rounds=25)[0], model
+
+    low, high = 0, base.patch_embed.num_patches - 1  # merged in all: too slow, too fast
+    found = {low: made(low), high: made(high)}
+    while high - low > 1:
+        middle = (low + high) // 2
+        found[middle] = made(middle)
+        low, high = (middle, high) if found[middle][0] > 1 else (low, middle)
+    return min((found[low], found[high]), key=lambda pair: abs(1 - pair[0]))[1]
+
+
+def merged_by(model: nn.Module) -> list[int]:
+    """Of every block, how many tokens it merges of those that come in."""
+    if isinstance(model.blocks[0], ToMeBlock):
+        return [block.r or 0 for block in model.blocks]
+    return [max(b.tokens for b in model.dims.blocks) - b.tokens for b in model.dims.blocks]
 
 
 def served(model: nn.Module) -> nn.Module:
@@ -229,7 +265,7 @@ def accuracy(args: argparse.Namespace) -> None:
             model = nearest_tome(ef, base, ours) if method == "tome" else ours
             latency = ef.latency_ratio(dense, served(model))[0]
             row = dict(method=method, seed=seed, latency=latency) | asked
-            row |= dict(oneshot=ef.top1(model, *val))
+            row |= dict(oneshot=ef.top1(model, *val), merged=merged_by(model))
             ef.finetune(model.requires_grad_(True), dense, *train, args.epochs, seed=seed)
             row |= dict(finetuned=ef.top1(model, *val))
             rows.append(row)

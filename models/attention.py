@@ -36,18 +36,19 @@ def route(qk: int, v: int, device: torch.device, dtype: torch.dtype) -> str:
     return "fused" if qk == v and qk % TENSOR_CORES == 0 else "padded"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, way: str | None = None) -> Tensor:
-    """softmax(scale q k^T) v: q (B, H, N, qk), k (B, H, M, qk), v (B, H, M, v) -> (B, N, H v).
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, way: str | None = None,
+           bias: Tensor | None = None) -> Tensor:  # fmt: skip
+    """softmax(scale q k^T + bias) v: q (B, H, N, qk), k (B, H, M, qk), v (B, H, M, v) -> (B, N, H v).
 
-    way: a route, None for the rule's.
+    way: a route, None for the rule's; bias: of the keys, (B, 1, 1, M), None for none.
     """
     way = way or route(q.shape[-1], v.shape[-1], q.device, q.dtype)
     if way == "explicit":
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dropout:
-            return _explicit(q, k, v, scale)
+            return _explicit(q, k, v, scale, bias)
         way = "padded"
     B, H, N, _ = q.shape
-    out = by_kernel(q, k, v, scale, dropout, padded=way == "padded")
+    out = by_kernel(q, k, v, scale, dropout, bias, padded=way == "padded")
     return out.transpose(1, 2).reshape(B, N, H * v.shape[-1])
 
 
@@ -55,7 +56,7 @@ def by_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.
               padded: bool = True) -> Tensor:  # fmt: skip
     """softmax(scale q k^T + bias) v by torch's kernel, as it is or padded: shapes of `attend` -> (B, H, N, v).
 
-    bias: of the scores, (1, H, N, M).
+    bias: of the scores, (B, H, N, M) or 1 where they share it.
     """
     width = v.shape[-1]
     if padded:
@@ -65,12 +66,14 @@ def by_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)[..., :width]
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
     (B, H, N, _), width = q.shape, v.shape[-1]
     chunk = max(1, SCORES_BYTES // (H * N * k.shape[2] * q.element_size()))
     out = v.new_empty(B, N, H, width)
-    for rows in zip(*(t.split(chunk) for t in (q, k, v, out)), strict=True):
+    for i, rows in enumerate(zip(*(t.split(chunk) for t in (q, k, v, out)), strict=True)):
         q_, k_, v_ = (t.flatten(0, 1) for t in rows[:3])  # b*H N d
         scores = torch.baddbmm(q_.new_empty(1), q_, k_.transpose(1, 2), beta=0, alpha=scale)  # b*H N N
+        if bias is not None:
+            scores.unflatten(0, (-1, H)).add_(bias[i * chunk : (i + 1) * chunk])
         rows[3].copy_(torch.bmm(scores.softmax(-1), v_).view(-1, H, N, width).transpose(1, 2))
     return out.view(B, N, H * width)

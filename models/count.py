@@ -12,6 +12,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from models.axes import branch_of
+from models.content import anchors_of
 from models.dims import ViTDims
 from models.family import Model, dims_of, is_swin, skeleton
 from models.swin import check_fits
@@ -45,13 +46,13 @@ def params(arch: str, dims: Dims | None = None, **kwargs: Any) -> int:
             )
     if isinstance(parent, SwinTransformer):
         return total
-    return total + sum(_token_params(parent, b.tokens, kwargs.get("dense_merge", False)) for b in dims.blocks)
+    return total + sum(_token_params(parent, b.tokens, kwargs) for b in dims.blocks)
 
 
-def _token_params(parent: VisionTransformer, tokens: int, dense: bool) -> int:
+def _token_params(parent: VisionTransformer, tokens: int, kwargs: dict[str, Any]) -> int:
     prefix = parent.num_prefix_tokens
     with torch.device("meta"):
-        compression = merging(tokens, parent.patch_embed.num_patches + prefix, prefix, dense)
+        compression = merging(tokens, parent.patch_embed.num_patches + prefix, prefix, kwargs)
     return sum(p.numel() for p in compression.parameters()) if compression else 0
 
 
@@ -61,14 +62,15 @@ class MacsFormula:
 
     Counts what torch's counter counts: convolutions, linears and both attention products. Norms, softmax, GELU and
     residual additions are left out, as in the papers (NViT's DeiT-B figure of 17.66 G is reproduced). Merging and
-    reconstructing tokens count as the two matrix products that they are (without gradients less is computed).
-    stem, classifier: MACs per embedding channel; tokens: (L,) int64, one count per block; total: of the model.
+    reconstructing tokens count as the two matrix products that they are (without gradients less is computed), by
+    content as its likenesses and its means.
+    stem, classifier, compression: MACs per embedding channel; tokens: (L,) int64, one count per block.
     """
 
     stem: int
     classifier: int
     tokens: np.ndarray
-    total: int
+    compression: int
 
     @classmethod
     def of(cls, arch: str, dims: ViTDims, **kwargs: Any) -> MacsFormula:
@@ -77,8 +79,13 @@ class MacsFormula:
         patch = prod(parent.patch_embed.patch_size) * parent.patch_embed.proj.in_channels
         heads = sum(hasattr(parent, name) for name in ("head", "head_dist"))
         tokens = np.array([b.tokens for b in dims.blocks], dtype=np.int64)
-        patches = parent.patch_embed.num_patches
-        return cls(patches * patch, heads * parent.num_classes, tokens, patches + parent.num_prefix_tokens)
+        patches, prefix = parent.patch_embed.num_patches, parent.num_prefix_tokens
+        groups = tokens[tokens < patches + prefix] - prefix
+        if kwargs.get("content_merge"):
+            compression = sum(anchors_of(k) + prefix + k for k in groups.tolist()) * (patches + prefix)
+        else:
+            compression = 2 * int((groups + prefix).sum()) * (patches + prefix)
+        return cls(patches * patch, heads * parent.num_classes, tokens, compression)
 
     def parts(self, embed: np.ndarray, heads: np.ndarray, qk: np.ndarray, v: np.ndarray,
               mlp: np.ndarray) -> dict[str, np.ndarray]:  # fmt: skip
@@ -87,12 +94,11 @@ class MacsFormula:
         linears = e * heads * (2 * qk + v) + heads * v * e
         attention = self.tokens * linears + self.tokens**2 * heads * (qk + v)
         hidden = 2 * self.tokens * e * mlp
-        compression = 2 * self.tokens[self.tokens < self.total] * self.total * e
         return dict(
             patch_embed=self.stem * embed,
             attention=attention.sum(-1),
             mlp=hidden.sum(-1),
-            tokens=compression.sum(-1),
+            tokens=self.compression * embed,
             classifier=self.classifier * embed,
         )
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from models.axes import Dim, branch_of
 from models.swin_dims import Dims
-from models.tokens import around, spread_order
+from models.tokens import around, by_content, spread, spread_order
 from models.vit import LayerNorm
 
 
@@ -156,7 +156,11 @@ class Masks:
         for i, (block, left) in enumerate(zip(model.blocks, self.dims.blocks, strict=True)):
             keep = self.keep[f"blocks.{i}.tokens"].cpu()
             merged = left.tokens < self.prefix + len(keep)
-            block.tokens = around(keep, self.grid, self.prefix).to(reference) if merged else None
+            if merged and by_content(model):
+                tokens = spread(int(keep.sum()), self.grid, i, self.prefix, content=True)
+            else:
+                tokens = around(keep, self.grid, self.prefix) if merged else None
+            block.tokens = tokens and tokens.to(reference)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.keep)

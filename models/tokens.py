@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.content import ContentMerge, anchors_of
+
 SKIPPED = -1
+COMPRESSIONS = ("dense_merge", "content_merge")  # arguments of a model that say how its tokens are compressed
 
 
 def evenly(patches: int, groups: int) -> Tensor:
@@ -37,6 +40,7 @@ class TokenMerge(nn.Module):
     and where `way` says "products" (a counter shall see them), the two matrix products that they stand for.
     """
 
+    bias: Tensor | None = None  # of attention's scores
     way: str | None = None
     hands_on: str = "everything"  # or "prefix" tokens alone, or its own "tokens" to a block that folds (`streamline_`)
 
@@ -111,6 +115,10 @@ class TokenMerge(nn.Module):
         """Patches that are no group's first: columns of the product in `compress`."""
         return len(self._rest)
 
+    def bound(self, _: Tensor) -> TokenMerge:
+        """What compresses a batch: the same for all."""
+        return self
+
     def _products(self) -> bool:
         return self.way == "products" or torch.is_grad_enabled()
 
@@ -154,6 +162,8 @@ class DenseTokenMerge(nn.Module):
     `skip` (T,) bool marks the patches that pass by.
     """
 
+    bias: Tensor | None = None  # of attention's scores
+
     def __init__(self, tokens: int, total: int, prefix: int) -> None:
         super().__init__()
         self.tokens, self.total, self.prefix = tokens, total, prefix
@@ -174,6 +184,10 @@ class DenseTokenMerge(nn.Module):
         self.merge_matrix.copy_(M)
         self.reconstruct_matrix.copy_(R)
         self.skip.copy_(s.bool())
+
+    def bound(self, _: Tensor) -> DenseTokenMerge:
+        """What compresses a batch: the same for all."""
+        return self
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """(M, R, s): (K, T), (T, K) and (T,)."""
@@ -227,11 +241,31 @@ def around(centres: Tensor, grid: tuple[int, int], prefix: int) -> TokenMerge:
     return tokens.requires_grad_(False)
 
 
-def merging(tokens: int, total: int, prefix: int, dense: bool) -> nn.Module | None:
-    """The compression of a block that computes on `tokens` of `total`, or None for all of them."""
+def spread(groups: int, grid: tuple[int, int], layer: int, prefix: int, content: bool = False) -> nn.Module:
+    """The compression of a block to so many groups of patches around survivors that are spread evenly over the grid,
+    or, by content, with such anchors."""
+    if not content:
+        return around(spread_evenly(grid, layer, groups), grid, prefix)
+    tokens = ContentMerge(prefix + groups, prefix + grid[0] * grid[1], prefix)
+    tokens.set(spread_evenly(grid, layer, anchors_of(groups)))
+    return tokens
+
+
+def merging(tokens: int, total: int, prefix: int, kwargs: dict[str, Any]) -> nn.Module | None:
+    """The compression of a block that computes on `tokens` of `total`, or None for all of them.
+
+    kwargs: of the model; those of COMPRESSIONS say of which kind it is.
+    """
     if tokens == total:
         return None
-    return (DenseTokenMerge if dense else TokenMerge)(tokens, total, prefix)
+    if kwargs.get("content_merge"):
+        return ContentMerge(tokens, total, prefix)
+    return (DenseTokenMerge if kwargs.get("dense_merge") else TokenMerge)(tokens, total, prefix)
+
+
+def by_content(model: Any) -> bool:
+    """Whether the blocks of a model merge by content."""
+    return bool(model.arch_kwargs.get("content_merge"))
 
 
 def layers(model: nn.Module) -> Iterator[tuple[int, Any]]:
@@ -257,6 +291,6 @@ def streamline_(model: Any) -> Any:
     last = len(model.blocks) - 1
     if model.global_pool == "token" and not isinstance(model.blocks[last].tokens, DenseTokenMerge):
         model.blocks[last].read = model.num_prefix_tokens
-        if last in found:
-            found[last].hands_on = "prefix"
+        if isinstance(model.blocks[last].tokens, TokenMerge | ContentMerge):
+            model.blocks[last].tokens.hands_on = "prefix"
     return model

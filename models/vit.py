@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.attention import attend
 from models.axes import axes_of
 from models.dims import BlockDims, ViTDims
-from models.tokens import merging
+from models.tokens import COMPRESSIONS, merging
 
 
 class ModelError(ValueError):
@@ -86,25 +86,29 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dims.heads * dims.v, embed, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def mix(self, qkv: Tensor) -> Tensor:
-        """What the heads pass on: the fused rows of q, k and v, (B, N, H(2 qk + v)) -> (B, N, H v)."""
-        rows = self.num_heads * self.qk
-        return self._attend(*qkv.split([rows, rows, self.num_heads * self.v], dim=-1))
+    def mix(self, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What the heads pass on: the fused rows of q, k and v, (B, N, H(2 qk + v)) -> (B, N, H v).
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        bias: of every token's scores as a key, (B, 1, 1, N).
+        """
+        rows = self.num_heads * self.qk
+        return self._attend(*qkv.split([rows, rows, self.num_heads * self.v], dim=-1), bias)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # B H N qk or v
         q, k = self.q_norm(q), self.k_norm(k)
-        return attend(q, k, v, self.scale, self.attn_drop if self.training else 0.0, self.way)
+        bias = None if bias is None else bias.to(q.dtype)
+        return attend(q, k, v, self.scale, self.attn_drop if self.training else 0.0, self.way, bias)
 
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """queries: only the first so many tokens ask, and are answered; None for all."""
+    def forward(self, x: Tensor, queries: int | None = None, bias: Tensor | None = None) -> Tensor:
+        """queries: only the first so many tokens ask, and are answered, None for all; bias: that of `mix`."""
         if queries is None:
-            return self.proj_drop(self.proj(self.mix(self.qkv(x))))  # B N E
-        rows, (weight, bias) = self.num_heads * self.qk, (self.qkv.weight, self.qkv.bias)
-        biases = (None, None) if bias is None else (bias[:rows], bias[rows:])
-        q = F.linear(x[:, :queries], weight[:rows], biases[0])
-        k, v = F.linear(x, weight[rows:], biases[1]).tensor_split([rows], dim=-1)
-        return self.proj_drop(self.proj(self._attend(q, k, v)))
+            return self.proj_drop(self.proj(self.mix(self.qkv(x), bias)))  # B N E
+        rows, weight = self.num_heads * self.qk, self.qkv.weight
+        first, rest = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([rows])
+        q = F.linear(x[:, :queries], weight[:rows], first)
+        k, v = F.linear(x, weight[rows:], rest).tensor_split([rows], dim=-1)
+        return self.proj_drop(self.proj(self._attend(q, k, v, bias)))
 
 
 class Block(nn.Module):
@@ -138,14 +142,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.tokens is None:
             return self.branches(x)
-        z = self.tokens.compress(x)
-        return self.tokens.restore(self.branches(z), z, x)
+        tokens = self.tokens.bound(x)
+        z = tokens.compress(x)
+        return tokens.restore(self.branches(z, tokens.bias), z, x)
 
-    def branches(self, x: Tensor) -> Tensor:
-        """Attention and MLP, on all tokens or on those that compression leaves."""
+    def branches(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attention, its scores with a bias per key, and MLP, on all tokens or on those that compression leaves."""
         wanted = x if self.read is None else x[:, : self.read]
         if self.dims.heads:
-            wanted = wanted + self.drop_path1(self.ls1(self.attn(self.norm1(x), self.read)))
+            wanted = wanted + self.drop_path1(self.ls1(self.attn(self.norm1(x), self.read, bias)))
         if self.dims.mlp:
             wanted = wanted + self.drop_path2(self.ls2(self.mlp(self.norm2(wanted))))
         return wanted  # B N E
@@ -216,8 +221,8 @@ def _skeleton(arch: str, kwargs_json: str) -> VisionTransformer:
 
 
 def _timm(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments without ours: dense_merge, which says how token compression is stored."""
-    return {k: v for k, v in kwargs.items() if k != "dense_merge"}
+    """The arguments without ours, which say how tokens are compressed."""
+    return {k: v for k, v in kwargs.items() if k not in COMPRESSIONS}
 
 
 def skeleton(arch: str, **kwargs: Any) -> VisionTransformer:
@@ -242,7 +247,8 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
     """timm's model `arch` with the widths `dims` (default: its own), initialised as timm does.
 
     kwargs are timm's (img_size, num_classes, drop_path_rate, …) and describe the *parent*: the softmax scale comes from
-    its head width, whatever `dims` says. dense_merge=True stores token compression as full matrices. The result
+    its head width, whatever `dims` says. dense_merge=True stores token compression as full matrices,
+    content_merge=True merges tokens by content (`models.content`). The result
     carries `dims`, `arch` and `arch_kwargs`. Raises ModelError.
     """
     pretrained = kwargs.pop("pretrained", False)
@@ -259,7 +265,7 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
 
     def block(**timm_kwargs: Any) -> Block:
         dims = next(blocks)
-        tokens = merging(dims.tokens, total, prefix, kwargs.get("dense_merge", False))
+        tokens = merging(dims.tokens, total, prefix, kwargs)
         return Block(dims=dims, scale=scale, tokens=tokens, **timm_kwargs)
 
     if odd := [b.tokens for b in dims.blocks if not prefix < b.tokens <= total]:

@@ -17,7 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models import ViTDims, build_vit
-from models.tokens import SKIPPED, TokenMerge, nearest_on_grid, spread_order
+from models.content import anchors_of
+from models.tokens import SKIPPED, TokenMerge, by_content, nearest_on_grid, spread_evenly, spread_order
 from models.tokens import layers as layers_of
 from models.vit import Attention, Block
 
@@ -194,6 +195,8 @@ def nearest_in_raster(centres: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 ASSIGN = dict(raster=nearest_in_raster, grid=nearest_on_grid)
+CONTENT = "content"  # patches join image by image what they are most like (`models.content`)
+MERGES = (*ASSIGN, CONTENT)
 
 
 def skipped_patches(model: VisionTransformer, layers: Sequence[int]) -> Tensor:
@@ -208,9 +211,11 @@ def skipped_patches(model: VisionTransformer, layers: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Merging:
-    """How patches are merged. where: a key of ASSIGN; published: M's entries as published, the centre's 1 and the
-    others' score over the centre's, else those over their sum, so that a group's token is a mean and what the block
-    adds to it reaches its patches undiminished; shortcut: merged patches keep what tells them from their group.
+    """How patches are merged. where: one of MERGES; the rest is for keys of ASSIGN.
+
+    published: M's entries as published, the centre's 1 and the others' score over the centre's, else those over their
+    sum, so that a group's token is a mean and what the block adds to it reaches its patches undiminished; shortcut:
+    merged patches keep what tells them from their group.
     """
 
     where: str = "grid"
@@ -254,11 +259,16 @@ def compressed(model: VisionTransformer, structure: Structure, merging: Merging,
     """`model` with its tokens compressed as `structure` says, its weights unchanged, on its device and in its mode.
 
     Layers that `structure` does not name keep theirs. dense_merge: M and R as full matrices, as a model that has such
-    ones keeps them. Raises CompressionError where merged patches would have a shortcut beside full matrices.
+    ones keeps them. Merging by content takes only the number of centres from `structure`. Raises CompressionError where
+    merged patches would have a shortcut beside full matrices, and for two ways of merging in one model.
     """
     prefix, grid = model.num_prefix_tokens, model.patch_embed.grid_size
     dims = compressed_dims(model.dims, structure, prefix)
     dense_merge = dense_merge or model.arch_kwargs.get("dense_merge", False)
+    if merging.where == CONTENT:
+        return _by_content(model, structure, dims)
+    if by_content(model):
+        raise CompressionError("the model's tokens are merged by content: compress it further with --merge content")
     small = build_vit(model.arch, dims, **model.arch_kwargs | (dict(dense_merge=True) if dense_merge else {}))
     small.load_state_dict({k: v for k, v in model.state_dict().items() if ".tokens." not in k}, strict=False)
     for i, tokens in layers_of(small):
@@ -272,5 +282,25 @@ def compressed(model: VisionTransformer, structure: Structure, merging: Merging,
             raise CompressionError("full matrices have no place for merged patches' shortcut (--shortcut skipped)")
         else:
             tokens.set(found)
+    return _like(model, small)
+
+
+def _like(model: VisionTransformer, small: VisionTransformer) -> VisionTransformer:
+    """`small` on the device, in the type and in the mode of `model`."""
     reference = next(model.parameters())
     return small.to(device=reference.device, dtype=reference.dtype).train(model.training)
+
+
+def _by_content(model: VisionTransformer, structure: Structure, dims: ViTDims) -> VisionTransformer:
+    """`model` at the token counts of `dims`, patches merged by content."""
+    prefix, grid = model.num_prefix_tokens, model.patch_embed.grid_size
+    if not by_content(model) and any(i not in structure.layers for i, _ in layers_of(model)):
+        raise CompressionError("the model's tokens are merged by place already: compress the dense one by content")
+    small = build_vit(model.arch, dims, **model.arch_kwargs | dict(content_merge=True))
+    small.load_state_dict({k: v for k, v in model.state_dict().items() if ".tokens." not in k}, strict=False)
+    for i, tokens in layers_of(small):
+        if i in structure.layers:
+            tokens.set(spread_evenly(grid, i, anchors_of(tokens.tokens - prefix)))
+        else:
+            tokens.load_state_dict(model.blocks[i].tokens.state_dict())
+    return _like(model, small)

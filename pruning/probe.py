@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.compact import compact
 from models.masks import Masks
-from models.tokens import TokenMerge, around, spread_evenly
+from models.tokens import by_content, spread
 from models.vit import Attention
 from pruning import streams
 from pruning.moments import PLAIN_RIDGE, Moments, all_reduced, compensated, corrected
@@ -117,21 +117,19 @@ def judged(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 def _token_curve(model: VisionTransformer, index: int, judge: list[Tensor], logits: list[Tensor],
                  group: int) -> Curve:  # fmt: skip
-    """Prices of the token counts of a block, its patches merged around survivors that are spread evenly.
+    """Prices of the token counts of a block, its patches merged around survivors that are spread evenly, or by
+    content where the model does that.
 
     judge: the stream before the block. Nothing compensates.
     """
     grid, prefix, block = model.patch_embed.grid_size, model.num_prefix_tokens, model.blocks[index]
-    patches = grid[0] * grid[1]
+    patches, before = grid[0] * grid[1], block.tokens
     curve = {prefix + patches: 0.0}
     for left in probed_widths(patches, group):
-        tokens = around(spread_evenly(grid, index, left), grid, prefix).to(judge[0].device)
-
-        def out(x: Tensor, tokens: TokenMerge = tokens) -> Tensor:
-            z = tokens.compress(x)
-            return streams.head(model, model.blocks[index + 1 :](tokens.restore(block.branches(z), z, x)))
-
-        curve[prefix + left] = judged((out(x), dense) for x, dense in zip(judge, logits, strict=True))
+        block.tokens = spread(left, grid, index, prefix, by_content(model)).to(judge[0].device)
+        outs = (streams.head(model, model.blocks[index:](x)) for x in judge)
+        curve[prefix + left] = judged(zip(outs, logits, strict=True))
+    block.tokens = before
     return curve
 
 

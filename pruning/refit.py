@@ -7,7 +7,7 @@ corrected as they arise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,21 +57,24 @@ class _Streams:
 
 
 def _refit_branch(big: Branch, small: Branch, rows: Tensor, kept: Tensor, s: _Streams, read: slice,
-                  merged: Callable[[Tensor], Tensor]) -> None:  # fmt: skip
+                  merged: Sequence[Callable[[Tensor], Tensor]],
+                  biases: Sequence[tuple[Tensor, ...]]) -> None:  # fmt: skip
     """Refit both layers of a branch, and move both streams past it.
 
     rows: of the dense first layer that survive; kept: embedding channels that survive; read: tokens that count in what
-    the branch writes; merged: from the dense model's tokens to those that the pruned block computes on.
+    the branch writes; merged: per batch, from the dense model's tokens to those that the pruned block computes on;
+    biases: per batch, what the pruned branch mixes with besides its first layer.
     """
     targets = []
-    for i, x in enumerate(s.dense):
+    for i, (x, compress) in enumerate(zip(s.dense, merged, strict=True)):
         first = big.first(big.norm(x))
-        targets.append(merged(first[..., rows]))
+        targets.append(compress(first[..., rows]))
         s.dense[i] = x + big.write(big.mix(first))
     s.fit_(small.first, (small.norm(z) for z in s.pruned), targets)
-    mixed = [small.mix(small.first(small.norm(z))) for z in s.pruned]
+    mixed = [small.mix(small.first(small.norm(z)), *bias) for z, bias in zip(s.pruned, biases, strict=True)]
     gamma = 1 if small.gamma is None else small.gamma
-    missing = (((merged(x[..., kept]) - z) / gamma)[:, read] for x, z in zip(s.dense, s.pruned, strict=True))
+    pairs = zip(s.dense, s.pruned, merged, strict=True)
+    missing = (((compress(x[..., kept]) - z) / gamma)[:, read] for x, z, compress in pairs)
     s.fit_(small.last, (m[:, read] for m in mixed), missing)
     s.pruned = [z + small.write(m) for z, m in zip(s.pruned, mixed, strict=True)]
 
@@ -87,17 +90,21 @@ def refit_(dense: VisionTransformer, pruned: VisionTransformer, masks: Masks, im
     kept = masks.keep["embed"].nonzero().flatten()
     for i, (big, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
         read = streams.read(dense) if i + 1 == len(dense.blocks) else slice(None)
-        before, merged = s.pruned, small.tokens.compress if small.tokens else lambda x: x
-        inside = s.pruned = [merged(z) for z in before]
-        for branch_of, first in ((streams.attention, "attn.qkv"), (streams.mlp, "mlp.fc1")):
+        before, tokens = s.pruned, [small.tokens.bound(z) for z in s.pruned] if small.tokens else []
+        merged = [t.compress for t in tokens] or [lambda x: x] * len(before)
+        inside = s.pruned = [compress(z) for compress, z in zip(merged, before, strict=True)]
+        none = [()] * len(before)
+        biases = [() if t.bias is None else (t.bias,) for t in tokens] or none
+        for branch_of, first, also in ((streams.attention, "attn.qkv", biases), (streams.mlp, "mlp.fc1", none)):
             branch = branch_of(big)
             if branch_of(small):
                 rows = masks.kept(f"blocks.{i}.{first}.weight", 0)
-                _refit_branch(branch, branch_of(small), rows, kept, s, read, merged)
+                _refit_branch(branch, branch_of(small), rows, kept, s, read, merged, also)
             elif branch:
                 s.dense = [x + branch(x) for x in s.dense]
-        if small.tokens:
-            s.pruned = list(map(small.tokens.restore, s.pruned, inside, before))
+        if tokens:
+            parts = zip(tokens, s.pruned, inside, before, strict=True)
+            s.pruned = [t.restore(out, z, x) for t, out, z, x in parts]
     for k, (layer, _) in enumerate(streams.classifiers(pruned, s.pruned[0])):
         inputs = (streams.classifiers(pruned, z)[k][1] for z in s.pruned)
         targets = (taught(x) for taught, x in (streams.classifiers(dense, x)[k] for x in s.dense))

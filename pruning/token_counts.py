@@ -1,8 +1,9 @@
 """How many tokens every block needs: measured, for a number that all blocks share.
 
-Patches merge around survivors that are spread evenly over the grid (`models.tokens.around`), so only their number has
-to be found. A block's price at a few counts is the KL divergence of the predictions to the dense ones while the other
-blocks are at the counts found so far; an exact dynamic programme then shares out the total. No labels, no gradients.
+Patches merge around survivors that are spread evenly over the grid, or by content with such anchors
+(`models.tokens.spread`), so only their number has to be found. A block's price at a few counts is the KL divergence of
+the predictions to the dense ones while the other blocks are at the counts found so far; an exact dynamic programme then
+shares out the total. No labels, no gradients.
 """
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.tokens import around, spread_evenly
+from models.tokens import spread, spread_evenly
 from pruning import streams
 from pruning.allocation import interpolated
 from pruning.pm_vit import Structure
@@ -26,8 +27,8 @@ ROUNDS = 2  # of measuring and sharing out
 class _Counted:
     """A model whose blocks `layers` compute on a number of patches each, while `installed`."""
 
-    def __init__(self, model: VisionTransformer, layers: Sequence[int]) -> None:
-        self.model, self.layers = model, layers
+    def __init__(self, model: VisionTransformer, layers: Sequence[int], content: bool) -> None:
+        self.model, self.layers, self.content = model, layers, content
         self.grid, self.prefix = model.patch_embed.grid_size, model.num_prefix_tokens
         self.patches = self.grid[0] * self.grid[1]
 
@@ -35,7 +36,7 @@ class _Counted:
         """Let a block compute on so many patches."""
         tokens, reference = None, next(self.model.parameters())
         if count < self.patches:
-            tokens = around(spread_evenly(self.grid, layer, count), self.grid, self.prefix).to(reference)
+            tokens = spread(count, self.grid, layer, self.prefix, self.content).to(reference)
         self.model.blocks[layer].tokens = tokens
 
     @contextmanager
@@ -89,13 +90,14 @@ def shared_out(curves: list[dict[int, float]], patches: int, total: int) -> list
 
 
 @torch.no_grad()
-def probed(model: VisionTransformer, layers: Sequence[int], images: Tensor, total: int, batch: int) -> Structure:
+def probed(model: VisionTransformer, layers: Sequence[int], images: Tensor, total: int, batch: int,
+           content: bool = False) -> Structure:  # fmt: skip
     """The structure of `layers` with `total` centres in all; nothing is skipped, all patches weigh the same.
 
     model: in eval mode, left as it is; images: this process's calibration images (n, 3, H, W), read `batch` at a time;
-    with several processes, each gives as many.
+    with several processes, each gives as many; content: patches merge by content.
     """
-    counted, device = _Counted(model, layers), next(model.parameters()).device
+    counted, device = _Counted(model, layers, content), next(model.parameters()).device
     parts = [part.to(device) for part in images.split(batch)]
     logits = [model(part) for part in parts]
     counts = [total // len(layers) + (k < total % len(layers)) for k in range(len(layers))]

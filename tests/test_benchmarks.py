@@ -94,8 +94,9 @@ def test_bipartite_merging_of_the_benchmark(tiny, randomise, images):
     block; it is served as it is, ours without what a classifier does not read."""
     model = randomise(build_vit(**tiny)).eval()
     with torch.no_grad():
-        torch.testing.assert_close(tokens.tome(model, 0)(images), model(images), rtol=1e-4, atol=1e-5)
-        merged = tokens.tome(model, 3)
+        for nothing in ([0, 0], [0, None]):
+            torch.testing.assert_close(tokens.tome(model, nothing)(images), model(images), rtol=1e-4, atol=1e-5)
+        merged = tokens.tome(model, [3, 3])
         counts = []
         for block in merged.blocks:
             block.register_forward_hook(lambda _, __, out: counts.append(out.shape[1]))
@@ -103,6 +104,6 @@ def test_bipartite_merging_of_the_benchmark(tiny, randomise, images):
         assert counts == [15, 12]
         model.pos_embed[:, 2:] = model.pos_embed[:, 2:3]
         flat = images.mean((2, 3), keepdim=True).expand_as(images)
-        torch.testing.assert_close(tokens.tome(model, 3)(flat), model(flat), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tokens.tome(model, [3, 3])(flat), model(flat), rtol=1e-4, atol=1e-5)
     assert tokens.served(merged) is merged
     assert tokens.served(model).blocks[-1].read == 2 and model.blocks[-1].read is None

@@ -38,7 +38,7 @@ class Explicit(nn.Module):
         super().__init__()
         self.attention, self.maps = attention, []
 
-    def mix(self, qkv):
+    def mix(self, qkv, bias=None):
         a, (B, T, _) = self.attention, qkv.shape
         q, k, v = (t.view(B, T, a.num_heads, -1).transpose(1, 2) for t in qkv.chunk(3, -1))
         maps = (a.scale * q @ k.mT).softmax(-1)  # B H T T

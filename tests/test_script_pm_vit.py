@@ -201,7 +201,7 @@ def complaint(*flags):
     (["--merge_list", "1", "0"], "ascending order, not 1 0"),
     (["--merge_list", "0", "7"], "names block 7, the model has blocks 0 to 1"),
     (["--prune_mode", "clus"], "compresses a compressed model"),
-    (["--prune_mode", "probe", "--prune_rate", "0.1"], "only merges: --prune_rate 0.1 goes with the other modes"),
+    (["--prune_mode", "probe", "--prune_rate", "0.1"], "probe only merges: --prune_rate 0.1 does not go with it"),
     (["--prune_mode", "probe", "--calib_images", "20"], "--calib_images must be at least 64"),
     (["--compensate", "--calib_images", "20"], "--calib_images must be at least 64"),
     (["--dense_merge"], "--dense_merge goes with --shortcut skipped"),

@@ -17,16 +17,19 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from PIL import Image, UnidentifiedImageError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import options
 from checkpoint import CheckpointError
 from models import load_dense
-from models.tokens import SKIPPED, TokenMerge, layers
+from models.content import Groups
+from models.tokens import SKIPPED, DenseTokenMerge, TokenMerge, layers
 from utils import BadArguments, run_script, say
 
 OUTLINE = "#202020"
+Merged = TokenMerge | DenseTokenMerge | Groups
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -53,13 +56,29 @@ def image_of(patches: Tensor, grid: Sequence[int]) -> Tensor:
     return patches.view(*grid, h, w, 3).transpose(1, 2).reshape(grid[0] * h, grid[1] * w, 3)
 
 
-def pictures(tokens: torch.nn.Module, pixels: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+@torch.inference_mode()
+def groups_of(model: VisionTransformer, pixels: Tensor) -> list[Merged]:
+    """What merges this image in every compressed block."""
+    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+    found, images = [], ((pixels - mean) / std).permute(2, 0, 1)[None]
+    hooks = [model.blocks[i].register_forward_pre_hook(lambda block, x: found.append(block.tokens.bound(x[0])))
+             for i, _ in layers(model)]  # fmt: skip
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def pictures(tokens: Merged, pixels: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """(groups, reconstruction, owner): two images (H, W, 3), and the group of every patch (N,), SKIPPED for none."""
     M, R, s = (t.detach().float() for t in tokens.matrices())
     P = tokens.prefix
     patches = patches_of(pixels, grid)
     M, R, s = M[P:, P:], R[P:, P:], s[P:]
-    owner = tokens.owner if isinstance(tokens, TokenMerge) else torch.where(tokens.skip[P:], SKIPPED, P + M.argmax(0))
+    if isinstance(tokens, DenseTokenMerge):
+        owner = torch.where(tokens.skip[P:], SKIPPED, P + M.argmax(0))
+    else:
+        owner = tokens.owner if isinstance(tokens, TokenMerge) else tokens.owner[0, P:]
     member = (owner[:, None] == P + torch.arange(len(M))).float()  # N K
     means = torch.einsum("nk,nhwc->kc", member, patches) / patches[0, ..., 0].numel()
     means = means / member.sum(0).clamp_min(1)[:, None]
@@ -89,7 +108,7 @@ def outline(axes: Axes, owner: Tensor, grid: Sequence[int], size: Sequence[float
 
 def draw(model: VisionTransformer, pixels: Tensor, path: str) -> None:
     """Write the picture. pixels: (H, W, 3) in [0, 1], of the model's input size."""
-    grid, found = model.patch_embed.grid_size, list(layers(model))
+    grid, found, merged = model.patch_embed.grid_size, list(layers(model)), groups_of(model, pixels)
     size = pixels.shape[0] / grid[0], pixels.shape[1] / grid[1]
     across = min(2, len(found))
     down = -(-len(found) // across)
@@ -97,7 +116,7 @@ def draw(model: VisionTransformer, pixels: Tensor, path: str) -> None:
     for ax in axes.flat:
         ax.set_axis_off()
     for k, (i, tokens) in enumerate(found):
-        groups, back, owner = pictures(tokens, pixels, grid)
+        groups, back, owner = pictures(merged[k], pixels, grid)
         left, right = axes[k % down, 2 * (k // down) : 2 * (k // down) + 2]
         left.imshow(np.asarray(groups), interpolation="nearest")
         outline(left, owner, grid, size)

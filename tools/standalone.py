@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform
 from torch import nn
 
-from models import attention, tokens, vit
+from models import attention, content, tokens, vit
 from models.dims import BlockDims
 from models.tokens import merging
 from models.vit import Block
@@ -65,11 +65,11 @@ def build(config: dict[str, Any]) -> nn.Module:
     """The model that config.json describes, with fresh weights: timm's, but for the blocks."""
     blocks = [BlockDims(**block) for block in config["dims"]["blocks"]]
     left, kwargs = iter(blocks), dict(config["arch"]["kwargs"])
-    dense = kwargs.pop("dense_merge", False)
+    ours = {name: kwargs.pop(name, False) for name in ("dense_merge", "content_merge")}
 
     def block(**timm_kwargs: Any) -> Block:
         dims = next(left)
-        tokens = merging(dims.tokens, config["tokens"], config["prefix_tokens"], dense)
+        tokens = merging(dims.tokens, config["tokens"], config["prefix_tokens"], ours)
         return Block(dims=dims, scale=config["scale"], tokens=tokens, **timm_kwargs)
 
     return timm.create_model(
@@ -109,6 +109,6 @@ def source(title: str) -> str:
     """The text of model.py."""
     ours = (f.replace("folder: Path", "folder: Path = HERE") for f in map(inspect.getsource, (build, load, transform)))
     compression = definitions(tokens, {"SKIPPED", "evenly", "TokenMerge", "DenseTokenMerge", "merging"})
-    parts = [HEADER.format(title=title), definitions(attention), compression, definitions(vit, {"Attention", "Block"}),
-             *ours]  # fmt: skip
+    parts = [HEADER.format(title=title), definitions(attention), definitions(content), compression,
+             definitions(vit, {"Attention", "Block"}), *ours]  # fmt: skip
     return "\n\n\n".join(part.strip() for part in parts) + "\n"
