@@ -82,7 +82,7 @@ def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, c
         if (limit := getattr(args, target)) is not None:
             name += f"_{target}_{limit:g}"
     defaults = dict(selection="published", saliency="weights", saliency_loss="training", align=None, compensate=None,
-                    tokens=False)  # fmt: skip
+                    tokens=None)  # fmt: skip
     name += "".join(f"_{n}_{getattr(args, n)}" for n, value in defaults.items() if getattr(args, n) != value)
     return Path(args.output_dir) / f"{name}_ft_{args.epochs}"
 
@@ -100,9 +100,14 @@ def _prune_dict(text: str) -> tuple[str, int]:
 def _load_table(args: argparse.Namespace, full: training.FullModel) -> LatencyTable | SwinTable:
     table = LatencyTable.load(args.latency_look_up_table)
     table.check_covers(training.dims_of(full))
-    if args.tokens and not is_swin(full.arch) and not table.tokens:
+    if not args.tokens or is_swin(full.arch):
+        return table
+    if not table.tokens:
         raise ValueError(f"--tokens: {table.name} knows one token count alone: build it with python -m "
                          "latency.build_table … --tokens N N …")  # fmt: skip
+    if args.tokens != (way := "content" if table.meta.get("model_kwargs", {}).get("content_merge") else "place"):
+        raise ValueError(f"--tokens {args.tokens}: {table.name} was measured with tokens merged by {way}: build one "
+                         f"with python -m latency.build_table … --tokens N N … --merge {args.tokens}")  # fmt: skip
     return table
 
 
@@ -144,6 +149,8 @@ def check_args(args: argparse.Namespace) -> Setup:
         problems.attempt(calibration.check, args, len(data.train.dataset))
     problems.raise_if_any()
     problems.attempt(full.check_classifier)
+    if args.tokens == "content":
+        full.kwargs["content_merge"] = True
     model = problems.attempt(full.build, **training.drop_rates(args))
     cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
     problems.raise_if_any()

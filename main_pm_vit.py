@@ -14,6 +14,7 @@ from torch import nn
 import calibration
 import checkpoint
 import options
+import pm_vit_options
 import pm_vit_steps as steps
 import provenance
 import results
@@ -55,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_tau_arg(parser, "of soft distillation")
     options.add_ema_args(parser)
     options.add_run_args(parser, "folder of what --prune or finetuning writes")
-    _add_token_args(parser)
+    pm_vit_options.add_token_args(parser)
     parser.set_defaults(
         model_ema=False, drop_path=0.0, aa="", lr=1e-4, min_lr=1e-6, warmup_lr=1e-5, epochs=100, start_epoch=None,
         teacher_model=None,
@@ -63,60 +64,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_token_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("tokens")
-    add = group.add_argument
-    add("--resume", metavar="FILE", default="",
-        help="the model: dense weights or any checkpoint; a finetuning run's own ft_checkpoint.pth in --output_dir "
-             "goes on where it was broken off (default: --initial-checkpoint or --pretrained)")  # fmt: skip
-    add("--prune", action="store_true", help="score the patches and compress the model (default: off, finetune)")
-    add("--eval", action="store_true", help="print counts and accuracy of a compressed model (default: off)")
-    add("--speed-only", action="store_true",
-        help="print images per second of the dense and the compressed model; needs no data (default: off)")
-    add("--prune_mode", choices=pm_vit.MODES, default="attn",
-        help="scores: attn gradient x attention; head the same without cancellation between heads; head_entropy "
-             "attention received, no labels; random; seq evenly spread, no data; clus attn on a compressed model, "
-             "whose skipped patches stay skipped; probe evenly spread, as many in every block as the predictions need, "
-             "no labels (default: attn)")  # fmt: skip
-    add("--compensate", action="store_true",
-        help="refit the weights, after --prune, to the dense model's outputs, without labels (default: off)")
-    add("--calib_images", metavar="N", type=int, default=256,
-        help="training images that --prune_mode probe and --compensate look at, over all processes (default: 256)")
-    add("--prune_iter", metavar="N", type=int, default=250, help="batches to score on, 0 for an epoch (default: 250)")
-    add("--prune_rate", metavar="F", type=float, default=None,
-        help="share of patches that skip a block (default: 0.1; 0 with --prune_mode probe and --merge content)")
-    add("--keep_rate", metavar="F", type=float, default=0.6, help="share of patches that stay tokens (default: 0.6)")
-    add("--merge_list", metavar="L", type=int, nargs="+", default=None, help="blocks to compress (default: all)")
-    add("--merge", choices=pm_vit.MERGES, default="grid",
-        help="where merged patches go: the nearest centre on the grid, or along the row as published, the same for all "
-             "images; or, image by image, the patch that each is most like (default: grid)")  # fmt: skip
-    add("--merge_entries", choices=("mean", "published"), default="mean",
-        help="entries of the merge matrix: rows sum to 1, or the centre's is 1 (default: mean)")
-    add("--shortcut", choices=("merged", "skipped"), default="merged",
-        help="which patches keep their own values: also merged ones, as far as they differ from their group, or "
-             "skipped ones alone as published (default: merged)")  # fmt: skip
-    add("--per_image", action="store_true", help="absolute scores of every image, not of a batch's mean (default: off)")
-    add("--depth_factor", metavar="F", type=float, default=pm_vit.DEPTH_FACTOR,
-        help=f"scores of block l are multiplied by 1 - F l (default: {pm_vit.DEPTH_FACTOR})")
-    add("--dense_merge", action="store_true",
-        help="store and train both matrices in full, as published, with --shortcut skipped (default: off)")
-    add("--freeze_param", action="store_true", help="finetune the token matrices alone (default: off)")
-    add("--freeze_matrix", action="store_true", help="finetune everything but the token matrices (default: off)")
-    add("--final_finetune", metavar="N", type=int, dest="epochs", help="epochs of finetuning (default: 100)")
-
-
 # --------------------------------------------------------------------------------------------------------------- prune
-def calibrates(args: argparse.Namespace) -> bool:
-    """Whether --prune looks at --calib_images."""
-    return args.prune_mode == "probe" or args.compensate
-
-
 def prune(args: argparse.Namespace, run: Run) -> None:
     """Compress the model and write pruned_checkpoint.pth with what it is worth."""
     provenance.record(args, run.folder, run.device, run.data, {})
     model = run.model.to(run.device).eval()
     merging = pm_vit.Merging(args.merge, args.merge_entries == "published", args.shortcut == "merged")
-    images = calibration.images_of(args, run.full) if calibrates(args) else None
+    images = calibration.images_of(args, run.full) if pm_vit_options.calibrates(args) else None
     try:
         found = steps.structure(args, run, images)
         small = pm_vit.compressed(model, found, merging, args.dense_merge)
@@ -210,78 +164,17 @@ def uniform(dims: ViTDims, keep_rate: float, prefix: int) -> ViTDims:
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments
-def only_merges(args: argparse.Namespace) -> str:
-    """The flag that lets no patch skip a block, if one does."""
-    if args.merge == pm_vit.CONTENT:
-        return "--merge content"
-    return "--prune_mode probe" if args.prune_mode == "probe" else ""
-
-
-def _check_content(args: argparse.Namespace, problems: Problems) -> None:
-    """Complaints about flags of matrices beside --merge content."""
-    for odd in ("--dense_merge", "--merge_entries published", "--shortcut skipped"):
-        name, *value = odd.removeprefix("--").split()
-        if getattr(args, name) in (True, *value):
-            problems.add(f"{odd} is of matrices, which --merge content has none of")
-
-
-def check_flags(args: argparse.Namespace, problems: Problems) -> None:
-    """Complaints about flags and how they go together."""
-    options.check_values(steps.with_losses(args), problems)
-    if args.prune_rate is None:
-        args.prune_rate = 0.0 if only_merges(args) else 0.1
-    if (flag := only_merges(args)) and args.prune_rate:
-        problems.add(f"{flag} only merges: --prune_rate {args.prune_rate:g} does not go with it")
-    if args.merge == pm_vit.CONTENT:
-        _check_content(args, problems)
-    if sum((args.prune, args.eval, args.speed_only)) > 1:
-        problems.add("--prune, --eval and --speed-only are three things to do: give one")
-    if not (args.resume or args.initial_checkpoint or args.pretrained or args.speed_only):
-        problems.add("--resume FILE is required: dense weights, or a checkpoint")
-    if not (args.output_dir or args.eval or args.speed_only):
-        problems.add("--output_dir is required")
-    if args.compensate and not args.prune:
-        problems.add("--compensate goes with --prune")
-    if args.dense_merge and args.shortcut != "skipped":
-        problems.add("--dense_merge goes with --shortcut skipped")
-    if args.freeze_param and args.freeze_matrix:
-        problems.add("--freeze_param and --freeze_matrix leave nothing to train")
-
-
-def check_model(args: argparse.Namespace, model: steps.Model) -> None:
-    """Raises ValueError where --resume does not hold what is to be done with it."""
-    compressed = steps.is_compressed(model.full, model.dims)
-    if (args.eval or not (args.prune or args.speed_only)) and not compressed:
-        what = "--eval" if args.eval else "finetuning"
-        raise ValueError(f"{what}: {args.resume or model.full.arch} has no token structure; compress it with --prune")
-    if model.content and model.content["arch"]["kwargs"].get("content_merge"):
-        if args.freeze_param:
-            raise ValueError(f"--freeze_param: {args.resume} merges by content and has no matrices to train")
-        if args.prune and args.merge != pm_vit.CONTENT:
-            raise ValueError(f"--merge {args.merge}: {args.resume} merges by content; --merge content goes on with it")
-        if args.prune and args.prune_mode not in ("seq", "random", "probe"):
-            raise ValueError(f"--prune_mode {args.prune_mode} scores patches that have a place of their own; "
-                             f"{args.resume} merges by content: seq, random and probe compress it further")
-    if args.prune and args.prune_mode == "clus" and not compressed:
-        raise ValueError("--prune_mode clus compresses a compressed model further; --resume holds none")
-    if args.compensate and compressed:
-        raise ValueError(f"--compensate refits to a model with all of its tokens; {args.resume} has fewer")
-    if args.prune:
-        stem = skeleton(model.full.arch, **model.full.kwargs).patch_embed
-        pm_vit.budget(len(steps.merge_list(args, model.dims)), stem.num_patches, args.prune_rate, args.keep_rate)
-
-
 def check_args(args: argparse.Namespace) -> Run:
     """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
     problems = Problems()
-    check_flags(args, problems)
+    pm_vit_options.check_flags(args, problems)
     device = problems.attempt(training.start, args)
     problems.raise_if_any()
     model = problems.attempt(steps.read_model, args)
     problems.raise_if_any()
     if args.merge == pm_vit.CONTENT and (args.prune or args.speed_only):
         model.full.kwargs["content_merge"] = True
-    problems.attempt(check_model, args, model)
+    problems.attempt(pm_vit_options.check_model, args, model)
     problems.raise_if_any()
     run = Run(device, model.full, training.Data(None, None, 0), None, origin=model.origin, start=model.weights)
     if args.speed_only:
@@ -290,7 +183,7 @@ def check_args(args: argparse.Namespace) -> Run:
     run.data = problems.attempt(training.load_data, args, model.full, train=not args.eval)
     problems.raise_if_any()
     problems.attempt(model.check_classes, args, run.data.classes)
-    if args.prune and calibrates(args):
+    if args.prune and pm_vit_options.calibrates(args):
         problems.attempt(shards.check_indexed, args, "--compensate" if args.compensate else "--prune_mode probe")
         problems.attempt(calibration.check, args, len(run.data.train.dataset))
     problems.raise_if_any()

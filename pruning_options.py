@@ -45,9 +45,10 @@ def add_pruning_args(parser: Any) -> None:
     group.add_argument("--saliency_loss", choices=("training", "teacher"), default="training",
                        help="what gates are differentiated for: the training loss, or the cross-entropy to labels "
                             "drawn from the dense model's predictions (default: training)")
-    group.add_argument("--tokens", action="store_true",
+    group.add_argument("--tokens", choices=("place", "content"), nargs="?", const="place", default=None,
                        help="the patches that every block computes on are a sixth axis: those removed are merged into "
-                            "their neighbours; the table must know several token counts (default: off)")
+                            "their neighbours, or, with --one_shot, by content; the table must know several token "
+                            "counts (default: off; place where no word follows)")
     group.add_argument("--align", choices=("blocks", "all"), nargs="?", const="blocks", default=None,
                        help="first rotate and sort heads and MLP units, or all: the embedding too, so that few units "
                             "carry the most; the function stays (default: off; --align alone is blocks)")
@@ -90,6 +91,8 @@ def check(args: Any, problems: Problems) -> None:
         problems.add(f"--saliency {args.saliency} does not go with --compile: gates are hooks, new in every step")
     if args.selection == "value" and args.latency_regularization:
         problems.add("--latency_regularization is the lambda of --selection published; --selection value has none")
+    if args.tokens == "content":
+        problems.add("--tokens content goes with --one_shot: with training a patch is scored by its place")
     if args.tokens and args.compile:
         problems.add("--tokens does not go with --compile: blocks change their form at every event")
     if args.tokens and args.shrink_interval:
@@ -102,7 +105,7 @@ def check_family(args: Any, arch: str, problems: Problems) -> None:
     """Complaints about flags that a Swin Transformer is not pruned with."""
     if not is_swin(arch):
         return
-    usual = dict(one_shot=False, tokens=False, align=None, compensate=None, selection="published", saliency="weights")
+    usual = dict(one_shot=False, tokens=None, align=None, compensate=None, selection="published", saliency="weights")
     for name in (name for name, value in usual.items() if getattr(args, name) != value):
         value = "" if getattr(args, name) is True else f" {getattr(args, name)}"
         problems.add(f"{options.flag(name)}{value} is for plain ViTs, not for {arch}, a Swin Transformer")

@@ -80,6 +80,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
+def by_content(arch: str, keep_rate: float, device: torch.device) -> nn.Module:
+    """A model with random weights, the same share of patches left in every block, merged by content."""
+    dense = ViTDims.of(parent := skeleton(arch))
+    groups = parent.num_prefix_tokens + int(parent.patch_embed.num_patches * keep_rate)
+    dims = ViTDims(dense.embed, tuple(replace(b, tokens=groups) for b in dense.blocks))
+    return streamline_(fresh(arch, dims, dict(content_merge=True), device))
+
+
 def with_structure(arch: str, keep_rate: float, device: torch.device, way: str | None = None) -> nn.Module:
     """A model with random weights and scores, a tenth of its patches skipped."""
     parent = skeleton(arch)
@@ -104,6 +112,7 @@ def speed(args: argparse.Namespace) -> None:
         images = images_for(arch, {}, args.batch_size, device)
         models = {f"{k:g}": with_structure(arch, k, device) for k in args.keep_rates}
         models |= {"0.6 as products": with_structure(arch, 0.6, device, way="products")}
+        models |= {f"{k:g} by content": by_content(arch, k, device) for k in args.keep_rates}
         timings = interleaved(dict(dense=fresh(arch, None, {}, device)) | models, images, args.rounds, dtype=args.dtype)
         lines = []
         for name in models:

@@ -74,6 +74,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--points", nargs="*", default=[], metavar="AXIS=N", help="points per axis, e.g. embed=5 heads=4 qk=5 v=5")
     add("--tokens", nargs="*", type=int, default=[], metavar="N",
         help="also measure blocks of fewer tokens, for models that compress them (default: the model's alone)")
+    add("--merge", choices=("place", "content"), default="place",
+        help="how those blocks merge tokens (default: place)")
     add("--output", required=True, metavar="FILE", help="the table to write (JSON)")
     return parser
 
@@ -87,6 +89,7 @@ def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], Dims]:
     if not arch:
         raise ValueError("--model or --initial-checkpoint is needed")
     kwargs |= key_values(args.model_kwargs, "--model-kwargs")
+    kwargs |= dict(content_merge=True) if args.merge == "content" else {}
     kwargs |= {k: v for k, v in dict(img_size=args.input_size, num_classes=args.num_classes).items() if v is not None}
     return arch, kwargs, dims_of(skeleton(arch, **kwargs))
 
@@ -150,6 +153,8 @@ def problems(args: argparse.Namespace) -> list[str]:
         found.append(f"--device must be cpu or cuda, not {args.device}")
     elif args.device == "cuda" and not torch.cuda.is_available() and not args.runtime:
         found.append("--device cuda: torch finds no CUDA device here; use --device cpu")
+    if args.merge == "content" and not args.tokens:
+        found.append("--merge content goes with --tokens N …, the counts of blocks that merge")
     if args.runtime and args.compile:
         found.append("--compile is torch's; it does not go with --runtime")
     folder = Path(args.output).resolve().parent
@@ -273,10 +278,11 @@ def say_end(args: argparse.Namespace, table: LatencyTable, points: int, seconds:
         "--model", args.model, "--pretrained"]  # fmt: skip
     model += ["--model-kwargs", *args.model_kwargs] if args.model_kwargs else []
     model += ["--input-size", str(args.input_size)] if args.input_size else []
+    how = "--one_shot --tokens content" if args.merge == "content" else (
+        "--pruning --latency_regularization 5e-4 --original_loss_coeff 1")  # fmt: skip
     say_next(f"-m latency.validate {shlex.quote(args.output)}",
-             f"main_full_global_latency.py {shlex.join(model)} --data-path IMAGES --pruning "
-             f"--latency_look_up_table {shlex.quote(args.output)} --latency_target 0.5 "
-             "--latency_regularization 5e-4 --original_loss_coeff 1 --output_dir runs")  # fmt: skip
+             f"main_full_global_latency.py {shlex.join(model)} --data-path IMAGES {how} "
+             f"--latency_look_up_table {shlex.quote(args.output)} --latency_target 0.5 --output_dir runs")  # fmt: skip
     dense = 1e3 * table.model_seconds(parent_of(args)[2])
     say_result(f"{args.output}: {points} points in {seconds:.0f} s; dense model {dense:.2f} ms per batch of "
                f"{args.batch_size}")  # fmt: skip

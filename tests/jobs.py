@@ -33,7 +33,7 @@ def table_file(path):
     return path
 
 
-def token_table(width=1.0):
+def token_table(width=1.0, **meta):
     """Seconds that follow tokens and, to some part, widths, those of merging included."""
     seconds = {}
     for n in (6, 18):
@@ -42,7 +42,7 @@ def token_table(width=1.0):
             seconds |= {f"mlp/N_{n}/EMB_{e}/MLP_{m}": 1e-8 * n * (400 + width * e * m) for m in (1, 128)}
             seconds |= {f"attention/N_{n}/EMB_{e}/QK_{h}_{q}/V_{v}": 1e-8 * n * (400 + width * h * (e + n) * (q + v))
                         for h in (1, 4) for q in (1, 8) for v in (1, 8)}  # fmt: skip
-    return LatencyTable.of_parts(seconds | {f"overhead/EMB_{e}": 1e-6 * e for e in (4, 32)}, dict(batch=16))
+    return LatencyTable.of_parts(seconds | {f"overhead/EMB_{e}": 1e-6 * e for e in (4, 32)}, dict(batch=16) | meta)
 
 
 def same(a, b):

@@ -213,6 +213,24 @@ def test_one_shot_with_tokens(job, tmp_path):
     assert any(b.tokens < 18 for b in small.dims.blocks)
 
 
+def test_one_shot_with_tokens_by_content(job, runs, tmp_path):
+    """Priced, allocated, refitted, and finetuned further; the table must have been measured so."""
+    flags = [f for f in job if f not in ("--latency_regularization", "1e-4", "--tokens")] + ["--tokens", "content"]
+    flags += ["--output_dir", tmp_path]
+    with pytest.raises(BadArguments, match="--tokens content goes with --one_shot"):
+        run(main_full_global_latency, *flags, "--latency_target", "0.5")
+    flags += ["--one_shot", "--calib_images", "256", "--latency_target", "0.5"]
+    with pytest.raises(BadArguments, match="tokens merged by place: build one with .* --merge content"):
+        run(main_full_global_latency, *flags)
+    token_table(width=0.1, model_kwargs=dict(content_merge=True)).save(tmp_path / "table.json")
+    run(main_full_global_latency, *flags, "--latency_look_up_table", tmp_path / "table.json")
+    folder = only(tmp_path, "one_shot_*")
+    small = load_dense(folder / "pruned_checkpoint.pth")
+    assert any(b.tokens < 18 for b in small.dims.blocks) and small.arch_kwargs["content_merge"]
+    run(finetune_dense, *PLAIN, "--finetune", folder, "--epochs", "1", "--kl_loss_coeff", "0",
+        "--original_loss_coeff", "1")  # fmt: skip
+
+
 @pytest.mark.parametrize("more", [[], ["--shrink_interval", "1"], ["--selection", "value"]])
 def test_widths_of_a_token_compressed_model(job, runs, tmp_path, monkeypatch, more):
     """Tokens first, then widths: the structure stays, the ratio is to the dense model, the result finetunes."""
