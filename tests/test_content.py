@@ -1,12 +1,10 @@
 """Merging by content: groups, the block formula, attention by size, counts, export, checkpoints, and the whole flow."""
-import io
 import json
 
 import pytest
 import torch
 from jobs import PLAIN, run
-from test_tokens import Segmenter, with_tokens
-from torch import nn
+from test_tokens import compiles_and_runs_in_onnxruntime, trains_a_segmentation_head, with_tokens
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -152,17 +150,7 @@ def test_a_checkpoint_holds_the_anchors(merged, images, tmp_path):
 
 
 def test_a_segmentation_head_trains_on_all_tokens(merged, images):
-    model, labels = Segmenter(merged.train(), 5), torch.randint(0, 5, (3, 16, 16))
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    for _ in range(3):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(images)
-        loss = nn.functional.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[2] < losses[0]
+    trains_a_segmentation_head(merged, images, bf16=True)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in merged.blocks.parameters())
 
 
@@ -174,17 +162,7 @@ def test_exports(merged, images):
 
 @pytest.mark.slow
 def test_compiles_and_runs_in_onnxruntime(merged, images):
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    with torch.no_grad():
-        expected = merged(images)
-        torch.testing.assert_close(torch.compile(merged)(images), expected, rtol=1e-4, atol=1e-5)
-        program = torch.onnx.export(merged, (images,), dynamo=True)
-    buffer = io.BytesIO()
-    program.save(buffer)
-    session = runtime.InferenceSession(buffer.getvalue())
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
+    compiles_and_runs_in_onnxruntime(merged, images)
 
 
 def test_refit_sees_the_groups_of_every_image(tiny, randomise):

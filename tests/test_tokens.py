@@ -217,16 +217,23 @@ class Segmenter(nn.Module):
         return nn.functional.interpolate(maps, size=images.shape[-2:], mode="bilinear")
 
 
-def test_a_segmentation_head_trains_on_all_tokens(compressed, images):
-    model, labels = Segmenter(compressed.train(), 5), torch.randint(0, 5, (3, 16, 16))
+def trains_a_segmentation_head(backbone, images, bf16=False):
+    """Three steps on all tokens lower the loss."""
+    model, labels = Segmenter(backbone.train(), 5), torch.randint(0, 5, (3, 16, 16))
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for _ in range(3):
-        loss = nn.functional.cross_entropy(model(images), labels)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            logits = model(images)
+        loss = nn.functional.cross_entropy(logits.float(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[0]
+
+
+def test_a_segmentation_head_trains_on_all_tokens(compressed, images):
+    trains_a_segmentation_head(compressed, images)
     maps = compressed.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
     assert [m.shape for m in maps] == [(3, 32, 4, 4)] * 2
 
@@ -237,16 +244,21 @@ def test_compressed_models_export(compressed, images):
         torch.testing.assert_close(exported.module()(images), compressed(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_compressed_models_compile_and_run_in_onnxruntime(compressed, images):
+def compiles_and_runs_in_onnxruntime(model, images):
+    """Both compute what the model does."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     with torch.no_grad():
-        expected = compressed(images)
-        torch.testing.assert_close(torch.compile(compressed)(images), expected, rtol=1e-4, atol=1e-5)
-        program = torch.onnx.export(compressed, (images,), dynamo=True)
+        expected = model(images)
+        torch.testing.assert_close(torch.compile(model)(images), expected, rtol=1e-4, atol=1e-5)
+        program = torch.onnx.export(model, (images,), dynamo=True)
     buffer = io.BytesIO()
     program.save(buffer)
     session = runtime.InferenceSession(buffer.getvalue())
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compressed_models_compile_and_run_in_onnxruntime(compressed, images):
+    compiles_and_runs_in_onnxruntime(compressed, images)
