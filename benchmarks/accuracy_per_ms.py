@@ -87,7 +87,8 @@ def check(bench: Bench, rows: list[dict[str, Any]]) -> str:
     """Ratios by the table and as measured, each method's mean over the seeds with the spread of the measured ones."""
     found: dict[tuple[str, float], list[tuple[float, float]]] = {}
     for row in (row for row in rows if "dims" in row):
-        model = build_vit(bench.arch, ViTDims.from_dict(row["dims"]), **bench.kwargs)
+        kwargs = bench.kwargs | (dict(content_merge=True) if "content" in row["method"] else {})
+        model = build_vit(bench.arch, ViTDims.from_dict(row["dims"]), **kwargs)
         pair = row["latency"], bench.ef.latency_ratio(bench.base, model)[0]
         found.setdefault((row["method"], row["target"]), []).append(pair)
     lines = []
