@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 import checkpoint
 import options
+import pm_vit_options
 from latency.points import read_dims
 from latency.table import LatencyTable
 from models import ViTDims, build_vit, load_dense
@@ -85,7 +86,7 @@ def arguments(words: bytes | list[str]) -> None:
                 continue
             problems = Problems()
             if name == "main_pm_vit":
-                script.check_flags(args, problems)
+                pm_vit_options.check_flags(args, problems)
                 continue
             if name == "main_savit_deploy":
                 args = script.with_losses(args)

@@ -121,7 +121,7 @@ def test_flags_that_a_swin_is_not_pruned_with_are_named_at_once(dense, table, tm
     odd = [("--selection", "value"), ("--saliency", "gates"), ("--compensate", "end"), ("--align",), ("--tokens",)]
     with pytest.raises(BadArguments) as refused:
         run(main_full_global_latency, *flags, "--calib_images", "64", *(word for words in odd for word in words))
-    named = ("--selection value", "--saliency gates", "--compensate end", "--align blocks", "--tokens")
+    named = ("--selection value", "--saliency gates", "--compensate end", "--align blocks", "--tokens place")
     lines = [f"{words} is for plain ViTs, not for {ARCH}, a Swin Transformer" for words in named]
     assert set(lines) <= set(refused.value.problems)
     with pytest.raises(BadArguments, match="--one_shot is for plain ViTs"):
