@@ -172,7 +172,7 @@ def check_args(args: argparse.Namespace) -> Run:
     problems.raise_if_any()
     model = problems.attempt(steps.read_model, args)
     problems.raise_if_any()
-    if args.merge == pm_vit.CONTENT and (args.prune or args.speed_only):
+    if args.merge == pm_vit.CONTENT and not steps.is_compressed(model.full, model.dims):
         model.full.kwargs["content_merge"] = True
     problems.attempt(pm_vit_options.check_model, args, model)
     problems.raise_if_any()

@@ -33,12 +33,13 @@ def add_token_args(parser: Any) -> None:
         help="training images that --prune_mode probe and --compensate look at, over all processes (default: 256)")
     add("--prune_iter", metavar="N", type=int, default=250, help="batches to score on, 0 for an epoch (default: 250)")
     add("--prune_rate", metavar="F", type=float, default=None,
-        help="share of patches that skip a block (default: 0.1; 0 with --prune_mode probe and --merge content)")
+        help="share of patches that skip a block (default: 0 with --merge content and --prune_mode probe, else 0.1)")
     add("--keep_rate", metavar="F", type=float, default=0.6, help="share of patches that stay tokens (default: 0.6)")
     add("--merge_list", metavar="L", type=int, nargs="+", default=None, help="blocks to compress (default: all)")
-    add("--merge", choices=pm_vit.MERGES, default="grid",
-        help="where merged patches go: the nearest centre on the grid, or along the row as published, the same for all "
-             "images; or, image by image, the patch that each is most like (default: grid)")  # fmt: skip
+    add("--merge", choices=pm_vit.MERGES, default=None,
+        help="where merged patches go: content, image by image the patch that each is most like; or, the same for all "
+             "images, grid, the nearest centre, or raster, along the row as published (default: content; grid where "
+             "--prune_rate, --prune_mode clus or a flag of matrices asks for places)")  # fmt: skip
     add("--merge_entries", choices=("mean", "published"), default="mean",
         help="entries of the merge matrix: rows sum to 1, or the centre's is 1 (default: mean)")
     add("--shortcut", choices=("merged", "skipped"), default="merged",
@@ -59,6 +60,12 @@ def calibrates(args: Any) -> bool:
     return args.prune_mode == "probe" or args.compensate
 
 
+def asks_for_places(args: Any) -> bool:
+    """Whether a flag wants groups that are the same for every image."""
+    matrices = args.dense_merge, args.merge_entries == "published", args.shortcut == "skipped"
+    return bool(args.prune_rate or args.prune_mode == "clus" or any(matrices))
+
+
 def only_merges(args: Any) -> str:
     """The flag that lets no patch skip a block, if one does."""
     if args.merge == pm_vit.CONTENT:
@@ -66,23 +73,25 @@ def only_merges(args: Any) -> str:
     return "--prune_mode probe" if args.prune_mode == "probe" else ""
 
 
-def _check_content(args: Any, problems: Problems) -> None:
-    """Complaints about flags of matrices beside --merge content."""
+def _settle_merging(args: Any, problems: Problems) -> None:
+    """Fill in how patches are merged and how many skip a block, and complain about what does not go together."""
+    if args.merge is None:
+        args.merge = "grid" if asks_for_places(args) else pm_vit.CONTENT
+    flag = only_merges(args)
+    if args.prune_rate is None:
+        args.prune_rate = 0.0 if flag else 0.1
+    if flag and args.prune_rate:
+        problems.add(f"{flag} only merges: --prune_rate {args.prune_rate:g} does not go with it")
     for odd in ("--dense_merge", "--merge_entries published", "--shortcut skipped"):
         name, *value = odd.removeprefix("--").split()
-        if getattr(args, name) in (True, *value):
+        if args.merge == pm_vit.CONTENT and getattr(args, name) in (True, *value):
             problems.add(f"{odd} is of matrices, which --merge content has none of")
 
 
 def check_flags(args: Any, problems: Problems) -> None:
     """Complaints about flags and how they go together."""
     options.check_values(steps.with_losses(args), problems)
-    if args.prune_rate is None:
-        args.prune_rate = 0.0 if only_merges(args) else 0.1
-    if (flag := only_merges(args)) and args.prune_rate:
-        problems.add(f"{flag} only merges: --prune_rate {args.prune_rate:g} does not go with it")
-    if args.merge == pm_vit.CONTENT:
-        _check_content(args, problems)
+    _settle_merging(args, problems)
     if sum((args.prune, args.eval, args.speed_only)) > 1:
         problems.add("--prune, --eval and --speed-only are three things to do: give one")
     if not (args.resume or args.initial_checkpoint or args.pretrained or args.speed_only):
@@ -103,7 +112,10 @@ def check_model(args: Any, model: steps.Model) -> None:
     if (args.eval or not (args.prune or args.speed_only)) and not compressed:
         what = "--eval" if args.eval else "finetuning"
         raise ValueError(f"{what}: {args.resume or model.full.arch} has no token structure; compress it with --prune")
-    if model.content and model.content["arch"]["kwargs"].get("content_merge"):
+    by_content = compressed and model.content["arch"]["kwargs"].get("content_merge")
+    if compressed and not by_content and args.prune and args.merge == pm_vit.CONTENT:
+        raise ValueError(f"--merge content: {args.resume} merges by place; --merge grid goes on with it")
+    if by_content:
         if args.freeze_param:
             raise ValueError(f"--freeze_param: {args.resume} merges by content and has no matrices to train")
         if args.prune and args.merge != pm_vit.CONTENT:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import finetune_dense
 import main_pm_vit
+import pm_vit_options
 from checkpoint import CheckpointError
 from models import Masks, build_vit, compact, load_dense, macs, params
 from models.content import ContentMerge, anchors_of
@@ -19,7 +20,7 @@ from pruning import pm_vit
 from pruning.refit import divergence, refit_
 from pruning.token_counts import probed
 from tools import show_tokens
-from utils import BadArguments
+from utils import BadArguments, Problems
 
 
 def anchored_(model):
@@ -202,8 +203,8 @@ def test_two_ways_of_merging_do_not_mix(tiny):
 @pytest.mark.parametrize("mode", ["attn", "probe"])
 def test_prune_finetune_eval(runs, tmp_path, capsys, mode):
     dense = runs["dense"] / "ft_checkpoint.pth"
-    run(main_pm_vit, *PLAIN, "--prune", "--prune_iter", "4", "--merge", "content", "--prune_mode", mode, "--resume",
-        dense, "--output_dir", tmp_path / "p")  # fmt: skip
+    run(main_pm_vit, *PLAIN, "--prune", "--prune_iter", "4", "--prune_mode", mode, "--resume", dense, "--output_dir",
+        tmp_path / "p")  # fmt: skip
     small = load_dense(tmp_path / "p" / "pruned_checkpoint.pth")
     assert sum(b.tokens for b in small.dims.blocks) == 2 * 2 + 2 * int(16 * 0.6)
     assert all(isinstance(tokens, ContentMerge) for _, tokens in layers(small))
@@ -215,14 +216,41 @@ def test_prune_finetune_eval(runs, tmp_path, capsys, mode):
     if mode == "attn":
         run(finetune_dense, *PLAIN, "--finetune", tmp_path / "p", "--epochs", "1", "--kl_loss_coeff", "0",
             "--original_loss_coeff", "1")  # fmt: skip
-        run(main_pm_vit, *PLAIN, *start, "--prune", "--merge", "content", "--prune_mode", "seq", "--keep_rate", "0.3",
+        run(main_pm_vit, *PLAIN, *start, "--prune", "--prune_mode", "seq", "--keep_rate", "0.3",
             "--output_dir", tmp_path / "again")  # fmt: skip
         assert sum(b.tokens for b in load_dense(tmp_path / "again" / "pruned_checkpoint.pth").dims.blocks) == 2 * 6
         for flags, words in ((["--freeze_param"], "has no matrices to train"),
-                             (["--prune", "--merge", "content"], "seq, random and probe compress it further"),
-                             (["--prune", "--prune_mode", "seq"], "--merge content goes on with it")):  # fmt: skip
+                             (["--prune"], "seq, random and probe compress it further"),
+                             (["--prune", "--merge", "grid"], "--merge content goes on with it")):  # fmt: skip
             with pytest.raises(BadArguments, match=words):
                 run(main_pm_vit, *PLAIN, *start, *flags, "--output_dir", tmp_path / "no")
+
+
+@pytest.mark.parametrize("flags, merge", [
+    ([], "content"), (["--prune_rate", "0"], "content"), (["--prune_mode", "probe"], "content"),
+    (["--prune_rate", "0.1"], "grid"), (["--dense_merge", "--shortcut", "skipped"], "grid"),
+    (["--merge", "raster"], "raster"), (["--prune_mode", "clus"], "grid"), (["--merge_entries", "published"], "grid"),
+])  # fmt: skip
+def test_content_unless_a_flag_asks_for_places(flags, merge):
+    args = main_pm_vit.get_args_parser().parse_args(["--prune", "--resume", "x", "--output_dir", "y", *flags])
+    pm_vit_options.check_flags(args, problems := Problems())
+    problems.raise_if_any()
+    assert args.merge == merge and args.prune_rate == (0.0 if merge == "content" else 0.1)
+
+
+def test_what_merges_by_place_goes_on_by_place(runs, tmp_path, capsys):
+    """And a pruned model's speed is measured as it will merge."""
+    dense, small = runs["dense"] / "ft_checkpoint.pth", tmp_path / "grid" / "pruned_checkpoint.pth"
+    run(main_pm_vit, *PLAIN, "--prune", "--prune_mode", "seq", "--merge", "grid", "--resume", dense, "--output_dir",
+        small.parent)  # fmt: skip
+    with pytest.raises(BadArguments, match="merges by place; --merge grid goes on with it"):
+        run(main_pm_vit, *PLAIN, "--prune", "--prune_mode", "seq", "--resume", small, "--output_dir", tmp_path / "no")
+    built = []
+    for flags in ([small], [dense], [dense, "--merge", "grid"], [runs["pruned"] / "pruned_checkpoint.pth"]):
+        flags = ["--speed-only", "--device", "cpu", "--resume", *map(str, flags)]
+        run_ = main_pm_vit.check_args(main_pm_vit.get_args_parser().parse_args(flags))
+        built.append(run_.full.kwargs.get("content_merge", False))
+    assert built == [False, True, False, True]
 
 
 @pytest.mark.parametrize("flags, words", [

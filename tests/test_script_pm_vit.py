@@ -18,7 +18,7 @@ from pruning.refit import divergence
 from utils import BadArguments, RunFailed
 
 ROOT = Path(__file__).parent.parent
-SCORE = [*PLAIN, "--prune", "--prune_iter", "4"]
+SCORE = [*PLAIN, "--prune", "--prune_iter", "4", "--merge", "grid"]
 TUNE = [*PLAIN, "--final_finetune", "2", "--lr", "4e-3", "--distillation-type", "soft", "--distillation-tau", "20",
         "--distillation-alpha", "0.8"]  # fmt: skip
 

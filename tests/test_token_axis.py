@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jobs import PLAIN, PRUNE, run, token_table
+from jobs import PLAIN, PRUNE, run, same, token_table
 from test_resume import equal, interrupted, only
 
 import finetune_dense
@@ -231,11 +231,14 @@ def test_one_shot_with_tokens_by_content(job, runs, tmp_path):
         "--original_loss_coeff", "1")  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [[], ["--shrink_interval", "1"], ["--selection", "value"]])
-def test_widths_of_a_token_compressed_model(job, runs, tmp_path, monkeypatch, more):
+@pytest.mark.parametrize("merge, more", [
+    ("grid", []), ("content", []), ("content", ["--shrink_interval", "1"]), ("grid", ["--selection", "value"]),
+])  # fmt: skip
+def test_widths_of_a_token_compressed_model(job, runs, tmp_path, monkeypatch, merge, more):
     """Tokens first, then widths: the structure stays, the ratio is to the dense model, the result finetunes."""
-    run(main_pm_vit, *PLAIN, "--prune", "--prune_iter", "2", "--keep_rate", "0.7", "--merge_list", "1", "--resume",
-        runs["dense"] / "ft_checkpoint.pth", "--output_dir", tmp_path / "tokens")  # fmt: skip
+    run(main_pm_vit, *PLAIN, "--prune", "--prune_iter", "2", "--keep_rate", "0.7", "--merge_list", "1",
+        "--merge", merge, "--resume", runs["dense"] / "ft_checkpoint.pth",
+        "--output_dir", tmp_path / "tokens")  # fmt: skip
     start = tmp_path / "tokens" / "pruned_checkpoint.pth"
     flags = [f for f in job if f != "--tokens"] + ["--initial-checkpoint", start, "--latency_target", "0.5"]
     flags += more if "--selection" not in more else [*more, "--latency_regularization", "0"]
@@ -244,7 +247,7 @@ def test_widths_of_a_token_compressed_model(job, runs, tmp_path, monkeypatch, mo
     before, after = load_dense(start), load_dense(folder / "pruned_checkpoint.pth")
     assert [b.tokens for b in after.dims.blocks] == [b.tokens for b in before.dims.blocks] == [18, 13]
     assert params_of(after) < params_of(before)
-    assert torch.equal(before.blocks[1].tokens.owner, after.blocks[1].tokens.owner)
+    assert same(*(dict(model.blocks[1].tokens.named_buffers()) for model in (before, after)))
     summary = json.loads((folder / "summary.json").read_text())
     dense = build_vit(before.arch, **before.arch_kwargs).dims
     predicted = token_table(width=0.1).ratio(after.dims, dense)
