@@ -3,6 +3,7 @@ import json
 
 import torch
 
+import checkpoint
 from latency.table import LatencyTable
 
 MODEL = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs",
@@ -43,6 +44,12 @@ def token_table(width=1.0, **meta):
             seconds |= {f"attention/N_{n}/EMB_{e}/QK_{h}_{q}/V_{v}": 1e-8 * n * (400 + width * h * (e + n) * (q + v))
                         for h in (1, 4) for q in (1, 8) for v in (1, 8)}  # fmt: skip
     return LatencyTable.of_parts(seconds | {f"overhead/EMB_{e}": 1e-6 * e for e in (4, 32)}, dict(batch=16) | meta)
+
+
+def save_model(path, model, **changes):
+    """Write a checkpoint of a compact model, with some tensors replaced."""
+    checkpoint.save(path, arch=dict(name=model.arch, kwargs=model.arch_kwargs), dims=model.dims.to_dict(),
+                    model=model.state_dict() | changes)  # fmt: skip
 
 
 def same(a, b):

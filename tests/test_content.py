@@ -3,12 +3,11 @@ import json
 
 import pytest
 import torch
-from jobs import PLAIN, run
+from jobs import PLAIN, run, save_model
 from test_tokens import compiles_and_runs_in_onnxruntime, trains_a_segmentation_head, with_tokens
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
 import finetune_dense
 import main_pm_vit
 import pm_vit_options
@@ -138,14 +137,10 @@ def test_patches_that_a_mask_removes_merge_by_content(tiny, randomise, images):
 
 
 def test_a_checkpoint_holds_the_anchors(merged, images, tmp_path):
-    def save(**changes):
-        checkpoint.save(tmp_path / "c.pth", arch=dict(name=merged.arch, kwargs=merged.arch_kwargs),
-                        dims=merged.dims.to_dict(), model=merged.state_dict() | changes)  # fmt: skip
-
-    save()
+    save_model(tmp_path / "c.pth", merged)
     with torch.no_grad():
         assert torch.equal(load_dense(tmp_path / "c.pth")(images), merged(images))
-    save(**{"blocks.0.tokens.anchors": torch.ones(16, dtype=torch.bool)})
+    save_model(tmp_path / "c.pth", merged, **{"blocks.0.tokens.anchors": torch.ones(16, dtype=torch.bool)})
     with pytest.raises(CheckpointError, match="16 anchors, but 7 groups have 3"):
         load_dense(tmp_path / "c.pth")
 

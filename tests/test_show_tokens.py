@@ -2,10 +2,9 @@
 import numpy as np
 import pytest
 import torch
-from jobs import run
+from jobs import run, save_model
 from PIL import Image
 
-import checkpoint
 from models import build_vit
 from models.tokens import SKIPPED, DenseTokenMerge, TokenMerge
 from pruning import pm_vit
@@ -18,8 +17,7 @@ def compressed(tiny, tmp_path):
     """Path of a tiny model with 6 of 16 patches left."""
     structure = pm_vit.chosen(torch.rand(2, 16), range(2), 0.2, 0.4)
     model = pm_vit.compressed(build_vit(**tiny), structure, pm_vit.Merging())
-    checkpoint.save(tmp_path / "c.pth", arch=dict(name=model.arch, kwargs=model.arch_kwargs),
-                    dims=model.dims.to_dict(), model=model.state_dict())  # fmt: skip
+    save_model(tmp_path / "c.pth", model)
     return tmp_path / "c.pth"
 
 
@@ -59,9 +57,7 @@ def test_a_picture_is_written(compressed, photo, tmp_path, capsys):
 
 
 def test_mistakes(compressed, photo, tiny, tmp_path):
-    model = build_vit(**tiny)
-    checkpoint.save(tmp_path / "dense.pth", arch=dict(name=model.arch, kwargs=model.arch_kwargs),
-                    dims=model.dims.to_dict(), model=model.state_dict())  # fmt: skip
+    save_model(tmp_path / "dense.pth", build_vit(**tiny))
     for flags, words in (([tmp_path / "dense.pth", photo], "has no token structure"),
                          ([compressed, compressed], "is no image that can be read"),
                          ([compressed, photo, "--output", tmp_path / "no" / "x"], "there is no folder")):  # fmt: skip

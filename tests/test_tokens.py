@@ -3,11 +3,11 @@ import io
 
 import pytest
 import torch
+from jobs import save_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
 from checkpoint import CheckpointError
 from latency.whole import fresh
 from models import Masks, ModelError, ViTDims, build_vit, compact, load_dense, macs, params
@@ -142,15 +142,11 @@ def test_masked_equals_compact_inside_the_groups(compressed, images, prune):
 
 
 def test_a_checkpoint_holds_the_structure(compressed, images, tmp_path):
-    def save(**changes):
-        checkpoint.save(tmp_path / "c.pth", arch=dict(name=compressed.arch, kwargs=compressed.arch_kwargs),
-                        dims=compressed.dims.to_dict(), model=compressed.state_dict() | changes)  # fmt: skip
-
-    save()
+    save_model(tmp_path / "c.pth", compressed)
     with torch.no_grad():
         assert torch.equal(load_dense(tmp_path / "c.pth")(images), compressed(images))
     for odd in (99, 0, 2):  # no such token, a prefix token, all in one group
-        save(**{"blocks.0.tokens.owner": torch.full((16,), odd)})
+        save_model(tmp_path / "c.pth", compressed, **{"blocks.0.tokens.owner": torch.full((16,), odd)})
         with pytest.raises(CheckpointError, match="groups"):
             load_dense(tmp_path / "c.pth")
 
