@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,12 +156,6 @@ def speed(args: argparse.Namespace, full: training.FullModel, dims: ViTDims, dev
         f"compressed {dense / ratios[0]:,.1f} images/s, {1 / ratios[0]:.2f}x")  # fmt: skip
 
 
-def uniform(dims: ViTDims, keep_rate: float, prefix: int) -> ViTDims:
-    """The same share of patches in every block, for --speed-only without a checkpoint."""
-    blocks = [replace(b, tokens=prefix + max(1, int((b.tokens - prefix) * keep_rate))) for b in dims.blocks]
-    return ViTDims(dims.embed, tuple(blocks))
-
-
 # ---------------------------------------------------------------------------------------------------------- arguments
 def check_args(args: argparse.Namespace) -> Run:
     """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
@@ -215,7 +208,7 @@ def main(args: argparse.Namespace) -> None:
     if args.speed_only:
         dims = run.model.dims
         if not steps.is_compressed(run.full, dims):
-            dims = uniform(dims, args.keep_rate, skeleton(run.full.arch, **run.full.kwargs).num_prefix_tokens)
+            dims = pm_vit.uniform(dims, args.keep_rate, skeleton(run.full.arch, **run.full.kwargs).num_prefix_tokens)
         speed(args, run.full, dims, run.device)
     elif args.eval:
         evaluated(args, run)

@@ -84,9 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 # --------------------------------------------------------------------------------------------------------------- speed
 def by_content(arch: str, keep_rate: float, device: torch.device) -> nn.Module:
     """A model with random weights, the same share of patches left in every block, merged by content."""
-    dense = ViTDims.of(parent := skeleton(arch))
-    groups = parent.num_prefix_tokens + int(parent.patch_embed.num_patches * keep_rate)
-    dims = ViTDims(dense.embed, tuple(replace(b, tokens=groups) for b in dense.blocks))
+    dims = pm_vit.uniform(ViTDims.of(parent := skeleton(arch)), keep_rate, parent.num_prefix_tokens)
     return streamline_(fresh(arch, dims, dict(content_merge=True), device))
 
 

@@ -253,6 +253,12 @@ def compressed_dims(dims: ViTDims, structure: Structure, prefix: int) -> ViTDims
     return ViTDims(dims.embed, tuple(blocks))
 
 
+def uniform(dims: ViTDims, keep_rate: float, prefix: int) -> ViTDims:
+    """The same share of patches in every block."""
+    blocks = [replace(b, tokens=prefix + max(1, int((b.tokens - prefix) * keep_rate))) for b in dims.blocks]
+    return ViTDims(dims.embed, tuple(blocks))
+
+
 @torch.no_grad()
 def compressed(model: VisionTransformer, structure: Structure, merging: Merging,
                dense_merge: bool = False) -> VisionTransformer:  # fmt: skip

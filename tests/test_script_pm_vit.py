@@ -14,6 +14,7 @@ import pm_vit_steps
 from datasets import build_dataset
 from models import load_dense
 from models.tokens import SKIPPED, DenseTokenMerge, layers
+from pruning import pm_vit
 from pruning.refit import divergence
 from utils import BadArguments, RunFailed
 
@@ -175,7 +176,7 @@ def test_published_names_are_aliases(name, tmp_path):
     args = parser.parse_args(["--model", name, "--speed-only"])
     model = pm_vit_steps.read_model(args)
     assert model.full.arch == "deit_tiny_patch16_224"
-    assert main_pm_vit.uniform(model.dims, 0.6, 1).blocks[0].tokens == 118
+    assert pm_vit.uniform(model.dims, 0.6, 1).blocks[0].tokens == 118
 
 
 @pytest.mark.slow

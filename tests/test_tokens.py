@@ -94,10 +94,10 @@ def test_all_tokens_means_no_compression(tiny):
     assert not list(layers(build_vit(**tiny)))
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["support", "dense"])
-def test_counts_include_both_matrices(tiny, dense, images):
+@pytest.mark.parametrize("merge", [{}, dict(dense_merge=True), dict(content_merge=True)])
+def test_counts_include_compression(tiny, merge, images):
     dims = with_tokens(build_vit(**tiny).dims, 9, 18)
-    kwargs = tiny | dict(dense_merge=dense)
+    kwargs = tiny | merge
     model = build_vit(**kwargs, dims=dims).eval()
     for _, tokens in layers(model):
         tokens.way = "products"

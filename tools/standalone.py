@@ -20,7 +20,7 @@ from torch import nn
 
 from models import attention, content, tokens, vit
 from models.dims import BlockDims
-from models.tokens import merging
+from models.tokens import COMPRESSIONS, merging
 from models.vit import Block
 
 HEADER = '''"""{title}
@@ -65,7 +65,7 @@ def build(config: dict[str, Any]) -> nn.Module:
     """The model that config.json describes, with fresh weights: timm's, but for the blocks."""
     blocks = [BlockDims(**block) for block in config["dims"]["blocks"]]
     left, kwargs = iter(blocks), dict(config["arch"]["kwargs"])
-    ours = {name: kwargs.pop(name, False) for name in ("dense_merge", "content_merge")}
+    ours = {name: kwargs.pop(name, False) for name in COMPRESSIONS}
 
     def block(**timm_kwargs: Any) -> Block:
         dims = next(left)
@@ -108,7 +108,7 @@ def definitions(module: ModuleType, names: set[str] | None = None) -> str:
 def source(title: str) -> str:
     """The text of model.py."""
     ours = (f.replace("folder: Path", "folder: Path = HERE") for f in map(inspect.getsource, (build, load, transform)))
-    compression = definitions(tokens, {"SKIPPED", "evenly", "TokenMerge", "DenseTokenMerge", "merging"})
+    compression = definitions(tokens, {"SKIPPED", "COMPRESSIONS", "evenly", "TokenMerge", "DenseTokenMerge", "merging"})
     parts = [HEADER.format(title=title), definitions(attention), definitions(content), compression,
              definitions(vit, {"Attention", "Block"}), *ours]  # fmt: skip
     return "\n\n\n".join(part.strip() for part in parts) + "\n"
