@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -234,7 +235,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
 def read_image(path: str) -> Image.Image:
     """The file as an RGB image. Raises CorruptImage, which names the path."""
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(Path(path).read_bytes())) as image:  # Pillow reads a file in dozens of small pieces
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise a dozen kinds, from OSError to struct.error
         reason = " ".join(f"{type(error).__name__}: {error}".split())

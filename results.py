@@ -20,7 +20,7 @@ from training import FullModel
 from utils import say, say_next, warn
 
 MOST_BATCH = 65_536  # of a measurement that a file asks for
-BUILDS, ROUNDS = 5, 15  # fresh pairs of models per measurement, and how often each is measured
+BUILDS, ROUNDS = 5, 9  # fresh pairs of models per measurement, and how often each is measured
 
 
 @dataclass(frozen=True)

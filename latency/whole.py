@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from latency.measure import interleaved, ratio
-from models.family import Model, build_vit, skeleton
+from models.family import Model, skeleton, without_weights
 from models.swin_dims import Dims
 from models.tokens import layers
 
@@ -23,17 +23,12 @@ AGREE = 0.06  # relative difference between builds up to which they agree
 
 @torch.no_grad()
 def fresh(arch: str, dims: Dims | None, kwargs: dict[str, Any], device: torch.device) -> Model:
-    """A model with small random weights, built without timm's slow initialisation."""
-    with torch.device("meta"):
-        model = build_vit(arch, dims, **kwargs)
-    model.to_empty(device=device)
+    """A model with small random weights."""
+    model = without_weights(arch, dims, device, **kwargs)
     for parameter in model.parameters():
         parameter.uniform_(-0.04, 0.04)
     for _, tokens in layers(model):
         tokens.reset()
-    for module in model.modules():
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
     return model.eval()
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from models.family import Model, build_vit
+from models.family import Model, without_weights
 from models.masks import Masks
 from models.tokens import layers
 
@@ -15,7 +15,7 @@ def compact(model: Model, masks: Masks) -> Model:
     A block without heads or without MLP units loses that branch, its bias included.
     """
     reference = next(model.parameters())
-    small = build_vit(model.arch, masks.dims, **model.arch_kwargs).to(device=reference.device, dtype=reference.dtype)
+    small = without_weights(model.arch, masks.dims, reference.device, **model.arch_kwargs).to(reference.dtype)
     source = dict(model.named_parameters())
     for name, parameter in small.named_parameters():
         if name in source:  # all but what merges tokens by a mask

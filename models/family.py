@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import timm
+import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
@@ -40,6 +41,18 @@ def build_vit(arch: str, dims: Dims | None = None, **kwargs: Any) -> Model:
     if dims is not None and not isinstance(dims, kind):
         raise vit.ModelError(f"{arch} takes {kind.__name__}, not {type(dims).__name__}")
     return swin.build_swin(arch, dims, **kwargs) if kind is SwinDims else vit.build_vit(arch, dims, **kwargs)
+
+
+@torch.no_grad()
+def without_weights(arch: str, dims: Dims | None, device: torch.device, **kwargs: Any) -> Model:
+    """`build_vit` without timm's initialisation, which takes longer than the rest: parameters hold anything."""
+    with torch.device("meta"):
+        model = build_vit(arch, dims, **kwargs)
+    model.to_empty(device=device)
+    for module in model.modules():
+        if hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()
+    return model
 
 
 def dims_of(model: Model) -> Dims:
