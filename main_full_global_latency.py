@@ -6,6 +6,7 @@ import copy
 import json
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from engine import Precision, Progress, evaluate, train_one_epoch
 from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from loaders import start_epoch
-from models import Masks, compact, is_swin, left_alone
+from models import Masks, compact, is_swin, left_alone, skeleton
+from models.tokens import can_be_lean, plain
 from models.vit import TokenLogits
 from pruning.config import load_config
 from pruning_steps import CHECKPOINT, PruningSteps, Setup, State, make_pruner, read_resumed, restore, save
@@ -151,6 +153,8 @@ def check_args(args: argparse.Namespace) -> Setup:
     problems.attempt(full.check_classifier)
     if args.tokens == "content":
         full.kwargs["content_merge"] = True
+    if args.tokens and args.one_shot and not is_swin(full.arch):
+        full.kwargs |= dict(lean_last=True) if can_be_lean(skeleton(full.arch, **full.kwargs)) else {}
     model = problems.attempt(full.build, **training.drop_rates(args))
     cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
     problems.raise_if_any()
@@ -200,7 +204,8 @@ def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: flo
     )
     summary = dict(pruned=pruned)
     if masks.full == setup.pruner.dense:
-        dense = results.stage(setup.full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
+        full = replace(setup.full, kwargs=plain(setup.full.kwargs))
+        dense = results.stage(full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
         summary = dict(dense=dense, pruned=pruned)
     write_json(setup.folder / "dims.json", masks.dims.to_dict())
     write_json(setup.folder / "summary.json", summary)

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.pruners import METHODS, PEERS, Bench, dims_of, maker
+from benchmarks.pruners import METHODS, ONE_SHOT, PEERS, Bench, dims_of, maker, merging_of
 from benchmarks.rows import append, read, spread
 from models import ViTDims, build_vit
 from utils import table
@@ -87,7 +87,7 @@ def check(bench: Bench, rows: list[dict[str, Any]]) -> str:
     """Ratios by the table and as measured, each method's mean over the seeds with the spread of the measured ones."""
     found: dict[tuple[str, float], list[tuple[float, float]]] = {}
     for row in (row for row in rows if "dims" in row):
-        kwargs = bench.kwargs | (dict(content_merge=True) if "content" in row["method"] else {})
+        kwargs = bench.kwargs | merging_of(**ONE_SHOT.get(row["method"], {}))
         model = build_vit(bench.arch, ViTDims.from_dict(row["dims"]), **kwargs)
         pair = row["latency"], bench.ef.latency_ratio(bench.base, model)[0]
         found.setdefault((row["method"], row["target"]), []).append(pair)

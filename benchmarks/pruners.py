@@ -186,6 +186,11 @@ class Gradient:
         return small
 
 
+def merging_of(tokens: bool = False, content: bool = False, **_: bool) -> dict[str, bool]:
+    """The arguments of a model whose tokens a row of ONE_SHOT compresses."""
+    return {name: True for name, used in dict(content_merge=content, lean_last=tokens).items() if used}
+
+
 class OneShot:
     """This project's one-shot pruning: aligned, priced, allocated, and refitted or not; of widths, tokens or both,
     tokens merged by place or by content."""
@@ -193,7 +198,7 @@ class OneShot:
     def __init__(self, bench: Bench, seed: int, refit: bool = True, widths: bool = True, tokens: bool = False,
                  content: bool = False) -> None:  # fmt: skip
         self.bench, self.refit = bench, refit
-        self.dense = bench.model(**dict(content_merge=True) if content else {}).requires_grad_(False)
+        self.dense = bench.model(**merging_of(tokens, content)).requires_grad_(False)
         self.images = bench.ef.normalise(bench.calibration(seed)[0])
         self.grid = self.dense.patch_embed.grid_size if tokens else None
         masks = Masks(self.dense.dims, grid=self.grid)

@@ -14,7 +14,7 @@ import torch
 from latency.measure import interleaved, ratio
 from models.family import Model, skeleton, without_weights
 from models.swin_dims import Dims
-from models.tokens import layers
+from models.tokens import layers, plain
 
 BUILDS, ROUNDS = 3, 7
 TOGETHER = 4  # models measured in turn with one dense model
@@ -53,7 +53,7 @@ def measured_ratios(arch: str, kwargs: dict[str, Any], chosen: Sequence[Dims], b
     def measure(members: Sequence[int]) -> None:
         nonlocal kept
         models = {str(i): fresh(arch, chosen[i], kwargs, device) for i in members}
-        models["dense"] = fresh(arch, None, kwargs, device)
+        models["dense"] = fresh(arch, None, plain(kwargs), device)
         kept = (models, kept and kept[0])  # while the last ones are held, the next lie elsewhere
         timings = interleaved(models, images, rounds, dtype=dtype, compiled=compiled)
         for i in members:

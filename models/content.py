@@ -36,7 +36,6 @@ class Groups(NamedTuple):
     member: Tensor
     sizes: Tensor
     prefix: int
-    hands_on: str
 
     @property
     def bias(self) -> Tensor:
@@ -50,8 +49,6 @@ class Groups(NamedTuple):
 
     def restore(self, out: Tensor, z: Tensor, x: Tensor) -> Tensor:
         """x + R (out - z): out, z (B, K, E), x (B, T, E) -> (B, T, E)."""
-        if self.hands_on == "prefix":
-            return out[:, : self.prefix].to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             gained, (B, K, E) = out.to(x.dtype) - z, z.shape
             rows = (self.owner + K * torch.arange(B, device=x.device)[:, None]).flatten()
@@ -65,8 +62,6 @@ class Groups(NamedTuple):
 
 class ContentMerge(nn.Module):
     """Finds the groups of a batch. `anchors` (N,) bool is all that a layer stores; nothing trains."""
-
-    hands_on: str = "everything"  # or "prefix" tokens alone (`models.tokens.streamline_`)
 
     def __init__(self, tokens: int, total: int, prefix: int) -> None:
         super().__init__()
@@ -110,4 +105,4 @@ class ContentMerge(nn.Module):
         owner = torch.where(self._fixed, self._own, P + nearest)
         owner = owner.scatter(1, alone, torch.arange(P + A, P + groups, device=x.device).expand(x.shape[0], -1))
         member = (owner[:, None] == torch.arange(P + groups, device=x.device)[:, None]).to(x.dtype)
-        return Groups(owner, member, member.sum(-1, keepdim=True), P, self.hands_on)
+        return Groups(owner, member, member.sum(-1, keepdim=True), P)

@@ -64,12 +64,14 @@ class MacsFormula:
     residual additions are left out, as in the papers (NViT's DeiT-B figure of 17.66 G is reproduced). Merging and
     reconstructing tokens count as the two matrix products that they are (without gradients less is computed), by
     content as its likenesses and its means.
-    stem, classifier, compression: MACs per embedding channel; tokens: (L,) int64, one count per block.
+    stem, classifier, compression: MACs per embedding channel; tokens, asking: (L,) int64, of every block the tokens
+    that it computes on, and those that ask and pass the MLP.
     """
 
     stem: int
     classifier: int
     tokens: np.ndarray
+    asking: np.ndarray
     compression: int
 
     @classmethod
@@ -80,20 +82,23 @@ class MacsFormula:
         heads = sum(hasattr(parent, name) for name in ("head", "head_dist"))
         tokens = np.array([b.tokens for b in dims.blocks], dtype=np.int64)
         patches, prefix = parent.patch_embed.num_patches, parent.num_prefix_tokens
-        groups = tokens[tokens < patches + prefix] - prefix
+        asking, merged = tokens.copy(), tokens < patches + prefix
+        if kwargs.get("lean_last"):
+            asking[-1:] = prefix
         if kwargs.get("content_merge"):
-            compression = sum(anchors_of(k) + prefix + k for k in groups.tolist()) * (patches + prefix)
+            compression = sum(anchors_of(k - prefix) + k for k in tokens[merged].tolist()) * (patches + prefix)
         else:
-            compression = 2 * int((groups + prefix).sum()) * (patches + prefix)
-        return cls(patches * patch, heads * parent.num_classes, tokens, compression)
+            rebuilt = merged & (asking == tokens)
+            compression = int(tokens[merged].sum() + tokens[rebuilt].sum()) * (patches + prefix)
+        return cls(patches * patch, heads * parent.num_classes, tokens, asking, compression)
 
     def parts(self, embed: np.ndarray, heads: np.ndarray, qk: np.ndarray, v: np.ndarray,
               mlp: np.ndarray) -> dict[str, np.ndarray]:  # fmt: skip
         """By part of the model. embed: (…,); heads, qk, v, mlp: (…, L), all int64; each result (…,)."""
         e = np.asarray(embed)[..., None]
-        linears = e * heads * (2 * qk + v) + heads * v * e
-        attention = self.tokens * linears + self.tokens**2 * heads * (qk + v)
-        hidden = 2 * self.tokens * e * mlp
+        each = e * heads * (qk + v)  # queries and proj of those that ask, keys and values of all
+        attention = (self.asking + self.tokens) * each + self.asking * self.tokens * heads * (qk + v)
+        hidden = 2 * self.asking * e * mlp
         return dict(
             patch_embed=self.stem * embed,
             attention=attention.sum(-1),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.content import ContentMerge, anchors_of
 
 SKIPPED = -1
-COMPRESSIONS = ("dense_merge", "content_merge")  # arguments of a model that say how its tokens are compressed
+COMPRESSIONS = ("dense_merge", "content_merge", "lean_last")  # arguments of a model: how tokens are compressed
 
 
 def evenly(patches: int, groups: int) -> Tensor:
@@ -42,7 +42,7 @@ class TokenMerge(nn.Module):
 
     bias: Tensor | None = None  # of attention's scores
     way: str | None = None
-    hands_on: str = "everything"  # or "prefix" tokens alone, or its own "tokens" to a block that folds (`streamline_`)
+    hands_on: str = "everything"  # or its own "tokens", to a block that folds (`streamline_`)
 
     def __init__(self, tokens: int, total: int, prefix: int) -> None:
         super().__init__()
@@ -141,8 +141,8 @@ class TokenMerge(nn.Module):
         """R out + s x, less R z of groups with a shortcut: out, z (B, K, E), x (B, T, E) -> (B, T, E)."""
         with torch.autocast(x.device.type, enabled=False):
             out = out.to(x.dtype)
-            if self.hands_on != "everything":
-                return out if self.hands_on == "tokens" else out[:, : self.prefix]
+            if self.hands_on == "tokens":
+                return out
             if self.pulls_back:
                 out = out - self._divided * z
             if self._products():
@@ -263,6 +263,16 @@ def merging(tokens: int, total: int, prefix: int, kwargs: dict[str, Any]) -> nn.
     return (DenseTokenMerge if kwargs.get("dense_merge") else TokenMerge)(tokens, total, prefix)
 
 
+def plain(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A model's arguments without those of COMPRESSIONS: timm's own."""
+    return {k: v for k, v in kwargs.items() if k not in COMPRESSIONS}
+
+
+def can_be_lean(model: Any) -> bool:
+    """Whether the head reads prefix tokens alone, so that the last block need not compute any other."""
+    return model.global_pool == "token"
+
+
 def by_content(model: Any) -> bool:
     """Whether the blocks of a model merge by content."""
     return bool(model.arch_kwargs.get("content_merge"))
@@ -288,9 +298,7 @@ def streamline_(model: Any) -> Any:
         if follower and not (tokens.has_shortcut or follower.has_shortcut) and tokens.tokens <= follower.gathered:
             follower.folded = follower.matrices()[0] @ tokens.matrices()[1]
             tokens.hands_on = "tokens"
-    last = len(model.blocks) - 1
-    if model.global_pool == "token" and not isinstance(model.blocks[last].tokens, DenseTokenMerge):
-        model.blocks[last].read = model.num_prefix_tokens
-        if isinstance(model.blocks[last].tokens, TokenMerge | ContentMerge):
-            model.blocks[last].tokens.hands_on = "prefix"
+    last = model.blocks[-1]
+    if can_be_lean(model) and not isinstance(last.tokens, DenseTokenMerge):
+        last.read, last.alone = model.num_prefix_tokens, True
     return model

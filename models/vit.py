@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.attention import attend
 from models.axes import axes_of
 from models.dims import BlockDims, ViTDims
-from models.tokens import COMPRESSIONS, merging
+from models.tokens import can_be_lean, merging, plain
 
 
 class ModelError(ValueError):
@@ -116,10 +116,12 @@ class Block(nn.Module):
 
     tokens: the compression that the block works inside of (`models.tokens`), None for all tokens. Takes the arguments
     timm passes to its `block_fn`; those that a plain ViT leaves at their default are ignored here because `skeleton`
-    has refused any other value. read: how many of the first tokens are wanted of it (`models.tokens.streamline_`).
+    has refused any other value. read: how many of the first tokens ask, None for all; the others are keys alone, and
+    come out as they went in, or with `alone` (`models.tokens.streamline_`) not at all.
     """
 
     read: int | None = None
+    alone: bool = False
 
     def __init__(self, *, dims: BlockDims, scale: float, dim: int, norm_layer: Any, qkv_bias: bool = False,
                  proj_bias: bool = True, init_values: float | None = None, proj_drop: float = 0.0,
@@ -141,10 +143,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tokens is None:
-            return self.branches(x)
-        tokens = self.tokens.bound(x)
-        z = tokens.compress(x)
-        return tokens.restore(self.branches(z, tokens.bias), z, x)
+            out = self.branches(x)
+        else:
+            tokens = self.tokens.bound(x)
+            z = tokens.compress(x)
+            out = self.branches(z, tokens.bias)
+            out = tokens.restore(out, z, x) if self.read is None else out  # prefix tokens are never merged
+        if self.read is None or self.alone:
+            return out
+        return torch.cat([out.to(x.dtype), x[:, self.read :]], 1)
 
     def branches(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention, its scores with a bias per key, and MLP, on all tokens or on those that compression leaves."""
@@ -220,18 +227,13 @@ def _skeleton(arch: str, kwargs_json: str) -> VisionTransformer:
     return model
 
 
-def _timm(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments without ours, which say how tokens are compressed."""
-    return {k: v for k, v in kwargs.items() if k not in COMPRESSIONS}
-
-
 def skeleton(arch: str, **kwargs: Any) -> VisionTransformer:
     """timm's model at full width without storage (meta device), cached: for names, shapes and counts.
 
     Raises ModelError for a name timm does not know and for a model that is not a plain ViT.
     """
     try:
-        return _skeleton(arch, json.dumps(_timm(kwargs), sort_keys=True))
+        return _skeleton(arch, json.dumps(plain(kwargs), sort_keys=True))
     except TypeError as error:
         raise ModelError(f"{arch}: model arguments must be plain values ({error})") from None
 
@@ -243,13 +245,23 @@ def left_alone(arch: str, **kwargs: Any) -> dict[str, str]:
     return {}
 
 
+def _check_lean(parent: VisionTransformer, arch: str, kwargs: dict[str, Any]) -> None:
+    if not kwargs.get("lean_last"):
+        return
+    if not can_be_lean(parent):
+        raise ModelError(f"{arch}: lean_last does not go with a head that reads every token")
+    if kwargs.get("dense_merge"):
+        raise ModelError("lean_last does not go with dense_merge, whose matrices may mix what the head reads")
+
+
 def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTransformer:
     """timm's model `arch` with the widths `dims` (default: its own), initialised as timm does.
 
     kwargs are timm's (img_size, num_classes, drop_path_rate, …) and describe the *parent*: the softmax scale comes from
     its head width, whatever `dims` says. dense_merge=True stores token compression as full matrices,
-    content_merge=True merges tokens by content (`models.content`). The result
-    carries `dims`, `arch` and `arch_kwargs`. Raises ModelError.
+    content_merge=True merges tokens by content (`models.content`), lean_last=True lets only the tokens that the head
+    reads ask in the last block: the others are its keys and come out as they went in, and logits stay as they are. The
+    result carries `dims`, `arch` and `arch_kwargs`. Raises ModelError.
     """
     pretrained = kwargs.pop("pretrained", False)
     parent = skeleton(arch, **kwargs)
@@ -263,6 +275,8 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
         if any(b.heads and getattr(b, axis) != head_width for b in dims.blocks):
             raise ModelError(f"{arch}: {axis} must stay {head_width}: {reason}")
 
+    _check_lean(parent, arch, kwargs)
+
     def block(**timm_kwargs: Any) -> Block:
         dims = next(blocks)
         tokens = merging(dims.tokens, total, prefix, kwargs)
@@ -274,9 +288,11 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
     model = timm.create_model(
         arch,
         pretrained=pretrained,
-        **_timm(kwargs) | dict(embed_dim=dims.embed, depth=len(dims.blocks)),
+        **plain(kwargs) | dict(embed_dim=dims.embed, depth=len(dims.blocks)),
         norm_layer=partial(LayerNorm, eps=parent.blocks[0].norm1.eps),
         block_fn=block,
     )
+    if kwargs.get("lean_last") and len(model.blocks):
+        model.blocks[-1].read = prefix
     model.dims, model.arch, model.arch_kwargs = dims, arch, kwargs
     return model

@@ -63,7 +63,7 @@ def test_a_format_computes_the_same_for_any_batch(small, kind, tmp_path, capsys)
         torch.testing.assert_close(result(images), model(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("merge", [{}, dict(dense_merge=True), dict(content_merge=True)])
+@pytest.mark.parametrize("merge", [{}, dict(dense_merge=True), dict(content_merge=True, lean_last=True)])
 @pytest.mark.parametrize("kind", formats.FORMATS)
 def test_a_token_compressed_model(kind, merge, tmp_path, randomise, capsys):
     dims = ViTDims(40, (BlockDims(2, 5, 9, 50, 9), BlockDims(0, 5, 9, 30, 18), BlockDims(3, 8, 10, 0, 7)))

@@ -13,8 +13,8 @@ from test_resume import equal, interrupted, only
 import finetune_dense
 import main_full_global_latency
 import main_pm_vit
-from models import Masks, build_vit, compact, load_dense
-from models.tokens import layers
+from models import Masks, build_vit, compact, load_dense, macs
+from models.tokens import layers, plain
 from pruning.allocation import allocate, interpolated
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner
@@ -226,7 +226,11 @@ def test_one_shot_with_tokens_by_content(job, runs, tmp_path):
     run(main_full_global_latency, *flags, "--latency_look_up_table", tmp_path / "table.json")
     folder = only(tmp_path, "one_shot_*")
     small = load_dense(folder / "pruned_checkpoint.pth")
-    assert any(b.tokens < 18 for b in small.dims.blocks) and small.arch_kwargs["content_merge"]
+    assert any(b.tokens < 18 for b in small.dims.blocks)
+    assert small.arch_kwargs["content_merge"] and small.arch_kwargs["lean_last"] and small.blocks[-1].read == 2
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["dense"]["macs"] == macs(small.arch, **plain(small.arch_kwargs))
+    assert summary["pruned"]["macs"] == macs(small.arch, small.dims, **small.arch_kwargs)
     run(finetune_dense, *PLAIN, "--finetune", folder, "--epochs", "1", "--kl_loss_coeff", "0",
         "--original_loss_coeff", "1")  # fmt: skip
 

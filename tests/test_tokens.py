@@ -6,6 +6,7 @@ import torch
 from jobs import save_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoint import CheckpointError
@@ -94,16 +95,18 @@ def test_all_tokens_means_no_compression(tiny):
     assert not list(layers(build_vit(**tiny)))
 
 
-@pytest.mark.parametrize("merge", [{}, dict(dense_merge=True), dict(content_merge=True)])
+@pytest.mark.parametrize("merge", [
+    {}, dict(dense_merge=True), dict(content_merge=True), dict(lean_last=True), dict(content_merge=True, lean_last=True),
+])  # fmt: skip
 def test_counts_include_compression(tiny, merge, images):
-    dims = with_tokens(build_vit(**tiny).dims, 9, 18)
+    dims = with_tokens(build_vit(**tiny).dims, *((18, 9) if "lean_last" in merge else (9, 18)))
     kwargs = tiny | merge
     model = build_vit(**kwargs, dims=dims).eval()
     for _, tokens in layers(model):
         tokens.way = "products"
     for block in model.blocks:
         block.attn.way = "fused"
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(images[:1])
     arch = kwargs.pop("arch")
     assert macs(arch, dims, **kwargs) == counter.get_total_flops() // 2
@@ -189,6 +192,43 @@ def test_the_last_block_answers_what_the_head_reads(family, randomise, images, w
             assert (streamline_(model).blocks[1].read == prefix) == (model.global_pool == "token")
             torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-12)
             assert model.forward_features(images).shape[1] == (prefix if model.global_pool == "token" else total)
+
+
+@pytest.mark.parametrize("merge", [None, {}, dict(content_merge=True)], ids=["all tokens", "place", "content"])
+def test_a_lean_last_block_gives_the_same_logits_and_gradients(family, merge, randomise, images):
+    """Patches are its keys alone: they come out of it as they went in."""
+    parent, images = build_vit(**family), images.double()
+    compressed = parent.dims.blocks[0].tokens, 5 + parent.num_prefix_tokens
+    dims = None if merge is None else with_tokens(parent.dims, *compressed)
+    model = randomise(build_vit(**family | (merge or {}), dims=dims)).double()
+    if parent.global_pool != "token":
+        with pytest.raises(ModelError, match="lean_last does not go with a head that reads every token"):
+            build_vit(**family, lean_last=True)
+        return
+    lean = build_vit(**family | (merge or {}) | dict(lean_last=True), dims=dims).double()
+    lean.load_state_dict(model.state_dict())
+    inside = []
+    lean.blocks[-1].register_forward_hook(lambda block, x, out: inside.extend([x[0], out]))
+    logits, expected = lean(images), model(images)
+    for each in (logits, expected):
+        pair = each if isinstance(each, tuple) else (each,)
+        sum(out.square().sum() for out in pair).backward()
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
+    for (name, ours), theirs in zip(lean.named_parameters(), model.parameters(), strict=True):
+        if ours.grad is None or theirs.grad is None:  # what puts patches back of which nothing reads
+            assert "reconstruct" in name
+            continue
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=name)
+    x, out = inside
+    assert out.shape == x.shape and torch.equal(out[:, parent.num_prefix_tokens :], x[:, parent.num_prefix_tokens :])
+    assert lean.forward_features(images).shape == model.forward_features(images).shape
+    streamed = streamline_(lean.eval())
+    torch.testing.assert_close(streamed(images), model.eval()(images), rtol=1e-10, atol=1e-12)
+
+
+def test_full_matrices_have_no_lean_last_block(tiny):
+    with pytest.raises(ModelError, match="lean_last does not go with dense_merge"):
+        build_vit(**tiny, dense_merge=True, lean_last=True)
 
 
 def test_a_shortcut_is_not_folded_away(compressed, images):

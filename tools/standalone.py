@@ -72,12 +72,15 @@ def build(config: dict[str, Any]) -> nn.Module:
         tokens = merging(dims.tokens, config["tokens"], config["prefix_tokens"], ours)
         return Block(dims=dims, scale=config["scale"], tokens=tokens, **timm_kwargs)
 
-    return timm.create_model(
+    model = timm.create_model(
         config["arch"]["name"],
         **kwargs | dict(embed_dim=config["dims"]["embed"], depth=len(blocks)),
         norm_layer=partial(nn.LayerNorm, eps=config["norm_eps"]),
         block_fn=block,
     )
+    if ours["lean_last"] and blocks:
+        model.blocks[-1].read = config["prefix_tokens"]
+    return model
 
 
 def load(folder: Path) -> nn.Module:
