@@ -61,7 +61,7 @@ def make_pruner(args: Any, full: training.FullModel, masks: Masks, table: Latenc
     kind = ValuePruner if args.selection == "value" else GlobalPruner
     return kind(
         masks, table, sizes, regularization=args.latency_regularization, cap=cap or None, target=args.latency_target,
-        targets=more, dense=dense, per_event=args.prune_per_iter // args.group_size,
+        targets=more, dense=dense, per_event=args.prune_per_iter // args.group_size, asking=full.asking,
     )  # fmt: skip
 
 

@@ -46,6 +46,11 @@ class FullModel:
     pretrained: bool = False
     start: dict[str, Any] | None = field(default=None, repr=False)
 
+    @property
+    def asking(self) -> int | None:
+        """The tokens that ask in the last block, None for all (`lean_last` of `models.build_vit`)."""
+        return skeleton(self.arch, **self.kwargs).num_prefix_tokens if self.kwargs.get("lean_last") else None
+
     def build(self, **drop_rates: float) -> nn.Module:
         """The model with its weights, or freshly initialised where it has none. Raises ValueError."""
         if self.start is not None:

@@ -114,7 +114,7 @@ class Bench:
         """To the dense model: measured, or by the table."""
         if self.args.measured:
             return self.ef.latency_ratio(self.base, model)[0]
-        return self.table.ratio(dims_of(model), dims_of(self.base))
+        return self.table.ratio(dims_of(model), dims_of(self.base), getattr(model.blocks[-1], "read", None))
 
     def meet(self, make: Callable[[float], nn.Module], target: float) -> nn.Module:
         """What `make` makes for a table's ratio, such that `ratio` is at or below the target, in a few rounds."""
@@ -207,7 +207,8 @@ class OneShot:
         self.prices = prices(self.dense, self.images, self.groups, BATCH)
 
     def __call__(self, target: float) -> nn.Module:
-        (dims, _), *_ = allocate(self.bench.table, self.dense.dims, self.groups, *self.prices, target)
+        (dims, _), *_ = allocate(self.bench.table, self.dense.dims, self.groups, *self.prices, target,
+                                self.dense.blocks[-1].read)  # fmt: skip
         masks = Masks.first(self.dense.dims, dims, grid=self.grid)
         small = compact(self.dense, masks)
         if self.refit:

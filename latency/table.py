@@ -136,23 +136,25 @@ class LatencyTable:
         """Most tokens of a block, where the table was measured at several counts; else 0."""
         return int(self._tokens)
 
-    def blocks_seconds(self, widths: np.ndarray, *, monotone: bool = False) -> np.ndarray:
+    def blocks_seconds(self, widths: np.ndarray, *, monotone: bool = False, asking: int | None = None) -> np.ndarray:
         """Seconds of n blocks: rows (embed, heads, qk, v, mlp), (n, 5) -> (n,); or (n, 6), with tokens at the end.
 
-        monotone looks up the cleaned table, in which no value decreases when a width grows. Raises LatencyTableError
-        for a width above the grid.
+        monotone looks up the cleaned table, in which no value decreases when a width grows. asking: only so many tokens
+        ask and pass the MLP (`lean_last` of `models.build_vit`); that is not measured by itself, so each branch takes
+        the share of its seconds that it has left of its MACs. Raises LatencyTableError for a width above the grid.
         """
         widths = np.asarray(widths, dtype=float)
         if widths.shape[-1] == len(COLUMNS) - 1:
             widths = np.insert(widths, COLUMNS.index("tokens"), self._tokens, axis=1)
         grids = self._clean if monotone else self._grids
         try:
+            full, left = _branch_macs(widths), _branch_macs(widths, asking)
             if len(grids) == 1:
-                return grids[0](widths[:, grids[0].select])
+                return grids[0](widths[:, grids[0].select]) * _share(left.sum(0), full.sum(0))
             seconds = np.zeros(len(widths))
-            for grid, decisive in zip(grids, ("heads", "mlp"), strict=True):
+            for grid, decisive, share in zip(grids, ("heads", "mlp"), _share(left, full), strict=True):
                 alive = widths[:, COLUMNS.index(decisive)] > 0  # a branch of width 0 is not built
-                seconds[alive] += grid(widths[alive][:, grid.select])
+                seconds[alive] += grid(widths[alive][:, grid.select]) * share[alive]
             if self._merging:
                 fewer = widths[:, COLUMNS.index("tokens")] < self._tokens
                 seconds[fewer] += self._merging(widths[fewer][:, self._merging.select])
@@ -164,10 +166,12 @@ class LatencyTable:
         """Seconds of one block at residual width `embed`."""
         return float(self.blocks_seconds(_rows(embed, (block,)))[0])
 
-    def model_seconds(self, dims: ViTDims) -> float:
-        """Seconds of a model: its blocks, and what is outside them where the table has it."""
-        blocks = float(self.blocks_seconds(_rows(dims.embed, dims.blocks)).sum())
-        return blocks + self.overhead_seconds(dims.embed)
+    def model_seconds(self, dims: ViTDims, asking: int | None = None) -> float:
+        """Seconds of a model: its blocks, of which the last lets only `asking` tokens ask (None for all), and what is
+        outside them where the table has it."""
+        rows = _rows(dims.embed, dims.blocks)
+        blocks = self.blocks_seconds(rows[:-1]).sum() + self.blocks_seconds(rows[-1:], asking=asking).sum()
+        return float(blocks) + self.overhead_seconds(dims.embed)
 
     def overhead_seconds(self, embed: int) -> float:
         """Seconds outside the blocks (patch embedding, final norm, heads); 0 where the table does not have them."""
@@ -178,9 +182,9 @@ class LatencyTable:
         except LatencyTableError as error:
             raise LatencyTableError(f"{self.name}: _overhead: {error}") from None
 
-    def ratio(self, dims: ViTDims, dense: ViTDims) -> float:
-        """Predicted time of `dims` over that of `dense`."""
-        return self.model_seconds(dims) / self.model_seconds(dense)
+    def ratio(self, dims: ViTDims, dense: ViTDims, asking: int | None = None) -> float:
+        """Predicted time of `dims`, of whose last block only `asking` tokens ask, over that of `dense`."""
+        return self.model_seconds(dims, asking) / self.model_seconds(dense)
 
     def check_covers(self, dims: ViTDims) -> None:
         """Raises LatencyTableError when a width lies above the table, or the token count is not the table's."""
@@ -214,6 +218,19 @@ def _published(parts: dict[str, Any]) -> dict[str, Any]:
         leaf = tree.setdefault(f"EMB_{e}", {}).setdefault(f"QK_{h}_{q}", {}).setdefault(f"V_{v}", {})
         leaf[f"MLP_{m}"] = float(f"{value:.6g}")
     return tree
+
+
+def _branch_macs(rows: np.ndarray, asking: int | None = None) -> np.ndarray:
+    """MACs of attention and of the MLP, (2, n), of rows (n, 6), where `asking` tokens ask, None for all."""
+    e, h, q, v, m, n = rows.T
+    n = np.maximum(n, 1)  # not known: then all of them ask
+    a = n if asking is None else np.minimum(asking, n)
+    return np.stack([h * (q + v) * ((a + n) * e + a * n), 2 * a * e * m])
+
+
+def _share(left: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """left / full; 1 of nothing."""
+    return np.divide(left, full, out=np.ones_like(full), where=full > 0)
 
 
 def _rows(embed: int, blocks: tuple[BlockDims, ...]) -> np.ndarray:

@@ -102,8 +102,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, queries: int | None = None, bias: Tensor | None = None) -> Tensor:
         """queries: only the first so many tokens ask, and are answered, None for all; bias: that of `mix`."""
-        if queries is None:
-            return self.proj_drop(self.proj(self.mix(self.qkv(x), bias)))  # B N E
+        if queries is None or self.qkv._forward_hooks:  # who looks at qkv sees the rows of all tokens
+            return self.proj_drop(self.proj(self.mix(self.qkv(x), bias)[:, :queries]))  # B N E
         rows, weight = self.num_heads * self.qk, self.qkv.weight
         first, rest = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([rows])
         q = F.linear(x[:, :queries], weight[:rows], first)

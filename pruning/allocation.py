@@ -116,10 +116,11 @@ def knapsack(options: list[Options], budget: float) -> tuple[list[int], float]:
 
 
 def allocate(table: LatencyTable, full: ViTDims, groups: dict[str, int], curves: list[dict[str, Curve]], embed: Curve,
-             target: float) -> list[tuple[ViTDims, float]]:  # fmt: skip
+             target: float, asking: int | None = None) -> list[tuple[ViTDims, float]]:  # fmt: skip
     """For every embedding width the best widths at a predicted ratio of at most `target` to the dense model's latency.
 
-    groups: units per group, by axis; curves, embed: prices from `pruning.probe`. Returns (widths, predicted
+    groups: units per group, by axis; curves, embed: prices from `pruning.probe`; asking: tokens that ask in the last
+    block, None for all. Returns (widths, predicted
     divergence), the best first; nothing where no widths are quick enough. Raises LatencyTableError.
     """
     budget = target * table.model_seconds(full)
@@ -127,10 +128,11 @@ def allocate(table: LatencyTable, full: ViTDims, groups: dict[str, int], curves:
         candidates(block, {axis: groups[f"blocks.{i}.{axis}"] for axis in AXES}, prices)
         for i, (block, prices) in enumerate(zip(full.blocks, curves, strict=True))
     ]
-    widths = _widths(full.embed, groups["embed"])
+    widths, asked = _widths(full.embed, groups["embed"]), [None] * (len(rows) - 1) + [asking]
     found = []
     for E, price in zip(widths, interpolated(embed, widths), strict=True):
-        options = [undominated(w, table.blocks_seconds(np.column_stack([np.full(len(w), E), w])), c) for w, c in rows]
+        options = [undominated(w, table.blocks_seconds(np.column_stack([np.full(len(w), E), w]), asking=a), c)
+                   for (w, c), a in zip(rows, asked, strict=True)]  # fmt: skip
         try:
             chosen, cost = knapsack(options, budget - table.overhead_seconds(int(E)))
         except ValueError:

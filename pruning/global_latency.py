@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -110,21 +111,24 @@ class GlobalPruner:
     table, dense: predict the latency ratio; group_sizes: units per group and the floor of each axis (one group stays);
     regularization: lambda, in squared loss per second; target: ratio to stop at, None for none; targets: further
     budgets, all of which must be met; dense: what ratios are to, where the model that is pruned is a narrower one;
-    per_event: groups removed by one event; cap: most units removed in all.
+    per_event: groups removed by one event; cap: most units removed in all; asking: tokens that ask in the last block,
+    None for all.
     """
 
     def __init__(self, masks: Masks, table: LatencyTable | SwinTable, group_sizes: dict[str, int], *,
                  regularization: float, target: float | None, per_event: int, cap: int | None = None,
-                 targets: Sequence[Target] = (), dense: Dims | None = None) -> None:  # fmt: skip
+                 targets: Sequence[Target] = (), dense: Dims | None = None,
+                 asking: int | None = None) -> None:  # fmt: skip
         self.masks, self.table, self.dense = masks, table, dense or masks.full
         self.group_sizes, self.regularization = group_sizes, regularization
         self.per_event, self.cap = per_event, cap
-        self.targets = [*targets] if target is None else [latency_share(table, self.dense, target), *targets]
+        self._predicted = partial(table.ratio, dense=self.dense, **{} if asking is None else dict(asking=asking))
+        self.targets = [*targets] if target is None else [latency_share(self._predicted, target), *targets]
 
     @property
     def ratio(self) -> float:
         """Predicted latency of what is left, relative to the dense model."""
-        return self.table.ratio(self.masks.dims, self.dense)
+        return self._predicted(self.masks.dims)
 
     @property
     def reached(self) -> bool:

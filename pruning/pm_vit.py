@@ -271,6 +271,8 @@ def compressed(model: VisionTransformer, structure: Structure, merging: Merging,
     prefix, grid = model.num_prefix_tokens, model.patch_embed.grid_size
     dims = compressed_dims(model.dims, structure, prefix)
     dense_merge = dense_merge or model.arch_kwargs.get("dense_merge", False)
+    if dense_merge and model.arch_kwargs.get("lean_last"):
+        raise CompressionError("full matrices do not go with a last block that computes what the head reads alone")
     if merging.where == CONTENT:
         return _by_content(model, structure, dims)
     if by_content(model):

@@ -30,9 +30,9 @@ class Target:
                              "allow")  # fmt: skip
 
 
-def latency_share(table: LatencyTable | SwinTable, dense: Dims, limit: float) -> Target:
+def latency_share(predicted: Callable[[Dims], float], limit: float) -> Target:
     """The published target: predicted latency over the dense model's."""
-    return Target("--latency_target", limit, "of the dense latency", lambda dims: table.ratio(dims, dense))
+    return Target("--latency_target", limit, "of the dense latency", predicted)
 
 
 def targets_of(dense: Dims, table: LatencyTable | SwinTable, arch: str, kwargs: dict[str, Any], *,

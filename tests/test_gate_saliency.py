@@ -49,6 +49,15 @@ def test_gates_are_derivatives_behind_the_units(problem):
         torch.testing.assert_close(found[axis], value, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_lean_last_block_scores_the_same(problem, kind):
+    model, *data = problem
+    expected = scores_of(copy.deepcopy(model), Masks(model.dims), kind, *data)
+    model.blocks[-1].read = 2
+    for axis, value in scores_of(model, Masks(model.dims), kind, *data).items():
+        torch.testing.assert_close(value, expected[axis], rtol=1e-4, atol=1e-12)
+
+
 def test_the_embedding_against_finite_differences(problem):
     model, images, targets = problem
     model, images = model.double(), images.double()

@@ -77,6 +77,13 @@ def test_scores_are_those_of_the_attention_maps(model, batches, mode, per_image)
     torch.testing.assert_close(scores, expected.detach(), rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", ["attn", "head", "head_entropy"])
+def test_scores_of_a_lean_last_block_are_the_same(model, batches, mode):
+    expected = pm_vit.measured(model, range(2), batches, loss_of(model), mode)
+    model.blocks[-1].read = 2
+    torch.testing.assert_close(pm_vit.measured(model, range(2), batches, loss_of(model), mode), expected)
+
+
 def test_weights_do_not_move_while_scoring(model, batches):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pm_vit.measured(model, range(2), batches, loss_of(model))

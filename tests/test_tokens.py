@@ -96,7 +96,8 @@ def test_all_tokens_means_no_compression(tiny):
 
 
 @pytest.mark.parametrize("merge", [
-    {}, dict(dense_merge=True), dict(content_merge=True), dict(lean_last=True), dict(content_merge=True, lean_last=True),
+    {}, dict(dense_merge=True), dict(content_merge=True), dict(lean_last=True),
+    dict(content_merge=True, lean_last=True),
 ])  # fmt: skip
 def test_counts_include_compression(tiny, merge, images):
     dims = with_tokens(build_vit(**tiny).dims, *((18, 9) if "lean_last" in merge else (9, 18)))
