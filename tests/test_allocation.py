@@ -75,6 +75,14 @@ def test_the_target_is_met_closely_from_below(table, target):
     assert all(b.mlp % GROUPS["blocks.0.mlp"] == 0 and b.heads for b in found[0][0].blocks)
 
 
+def test_what_a_lean_last_block_saves_goes_to_other_widths(table):
+    """The MLP of a block of which two of 18 tokens pass it is nearly free."""
+    (plain, price), *_ = allocate(table, FULL, GROUPS, [curves(), curves()], EMBED, 0.3)
+    (lean, better), *_ = allocate(table, FULL, GROUPS, [curves(), curves()], EMBED, 0.3, asking=2)
+    assert 0.28 < table.ratio(lean, FULL, asking=2) <= 0.3 < table.ratio(lean, FULL)
+    assert better < price / 2 and lean.blocks[1].mlp > lean.blocks[0].mlp >= plain.blocks[0].mlp
+
+
 def test_nothing_goes_where_there_is_time_for_everything(table):
     (dims, price), *_ = allocate(table, FULL, GROUPS, [curves(), curves()], EMBED, 1.001)
     assert dims == FULL and price < 1e-12

@@ -8,6 +8,7 @@ import pytest
 
 from latency.grid import LatencyTableError
 from latency.table import MAX_BYTES, LatencyTable
+from models.count import macs_by_part
 from models.dims import BlockDims, ViTDims
 
 AXES = dict(embed=(32, 64, 96), heads=(1, 3), qk=(1, 16, 32), v=(8, 32), mlp=(16, 64, 128))
@@ -130,6 +131,22 @@ def test_model_seconds_add_blocks_and_overhead():
     assert table.model_seconds(ViTDims(64, ())) == pytest.approx(64e-5)
     assert table.ratio(small, dense) == pytest.approx(table.model_seconds(small) / table.model_seconds(dense))
     assert table.ratio(dense, dense) == 1
+
+
+def test_a_last_block_of_which_few_tokens_ask_takes_its_share_of_macs():
+    table, dims = parts_table(), ViTDims(64, (block(2, 16, 8, 100), block(3, 24, 8, 64)))
+    arch = dict(arch="deit_tiny_distilled_patch16_224", img_size=32, patch_size=4, embed_dim=96)
+    one = ViTDims(64, dims.blocks[-1:])
+    full, left = macs_by_part(**arch, dims=one), macs_by_part(**arch, dims=one, lean_last=True)
+    attention, mlp = (table.block_seconds(64, b) for b in (block(3, 24, 8, 0), block(0, 0, 0, 64)))
+    expected = attention * left["attention"] / full["attention"] + mlp * left["mlp"] / full["mlp"]
+    rest = table.block_seconds(64, dims.blocks[0]) + table.overhead_seconds(64)
+    assert table.model_seconds(dims, asking=2) == pytest.approx(rest + expected)
+    assert table.ratio(dims, dims, asking=2) == pytest.approx((rest + expected) / table.model_seconds(dims))
+    published = LatencyTable({k: v for k, v in table.data.items() if k.startswith("EMB_")})
+    share = (left["attention"] + left["mlp"]) / (full["attention"] + full["mlp"])
+    row = np.array([[64, 3, 24, 8, 64, 66]])
+    assert published.blocks_seconds(row, asking=2) == pytest.approx(share * published.blocks_seconds(row))
 
 
 def test_another_token_count_is_not_covered():
