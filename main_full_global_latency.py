@@ -153,8 +153,8 @@ def check_args(args: argparse.Namespace) -> Setup:
     problems.attempt(full.check_classifier)
     if args.tokens == "content":
         full.kwargs["content_merge"] = True
-    if args.tokens and args.one_shot and not is_swin(full.arch):
-        full.kwargs |= dict(lean_last=True) if can_be_lean(skeleton(full.arch, **full.kwargs)) else {}
+    if args.tokens and args.one_shot and can_be_lean(skeleton(full.arch, **full.kwargs)):
+        full.kwargs["lean_last"] = True
     model = problems.attempt(full.build, **training.drop_rates(args))
     cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
     problems.raise_if_any()

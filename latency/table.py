@@ -136,23 +136,25 @@ class LatencyTable:
         """Most tokens of a block, where the table was measured at several counts; else 0."""
         return int(self._tokens)
 
-    def blocks_seconds(self, widths: np.ndarray, *, monotone: bool = False, asking: int | None = None) -> np.ndarray:
+    def blocks_seconds(self, widths: np.ndarray, *, monotone: bool = False,
+                       asking: int | np.ndarray | None = None) -> np.ndarray:  # fmt: skip
         """Seconds of n blocks: rows (embed, heads, qk, v, mlp), (n, 5) -> (n,); or (n, 6), with tokens at the end.
 
-        monotone looks up the cleaned table, in which no value decreases when a width grows. asking: only so many tokens
-        ask and pass the MLP (`lean_last` of `models.build_vit`); that is not measured by itself, so each branch takes
-        the share of its seconds that it has left of its MACs. Raises LatencyTableError for a width above the grid.
+        monotone looks up the cleaned table, in which no value decreases when a width grows. asking: only so many
+        tokens, of all blocks or of each, ask and pass the MLP (`lean_last` of `models.build_vit`), None for all; that
+        is not measured by itself, so each branch takes the share of its seconds that it has left of its MACs. Raises
+        LatencyTableError for a width above the grid.
         """
         widths = np.asarray(widths, dtype=float)
         if widths.shape[-1] == len(COLUMNS) - 1:
             widths = np.insert(widths, COLUMNS.index("tokens"), self._tokens, axis=1)
         grids = self._clean if monotone else self._grids
         try:
-            full, left = _branch_macs(widths), _branch_macs(widths, asking)
+            shares = np.ones((len(grids), len(widths))) if asking is None else _shares(widths, asking, len(grids))
             if len(grids) == 1:
-                return grids[0](widths[:, grids[0].select]) * _share(left.sum(0), full.sum(0))
+                return grids[0](widths[:, grids[0].select]) * shares[0]
             seconds = np.zeros(len(widths))
-            for grid, decisive, share in zip(grids, ("heads", "mlp"), _share(left, full), strict=True):
+            for grid, decisive, share in zip(grids, ("heads", "mlp"), shares, strict=True):
                 alive = widths[:, COLUMNS.index(decisive)] > 0  # a branch of width 0 is not built
                 seconds[alive] += grid(widths[alive][:, grid.select]) * share[alive]
             if self._merging:
@@ -169,9 +171,12 @@ class LatencyTable:
     def model_seconds(self, dims: ViTDims, asking: int | None = None) -> float:
         """Seconds of a model: its blocks, of which the last lets only `asking` tokens ask (None for all), and what is
         outside them where the table has it."""
-        rows = _rows(dims.embed, dims.blocks)
-        blocks = self.blocks_seconds(rows[:-1]).sum() + self.blocks_seconds(rows[-1:], asking=asking).sum()
-        return float(blocks) + self.overhead_seconds(dims.embed)
+        each = None
+        if asking is not None:
+            each = np.full(len(dims.blocks), np.inf)
+            each[-1:] = asking
+        blocks = float(self.blocks_seconds(_rows(dims.embed, dims.blocks), asking=each).sum())
+        return blocks + self.overhead_seconds(dims.embed)
 
     def overhead_seconds(self, embed: int) -> float:
         """Seconds outside the blocks (patch embedding, final norm, heads); 0 where the table does not have them."""
@@ -220,16 +225,17 @@ def _published(parts: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _branch_macs(rows: np.ndarray, asking: int | None = None) -> np.ndarray:
-    """MACs of attention and of the MLP, (2, n), of rows (n, 6), where `asking` tokens ask, None for all."""
+def _shares(rows: np.ndarray, asking: int | np.ndarray, branches: int) -> np.ndarray:
+    """What is left of the MACs of attention and of the MLP (branches 2), or of both together (1), where `asking` tokens
+    ask: (branches, n) of rows (n, 6). The counts are those of `models.count`, which latency tables do without."""
     e, h, q, v, m, n = rows.T
     n = np.maximum(n, 1)  # not known: then all of them ask
-    a = n if asking is None else np.minimum(asking, n)
-    return np.stack([h * (q + v) * ((a + n) * e + a * n), 2 * a * e * m])
 
+    def macs(a: np.ndarray) -> np.ndarray:
+        counts = np.stack([h * (q + v) * ((a + n) * e + a * n), 2 * a * e * m])
+        return counts if branches == 2 else counts.sum(0, keepdims=True)
 
-def _share(left: np.ndarray, full: np.ndarray) -> np.ndarray:
-    """left / full; 1 of nothing."""
+    left, full = macs(np.minimum(asking, n)), macs(n)
     return np.divide(left, full, out=np.ones_like(full), where=full > 0)
 
 

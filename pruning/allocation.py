@@ -120,8 +120,8 @@ def allocate(table: LatencyTable, full: ViTDims, groups: dict[str, int], curves:
     """For every embedding width the best widths at a predicted ratio of at most `target` to the dense model's latency.
 
     groups: units per group, by axis; curves, embed: prices from `pruning.probe`; asking: tokens that ask in the last
-    block, None for all. Returns (widths, predicted
-    divergence), the best first; nothing where no widths are quick enough. Raises LatencyTableError.
+    block, None for all. Returns (widths, predicted divergence), the best first; nothing where no widths are quick
+    enough. Raises LatencyTableError.
     """
     budget = target * table.model_seconds(full)
     rows = [
