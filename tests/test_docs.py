@@ -71,8 +71,8 @@ def test_a_newcomers_path(tmp_path):
     subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True)
     out = tmp_path / "runs" / "tutorial"
     summary = json.loads((out / "summary.json").read_text())
-    dense, tuned = summary["dense"], summary["finetuned"]
-    assert dense["top1"] > 80 and tuned["top1"] > dense["top1"] - 3 and tuned["latency_measured"] < 0.8
-    assert summary["pruned"]["latency_predicted"] <= 0.6 and (out / "report.html").exists()
+    dense, pruned, tuned = (summary[name] for name in ("dense", "pruned", "finetuned"))
+    assert dense["top1"] > 80 and min(pruned["top1"], tuned["top1"]) > dense["top1"] - 3
+    assert pruned["latency_predicted"] <= 0.6 and tuned["latency_measured"] < 0.8 and (out / "report.html").exists()
     (moved,) = (out / "transfer").glob("ft_dense_*/summary.json")
     assert list(json.loads(moved.read_text())) == ["finetuned"]
