@@ -55,7 +55,7 @@ def make_pruner(args: Any, full: training.FullModel, masks: Masks, table: Latenc
     dense = training.dims_of(full)
     more = targets_of(
         dense, table, full.arch, full.kwargs, latency_ms=args.latency_target_ms, macs_=args.macs_target,
-        params_=args.params_target,
+        params_=args.params_target, asking=full.asking,
     )  # fmt: skip
     sizes = config.group_sizes(masks, args.width_multiple, left_alone(full.arch, **full.kwargs))
     kind = ValuePruner if args.selection == "value" else GlobalPruner

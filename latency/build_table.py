@@ -38,6 +38,7 @@ from latency.whole import measured_ratios
 from models import SwinDims, dims_of, is_swin, left_alone, skeleton
 from models.pretrained import read_initial
 from models.swin_dims import Dims
+from models.tokens import plain
 from utils import key_values, say_next, say_result
 
 POINTS = dict(embed=7, heads=6, qk=5, v=5, mlp=13)
@@ -81,15 +82,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], Dims]:
-    """The timm name, arguments and widths of the model. Raises ValueError (ModelError for an unknown model)."""
+    """The timm name, arguments and widths of the model: points are of blocks in which every token asks, however a
+    checkpoint compresses them. Raises ValueError (ModelError for an unknown model)."""
     arch, kwargs = args.model, {}
     if args.initial_checkpoint:
         stored, kwargs, _ = read_initial(args.initial_checkpoint)
         arch = arch or stored
     if not arch:
         raise ValueError("--model or --initial-checkpoint is needed")
-    kwargs |= key_values(args.model_kwargs, "--model-kwargs")
-    kwargs |= dict(content_merge=True) if args.merge == "content" else {}
+    kwargs = plain(kwargs | key_values(args.model_kwargs, "--model-kwargs"))
+    kwargs |= dict(content_merge=True) if args.merge == "content" and not is_swin(arch) else {}
     kwargs |= {k: v for k, v in dict(img_size=args.input_size, num_classes=args.num_classes).items() if v is not None}
     return arch, kwargs, dims_of(skeleton(arch, **kwargs))
 

@@ -171,10 +171,7 @@ class LatencyTable:
     def model_seconds(self, dims: ViTDims, asking: int | None = None) -> float:
         """Seconds of a model: its blocks, of which the last lets only `asking` tokens ask (None for all), and what is
         outside them where the table has it."""
-        each = None
-        if asking is not None:
-            each = np.full(len(dims.blocks), np.inf)
-            each[-1:] = asking
+        each = asking_per_block(len(dims.blocks), asking)
         blocks = float(self.blocks_seconds(_rows(dims.embed, dims.blocks), asking=each).sum())
         return blocks + self.overhead_seconds(dims.embed)
 
@@ -207,6 +204,11 @@ class LatencyTable:
         raised = clean > raw
         change = (clean[raised] - raw[raised]) / np.maximum(raw[raised], np.finfo(float).tiny)
         return MonotoneReport(int(raised.sum()), raw.size, float(change.max(initial=0)))
+
+
+def asking_per_block(depth: int, asking: int | None) -> np.ndarray | None:
+    """`asking` of the last of `depth` blocks as that of each, for `LatencyTable.blocks_seconds`; None stays None."""
+    return None if asking is None else np.append(np.full(depth - 1, np.inf), asking) if depth else np.empty(0)
 
 
 def _published(parts: dict[str, Any]) -> dict[str, Any]:

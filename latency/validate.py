@@ -73,7 +73,7 @@ class Check:
             raise ValueError(f"{lut.name} does not name its model: give --model, and --batch-size")
         if meta.get("runtime", "torch") != "torch":
             raise ValueError(f"{lut.name} was measured by {meta['runtime']}; models are measured here with torch")
-        self.kwargs = meta.get("model_kwargs", {}) | key_values(args.model_kwargs, "--model-kwargs")
+        self.kwargs = (meta.get("model_kwargs") or {}) | key_values(args.model_kwargs, "--model-kwargs")
         self.dense = dims_of(skeleton(self.arch, **self.kwargs))
         self.fixed = left_alone(self.arch, **self.kwargs)
         lut.check_covers(self.dense)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from latency.swin_table import SwinTable
-from latency.table import LatencyTable
+from latency.table import LatencyTable, asking_per_block
 from models.dims import ViTDims
 from models.masks import Masks
 from models.swin_dims import Dims, SwinDims
@@ -76,12 +76,14 @@ def _per_unit_of_stages(table: SwinTable, dims: SwinDims, group_sizes: dict[str,
     return costs
 
 
-def latency_per_unit(table: LatencyTable | SwinTable, dims: Dims, group_sizes: dict[str, int]) -> dict[str, float]:
+def latency_per_unit(table: LatencyTable | SwinTable, dims: Dims, group_sizes: dict[str, int],
+                     asking: int | None = None) -> dict[str, float]:  # fmt: skip
     """Seconds of model latency that one unit of each axis costs at `dims`, never negative.
 
     The finite difference over the group that would go next, per unit (published: over one unit; on a grid no finer than
     the groups the two are equal, on a finer one this sees the steps of the device). Of a block with all its tokens it
     is the mean over half of them: the first that goes has to be merged and put back, which costs more than it saves.
+    asking: tokens that ask in the last block, None for all.
     """
     if isinstance(dims, SwinDims):
         return _per_unit_of_stages(table, dims, group_sizes)
@@ -93,7 +95,9 @@ def latency_per_unit(table: LatencyTable | SwinTable, dims: Dims, group_sizes: d
     sizes[:, -1] = np.where((tokens == table.tokens) & (sizes[:, -1] > 0), tokens // 2, sizes[:, -1])
     removed = np.minimum(sizes, np.maximum(base - sizes, 0))  # blocks x columns; at the floor of one group, nothing
     queries = [base] + [base - removed * (np.arange(len(COLUMNS)) == column) for column in range(len(COLUMNS))]
-    seconds = table.blocks_seconds(np.concatenate(queries), monotone=True).reshape(len(queries), depth)
+    asked = asking_per_block(depth, asking)
+    asked = None if asked is None else np.tile(asked, len(queries))
+    seconds = table.blocks_seconds(np.concatenate(queries), monotone=True, asking=asked).reshape(len(queries), depth)
     saved = np.maximum(seconds[0] - seconds[1:], 0).T  # blocks x columns
     per_unit = np.divide(saved, removed, out=np.zeros_like(saved), where=removed > 0)
     costs = dict(zip(sum(names, []), per_unit.flatten().tolist(), strict=True))
@@ -119,7 +123,7 @@ class GlobalPruner:
                  regularization: float, target: float | None, per_event: int, cap: int | None = None,
                  targets: Sequence[Target] = (), dense: Dims | None = None,
                  asking: int | None = None) -> None:  # fmt: skip
-        self.masks, self.table, self.dense = masks, table, dense or masks.full
+        self.masks, self.table, self.dense, self.asking = masks, table, dense or masks.full, asking
         self.group_sizes, self.regularization = group_sizes, regularization
         self.per_event, self.cap = per_event, cap
         self._predicted = partial(table.ratio, dense=self.dense, **{} if asking is None else dict(asking=asking))
@@ -167,7 +171,7 @@ class GlobalPruner:
         scores: float64 per axis, over all its units. Surviving widths stay multiples of the group size: where an axis
         is none, its first group is the remainder.
         """
-        cost = latency_per_unit(self.table, self.masks.dims, self.group_sizes)
+        cost = latency_per_unit(self.table, self.masks.dims, self.group_sizes, self.asking)
         ranked: list[tuple[float, Group]] = []
         for axis, size in ((a, n) for a, n in self.group_sizes.items() if self._is_used(a)):
             alive = self.masks.keep[axis].cpu().nonzero().flatten()

@@ -9,6 +9,7 @@ from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from models.count import macs, params
 from models.swin_dims import Dims
+from models.tokens import plain
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,19 @@ def latency_share(predicted: Callable[[Dims], float], limit: float) -> Target:
 
 def targets_of(dense: Dims, table: LatencyTable | SwinTable, arch: str, kwargs: dict[str, Any], *,
                latency_ms: float | None = None, macs_: float | None = None,
-               params_: float | None = None) -> list[Target]:  # fmt: skip
+               params_: float | None = None, asking: int | None = None) -> list[Target]:  # fmt: skip
     """The targets beside the published one that are not None.
 
     latency_ms: milliseconds per batch of the table; macs_, params_: a share of the dense model's up to 1, above it the
-    number of one image's MACs, or of parameters.
+    number of one image's MACs, or of parameters. asking: tokens that ask in the last block, None for all.
     """
-    found = []
+    found, lean = [], {} if asking is None else dict(asking=asking)
     if latency_ms is not None:
         unit = f"ms per batch of {table.meta.get('batch', 'unknown size')} on {table.meta.get('device', 'its device')}"
-        found.append(Target("--latency_target_ms", latency_ms, unit, lambda d: 1e3 * table.model_seconds(d)))
+        found.append(Target("--latency_target_ms", latency_ms, unit, lambda d: 1e3 * table.model_seconds(d, **lean)))
     counts = (("--macs_target", "MACs", macs_, macs), ("--params_target", "parameters", params_, params))
     for flag, unit, limit, count in counts:
         if limit is not None:
-            number = limit if limit > 1 else limit * count(arch, dense, **kwargs)
+            number = limit if limit > 1 else limit * count(arch, dense, **plain(kwargs))
             found.append(Target(flag, number, unit, lambda d, count=count: count(arch, d, **kwargs)))
     return found

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latency.table import asking_per_block
 from models.dims import ViTDims
 from pruning.allocation import allocate
 from pruning.global_latency import BRANCHES, COLUMNS, Event, GlobalPruner, Group
@@ -51,12 +52,15 @@ class ValuePruner(GlobalPruner):
     def _saved(self, axis: str, alive: int, widths: np.ndarray) -> np.ndarray:
         """Seconds of the model that an axis saves at each of the widths, never negative."""
         dims = self.masks.dims
-        blocks = dims.blocks if axis == "embed" else (dims.blocks[int(axis.split(".")[1])],)
+        which = slice(None) if axis == "embed" else slice(i := int(axis.split(".")[1]), i + 1)
+        blocks, asked = dims.blocks[which], asking_per_block(len(dims.blocks), self.asking)
         rows = np.array([(dims.embed, b.heads, b.qk, b.v, b.mlp, b.tokens) for b in blocks], dtype=float)
         rows = np.tile(rows, (1 + len(widths), 1, 1))  # widths x blocks x columns
         kind = axis.rsplit(".", 1)[-1]
         rows[1:, :, COLUMNS.index(kind)] = (widths + (self.masks.prefix if kind == "tokens" else 0))[:, None]
-        seconds = self.table.blocks_seconds(rows.reshape(-1, len(COLUMNS)), monotone=True).reshape(len(rows), -1).sum(1)
+        asked = None if asked is None else np.tile(asked[which], len(rows))
+        seconds = self.table.blocks_seconds(rows.reshape(-1, len(COLUMNS)), monotone=True, asking=asked)
+        seconds = seconds.reshape(len(rows), -1).sum(1)
         if axis == "embed":
             seconds += [self.table.overhead_seconds(int(width)) for width in (alive, *widths)]
         return np.maximum(seconds[0] - seconds[1:], 0)
@@ -128,7 +132,7 @@ class ValuePruner(GlobalPruner):
 
         curves = [{kind: curve(f"blocks.{i}.{kind}") for kind in COLUMNS[1:]} for i in range(len(now.blocks))]
         target = self.targets[0].limit * self.table.model_seconds(self.dense) / self.table.model_seconds(now)
-        found = allocate(self.table, now, self.group_sizes, curves, curve("embed"), target)
+        found = allocate(self.table, now, self.group_sizes, curves, curve("embed"), target, self.asking)
         if not found:
             return {}
         kept = self.masks.units(found[0][0])

@@ -57,6 +57,26 @@ def test_latency_per_unit_is_the_slope_of_the_table(table):
         assert costs[axis] == pytest.approx(table.model_seconds(DENSE) - table.model_seconds(less), rel=1e-6)
 
 
+@pytest.mark.parametrize("asking", [2, 18])
+def test_a_lean_last_block_is_priced_as_it_is(table, asking):
+    """Of one that lets 2 of 18 tokens ask, a unit costs less; if all ask, it is any other block."""
+    sizes = PruningConfig().group_sizes(DENSE)
+    costs = latency_per_unit(table, DENSE, sizes, asking)
+    before = table.model_seconds(DENSE, asking)
+    for axis in ("blocks.0.heads", "blocks.1.mlp", "embed"):
+        less = table.model_seconds(narrowed(DENSE, axis, sizes[axis]), asking)
+        assert costs[axis] == pytest.approx((before - less) / sizes[axis], rel=1e-6)
+    assert (costs["blocks.1.mlp"] < 0.5 * costs["blocks.0.mlp"]) == (asking == 2)
+
+
+def test_targets_of_a_lean_model(table):
+    """MACs are a share of the dense model's, whose last block is not lean; milliseconds are those of the lean one."""
+    arch, lean = "deit_tiny_distilled_patch16_224", KWARGS | dict(lean_last=True)
+    latency, count = targets_of(DENSE, table, arch, lean, latency_ms=9.0, macs_=0.5, asking=2)
+    assert latency.measure(DENSE) == pytest.approx(1e3 * table.model_seconds(DENSE, 2))
+    assert count.limit == 0.5 * macs(arch, DENSE, **KWARGS) and count.measure(DENSE) == macs(arch, DENSE, **lean)
+
+
 def test_an_event_removes_the_lowest_groups_by_score_sum(table):
     scores = random_scores()
     event = pruner(table, per_event=5).event(scores)

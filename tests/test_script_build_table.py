@@ -7,7 +7,7 @@ import torch
 
 import main_full_global_latency
 from latency import LatencyTable, LatencyTableError
-from latency.build_table import get_args_parser, main, warn_of_noise
+from latency.build_table import get_args_parser, main, parent_of, warn_of_noise
 from latency.measure import Bench
 from latency.points import grid_of
 from models import BlockDims, ViTDims, skeleton
@@ -156,6 +156,22 @@ def test_blocks_of_fewer_tokens(tmp_path):
     assert set(table.data["_parts"]["tokens"]) == {"N_6", "N_17"}
     assert table.block_seconds(48, BlockDims(0, 0, 0, 0, 12)) > 0
     assert main(arguments(tmp_path / "u.json", "--tokens", "2")) == 2
+
+
+def test_a_swin_transformer_merges_no_tokens(tmp_path, capsys):
+    wrong = ["--model", "swin_tiny_patch4_window7_224", "--batch-size", "2", "--device", "cpu", "--tokens", "9"]
+    wrong += ["--merge", "content", "--output", str(tmp_path / "t.json")]
+    assert main(get_args_parser().parse_args(wrong)) == 2
+    assert "--tokens: for plain ViTs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("merge", ["place", "content"])
+def test_points_are_of_plain_blocks_however_a_checkpoint_compresses(tmp_path, merge):
+    torch.save(dict(arch=ARCH, kwargs=KWARGS | dict(lean_last=True, content_merge=True), model=dict(w=torch.zeros(1))),
+               tmp_path / "m.pth")  # fmt: skip
+    args = arguments(tmp_path / "t.json", "--initial-checkpoint", str(tmp_path / "m.pth"), "--merge", merge)
+    _, kwargs, _ = parent_of(args)
+    assert kwargs == KWARGS | (dict(content_merge=True) if merge == "content" else {})
 
 
 def test_model_from_a_checkpoint(tmp_path, capsys):

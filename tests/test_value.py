@@ -49,6 +49,12 @@ def test_the_scale_of_the_saliency_does_not_matter():
     assert all(torch.equal(ends[0][axis], ends[1][axis]) for axis in ends[0])
 
 
+@pytest.mark.parametrize("asking", [None, 2])
+def test_a_lean_last_block_does_not_end_below_the_target(asking):
+    p = pruner(target=0.5, asking=asking)
+    assert run(p, scores()).reached and 0.49 < p.ratio <= 0.5
+
+
 def test_the_cheapest_saliency_per_second_goes_first():
     """A hidden unit costs 64 microseconds, a value channel of four heads 256: at three times the saliency it goes."""
     even = {axis: torch.full((n,), 9.0, dtype=torch.float64) for axis, n in DENSE.sizes().items()}
