@@ -98,9 +98,10 @@ class ContentMerge(nn.Module):
         """The groups of a batch of residual streams (B, T, E)."""
         P, A, groups = self.prefix, len(self._inside), self.tokens - self.prefix
         with torch.autocast(x.device.type, enabled=False):
-            anchors = F.normalize(x.index_select(1, self._inside), dim=-1)
+            tiny = torch.finfo(x.dtype).tiny  # a token of zeros is like none, and no number divides by 0
+            anchors = F.normalize(x.index_select(1, self._inside), dim=-1, eps=tiny)
             likeness, nearest = (x @ anchors.mT).max(-1)  # B T
-            likeness = (likeness / x.norm(dim=-1)).masked_fill(self._fixed, torch.inf)
+            likeness = (likeness / x.norm(dim=-1).clamp_min(tiny)).masked_fill(self._fixed, torch.inf)
         alone = likeness.topk(groups - A, largest=False).indices
         owner = torch.where(self._fixed, self._own, P + nearest)
         owner = owner.scatter(1, alone, torch.arange(P + A, P + groups, device=x.device).expand(x.shape[0], -1))

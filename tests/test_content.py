@@ -89,6 +89,16 @@ def test_every_token_is_in_one_group(count):
     assert torch.equal(groups.member.argmax(1), groups.owner)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_patches_of_zeros_are_like_none(dtype):
+    tokens = ContentMerge(7, 18, 2)
+    for zeros in (8, 16):
+        x = torch.randn(1, 18, 32, dtype=dtype)
+        x[:, -zeros:] = 0
+        groups = tokens.bound(x)
+        assert groups.sizes.sum() == 18 and (groups.sizes > 0).all() and groups.compress(x).isfinite().all()
+
+
 def test_equal_patches_merge_without_a_loss(merged, images):
     with torch.no_grad():
         merged.pos_embed[:, 2:] = merged.pos_embed[:, 2:3]
