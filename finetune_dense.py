@@ -17,6 +17,7 @@ from engine import evaluate
 from finetuning import Run, read_resumed, train
 from models import build_vit, dims_from_dict, sparsity
 from models.pretrained import from_checkpoint
+from models.tokens import layers
 from utils import Problems, is_main, make_folder, run_script, say, say_result, write_json
 
 
@@ -91,9 +92,12 @@ def _model(args: argparse.Namespace, full: training.FullModel, parent: dict[str,
     drops = training.drop_rates(args)
     if parent is None:
         return build_vit(full.arch, **full.kwargs | drops) if args.scratch else full.build(**drops)
+    model = from_checkpoint(parent, checkpoint_path(args.finetune), ema=args.use_ema and not args.scratch, **drops)
     if args.scratch:
-        return build_vit(full.arch, dims_from_dict(parent["dims"]), **full.kwargs | drops)
-    model = from_checkpoint(parent, checkpoint_path(args.finetune), ema=args.use_ema, **drops)
+        fresh = build_vit(full.arch, dims_from_dict(parent["dims"]), **full.kwargs | drops)
+        for i, tokens in layers(model):  # where patches merge is structure
+            fresh.blocks[i].tokens.load_state_dict(tokens.state_dict())
+        return fresh
     if model.num_classes != (classes := full.kwargs["num_classes"]):
         say(f"new classifier: {args.finetune} knows {model.num_classes} classes, the data has {classes}")
         model.reset_classifier(classes)
@@ -161,7 +165,7 @@ def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[
     dims = run.model.dims
     conditions = results.Conditions(**{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}
                                      or dict(batch=args.batch_size, compiled=args.compile))  # fmt: skip
-    dense = dims == training.dims_of(run.full)
+    dense = training.is_dense(run.model)
     measured = 1.0 if dense else results.measured_ratio(run.full, dims, conditions, run.device)
     predicted = 1.0 if dense else pruned.get("latency_predicted")
     name = "dense" if dense else "finetuned"
@@ -206,7 +210,7 @@ def main(args: argparse.Namespace) -> None:
     metrics = train(args, run)
     if is_main():
         result = finish(args, run, metrics)
-        dense = run.model.dims == training.dims_of(run.full)
+        dense = training.is_dense(run.model)
         results.say_where(run.folder, *(results.after_dense if dense else results.after_training)(run.folder))
         say_result(results.result_line(run.folder / "ft_checkpoint.pth", result))
     if args.asp:

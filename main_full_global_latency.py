@@ -76,7 +76,7 @@ def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, c
     data_set = args.data_set.replace("/", "_")
     if args.one_shot:
         name = f"one_shot_{data_set}_{full.arch}_calib_{args.calib_images}_target_{args.latency_target}"
-        return Path(args.output_dir) / name
+        return Path(args.output_dir) / (name + (f"_tokens_{args.tokens}" if args.tokens else ""))
     name = f"global_prune_{data_set}_{full.arch}_lr{args.lr}_{label}_{cap}"
     if args.latency_target is not None:
         name += f"_lat_{args.latency_regularization}_target_{args.latency_target}"
@@ -107,7 +107,7 @@ def _load_table(args: argparse.Namespace, full: training.FullModel) -> LatencyTa
     if not table.tokens:
         raise ValueError(f"--tokens: {table.name} knows one token count alone: build it with python -m "
                          "latency.build_table … --tokens N N …")  # fmt: skip
-    if args.tokens != (way := "content" if table.meta.get("model_kwargs", {}).get("content_merge") else "place"):
+    if args.tokens != (way := "content" if (table.meta.get("model_kwargs") or {}).get("content_merge") else "place"):
         raise ValueError(f"--tokens {args.tokens}: {table.name} was measured with tokens merged by {way}: build one "
                          f"with python -m latency.build_table … --tokens N N … --merge {args.tokens}")  # fmt: skip
     return table

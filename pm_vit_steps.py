@@ -80,7 +80,8 @@ def read_model(args: Any) -> Model:
         initial_checkpoint="", pretrained=False,
     ))  # fmt: skip
     full.kwargs["num_classes"] = kwargs.get("num_classes", skeleton(arch, **kwargs).num_classes)
-    dense = content["masks"] is None and content["dims"] == training.dims_of(full).to_dict()
+    dense = (content["masks"] is None and content["dims"] == training.dims_of(full).to_dict()
+             and not kwargs.get("lean_last"))  # fmt: skip
     origin = str(Path(args.resume).resolve()) if dense else content["args"].get("initial_checkpoint", "")
     return Model(full, content, origin)
 

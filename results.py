@@ -16,6 +16,7 @@ from latency.table import LatencyTable
 from latency.whole import measured_ratios
 from models import build_vit, macs, params, sparsity
 from models.swin_dims import Dims
+from models.tokens import plain
 from training import FullModel
 from utils import say, say_next, warn
 
@@ -64,7 +65,7 @@ def measured_sparse_ratio(full: FullModel, model: nn.Module, conditions: Conditi
         return None
     stem = model.patch_embed
     images = torch.randn(conditions.batch, stem.proj.in_channels, *stem.img_size, device=device)
-    models = dict(dense=build_vit(full.arch, **full.kwargs).to(device),
+    models = dict(dense=build_vit(full.arch, **plain(full.kwargs)).to(device),
                   sparse=sparsity.accelerated(model, DTYPES[conditions.dtype]))  # fmt: skip
     timings = interleaved(models, images, dtype=conditions.dtype)
     return round(ratio(timings["sparse"], timings["dense"]).median, 5)

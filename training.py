@@ -171,6 +171,12 @@ def dims_of(full: FullModel) -> Dims:
     return family.dims_of(skeleton(full.arch, **full.kwargs))
 
 
+def is_dense(model: nn.Module) -> bool:
+    """Whether a model has the widths and the tokens of its full-size one, down to the last block."""
+    dense = family.dims_of(skeleton(model.arch, **model.arch_kwargs))
+    return model.dims == dense and not model.arch_kwargs.get("lean_last")
+
+
 @dataclass
 class Data:
     """Loaders, what the model needs to know of the data, and the updates of an epoch."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jobs import PLAIN, PRUNE, run, same, token_table
+from jobs import PLAIN, PRUNE, run, same, save_model, token_table
 from test_resume import equal, interrupted, only
 
 import finetune_dense
@@ -224,7 +224,7 @@ def test_one_shot_with_tokens_by_content(job, runs, tmp_path):
         run(main_full_global_latency, *flags)
     token_table(width=0.1, model_kwargs=dict(content_merge=True)).save(tmp_path / "table.json")
     run(main_full_global_latency, *flags, "--latency_look_up_table", tmp_path / "table.json")
-    folder = only(tmp_path, "one_shot_*")
+    folder = only(tmp_path, "one_shot_*_tokens_content")
     small = load_dense(folder / "pruned_checkpoint.pth")
     assert any(b.tokens < 18 for b in small.dims.blocks)
     assert small.arch_kwargs["content_merge"] and small.arch_kwargs["lean_last"] and small.blocks[-1].read == 2
@@ -233,6 +233,24 @@ def test_one_shot_with_tokens_by_content(job, runs, tmp_path):
     assert summary["pruned"]["macs"] == macs(small.arch, small.dims, **small.arch_kwargs)
     run(finetune_dense, *PLAIN, "--finetune", folder, "--epochs", "1", "--kl_loss_coeff", "0",
         "--original_loss_coeff", "1")  # fmt: skip
+    run(finetune_dense, *PLAIN, "--finetune", folder, "--epochs", "1", "--kl_loss_coeff", "0",
+        "--original_loss_coeff", "1", "--scratch")  # fmt: skip
+    fresh = load_dense(only(folder, "scratch_*") / "ft_checkpoint.pth")
+    for (_, ours), (_, theirs) in zip(layers(fresh), layers(small), strict=True):
+        assert torch.equal(ours.anchors, theirs.anchors)
+
+
+def test_a_lean_model_of_full_width_is_not_the_dense_one(job, runs, tmp_path):
+    """Finetuned, it does not take the dense model's place in the summary."""
+    dense = load_dense(runs["dense"] / "ft_checkpoint.pth")
+    lean = build_vit(dense.arch, **dense.arch_kwargs | dict(lean_last=True))
+    lean.load_state_dict(dense.state_dict())
+    save_model(tmp_path / "lean.pth", lean)
+    run(finetune_dense, *PLAIN, "--finetune", tmp_path / "lean.pth", "--epochs", "1", "--kl_loss_coeff", "0",
+        "--original_loss_coeff", "1")  # fmt: skip
+    summary = json.loads((only(tmp_path, "ft_dense_*") / "summary.json").read_text())
+    assert list(summary) == ["finetuned"] and summary["finetuned"]["latency_measured"] < 1
+    assert summary["finetuned"]["macs"] == macs(lean.arch, **lean.arch_kwargs)
 
 
 @pytest.mark.parametrize("merge, more", [
