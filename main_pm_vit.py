@@ -25,6 +25,7 @@ from finetuning import CHECKPOINT, Run, read_resumed, train
 from latency.measure import device_name
 from latency.whole import measured_ratios
 from models import Masks, ViTDims, macs, params, skeleton
+from models.tokens import train_matrices_
 from pruning import pm_vit
 from utils import (
     FailedTogether,
@@ -91,7 +92,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     say(f"tokens per block {counts} of {found.centres.shape[1] + model.num_prefix_tokens}, "
         f"patches skipped {' '.join(map(str, found.skipped.sum(1).tolist()))}; top-1 {before:.2f} before")  # fmt: skip
     start = {}
-    if model.dims == training.dims_of(run.full):
+    if training.is_dense(model):
         start["dense"] = stage(args, run, model.dims, before, measured=1.0)
     summarise(args, run, path, small.dims, start, pruned=after)
 
@@ -124,9 +125,8 @@ def summarise(args: argparse.Namespace, run: Run, path: Path, dims: ViTDims, ear
 # ------------------------------------------------------------------------------------------------------------ finetune
 def freeze_(args: argparse.Namespace, model: nn.Module) -> None:
     """--freeze_param and --freeze_matrix, before there is an optimizer."""
-    for name, parameter in model.named_parameters():
-        matrix = ".tokens." in name
-        parameter.requires_grad_(not (args.freeze_matrix if matrix else args.freeze_param))
+    model.requires_grad_(not args.freeze_param)
+    train_matrices_(model, not args.freeze_matrix)
 
 
 def finetune(args: argparse.Namespace, run: Run) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.dims import ViTDims
 from models.family import Model
 from models.swin_dims import SwinDims
+from models.tokens import train_matrices_
 
 
 def backbone(model: Model, blocks: Sequence[int] | int = 4, norm: bool = False) -> FeatureGetterNet:
@@ -21,7 +22,8 @@ def backbone(model: Model, blocks: Sequence[int] | int = 4, norm: bool = False) 
     blocks: indices of the blocks whose output is wanted, of a Swin Transformer the stages, or how many of the last;
     norm: with the final LayerNorm.
     `feature_info` says channels and reduction of every map. The given model is left as it is; the result's has neither
-    the blocks after the last that is wanted nor a classifier. Raises AssertionError for a block that there is none of.
+    the blocks after the last that is wanted nor a classifier, and its last is not lean: every map is whole. Raises
+    AssertionError for a block that there is none of.
     """
     features = FeatureGetterNet(copy.deepcopy(model), out_indices=blocks, norm=norm)
     inner = features.model
@@ -29,6 +31,10 @@ def backbone(model: Model, blocks: Sequence[int] | int = 4, norm: bool = False) 
         inner.dims = SwinDims(inner.dims.stages[: len(inner.layers)])
     else:
         inner.dims = ViTDims(inner.dims.embed, inner.dims.blocks[: len(inner.blocks)])
+        inner.arch_kwargs = {k: v for k, v in inner.arch_kwargs.items() if k != "lean_last"}
+        for block in inner.blocks:
+            block.read, block.alone = None, False
+        train_matrices_(inner)
     return features
 
 

@@ -15,7 +15,7 @@ from models.dims import DimsError
 from models.family import Model, build_vit, is_swin, skeleton
 from models.masks import Masks
 from models.swin_dims import Dims, dims_from_dict
-from models.tokens import layers
+from models.tokens import train_matrices_
 from models.vit import ModelError
 
 
@@ -80,8 +80,7 @@ def from_checkpoint(
             raise CheckpointError(f"checkpoint {path} contradicts itself: its masks keep other widths than its dims")
         masks.install_(student)
         small = compact(student, masks)
-        for _, tokens in layers(small):
-            tokens.requires_grad_()  # frozen only while the structure may still change
+        train_matrices_(small)  # frozen only while the structure may still change
         return small
     except CheckpointError:
         raise

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 
+class Packed(nn.Linear):
+    """A linear layer whose weights cannot be sliced."""
+
+
 def two_of_four(weight: Tensor) -> Tensor:
     """(out, in) weights, in a multiple of 4, to a bool mask: True for the two largest magnitudes of each four."""
     fours = weight.detach().abs().reshape(-1, 4)
@@ -47,4 +51,5 @@ def accelerated(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         # torch's kernels take multiples of 32 rows and 64 columns in half precision
         if layer.in_features % 64 == 0 and layer.out_features % 32 == 0:
             layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
+            layer.__class__ = Packed
     return fast

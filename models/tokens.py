@@ -283,6 +283,18 @@ def layers(model: nn.Module) -> Iterator[tuple[int, Any]]:
     return ((i, block.tokens) for i, block in enumerate(getattr(model, "blocks", ())) if block.tokens is not None)
 
 
+def train_matrices_(model: Any, on: bool = True) -> None:
+    """Let M and R of every block train, or freeze them.
+
+    R of a block whose patches do not ask (`lean_last` of `models.build_vit`) reaches no loss and is always frozen:
+    processes that train together wait for the gradient of everything else.
+    """
+    for i, tokens in layers(model):
+        tokens.requires_grad_(on)
+        if model.blocks[i].read is not None and isinstance(tokens, TokenMerge):
+            tokens.reconstruct.requires_grad_(False)
+
+
 @torch.no_grad()
 def streamline_(model: Any) -> Any:
     """Spare a model that only classifies what its logits do not need; they stay the same to rounding. Returns it.

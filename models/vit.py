@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from models.attention import attend
 from models.axes import axes_of
 from models.dims import BlockDims, ViTDims
-from models.tokens import can_be_lean, merging, plain
+from models.tokens import can_be_lean, merging, plain, train_matrices_
 
 
 class ModelError(ValueError):
@@ -102,7 +102,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, queries: int | None = None, bias: Tensor | None = None) -> Tensor:
         """queries: only the first so many tokens ask, and are answered, None for all; bias: that of `mix`."""
-        if queries is None or self.qkv._forward_hooks:  # who looks at qkv sees the rows of all tokens
+        # a layer in qkv's place has no rows to take apart, and who looks at qkv sees those of all tokens
+        if queries is None or type(self.qkv) is not nn.Linear or self.qkv._forward_hooks:
             return self.proj_drop(self.proj(self.mix(self.qkv(x), bias)[:, :queries]))  # B N E
         rows, weight = self.num_heads * self.qk, self.qkv.weight
         first, rest = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([rows])
@@ -294,5 +295,6 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
     )
     if kwargs.get("lean_last") and len(model.blocks):
         model.blocks[-1].read = prefix
+        train_matrices_(model)
     model.dims, model.arch, model.arch_kwargs = dims, arch, kwargs
     return model

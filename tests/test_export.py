@@ -13,7 +13,7 @@ import checkpoint
 import hubconf
 from models import BlockDims, ViTDims, build_vit, load_dense
 from tools import export, formats
-from tools.plain_timm import uniform_dims
+from tools.plain_timm import plain_timm, uniform_dims
 from utils import BadArguments, RunFailed, make_folder
 
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=4, num_classes=7)
@@ -130,6 +130,13 @@ def test_every_family_has_a_plain_and_a_standalone_form(family, tmp_path, random
         formats.FORMATS[kind].write(model, make_folder(tmp_path / kind))
         result = formats.FORMATS[kind].read(tmp_path / kind)
         torch.testing.assert_close(result(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_lean_model_of_all_tokens_is_a_plain_one_in_timm(randomise):
+    model = randomise(build_vit("deit_tiny_distilled_patch16_224", **KWARGS, lean_last=True))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain_timm(model)(images), model.eval()(images), rtol=1e-4, atol=1e-5)
 
 
 def test_plain_widths_are_the_narrowest_that_timm_has():

@@ -8,6 +8,7 @@ from conftest import CASES
 from torch import nn
 
 from models import FeaturePyramid, Masks, ViTDims, backbone, build_vit, compact
+from models.tokens import streamline_
 
 
 def test_maps_are_those_of_the_masked_model(family, randomise, prune, images):
@@ -28,6 +29,18 @@ def test_it_says_what_its_maps_are_and_leaves_the_model_alone(tiny, images):
     assert features.feature_info.channels() == [24, 24] and features.feature_info.reduction() == [4, 4]
     assert len(features.model.blocks) == len(features.model.dims.blocks) == 2
     assert len(backbone(model, 3)(images)) == 3 and torch.equal(model(images), before)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_maps_of_a_lean_model_are_whole(tiny, randomise, images, streamed):
+    full = randomise(build_vit(**tiny)).eval()
+    lean = build_vit(**tiny, lean_last=True).eval()
+    lean.load_state_dict(full.state_dict())
+    body = backbone(streamline_(lean) if streamed else lean, [0, 1])
+    for found, expected in zip(body(images), backbone(full, [0, 1])(images), strict=True):
+        torch.testing.assert_close(found, expected)
+    assert lean.blocks[-1].read == lean.num_prefix_tokens and "lean_last" not in body.model.arch_kwargs
+    FeaturePyramid(lean, 8)(images)[0].sum().backward()
 
 
 def test_a_decoder_trains_on_it(tiny, images):

@@ -1,5 +1,6 @@
 """Blocks that compute on fewer tokens: the block formula, exactness, counts, export, and heads on all tokens."""
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
 from checkpoint import CheckpointError
 from latency.whole import fresh
+from main_pm_vit import freeze_
 from models import Masks, ModelError, ViTDims, build_vit, compact, load_dense, macs, params
+from models.pretrained import from_checkpoint
 from models.tokens import SKIPPED, DenseTokenMerge, TokenMerge, layers, streamline_
 
 
@@ -216,8 +220,9 @@ def test_a_lean_last_block_gives_the_same_logits_and_gradients(family, merge, ra
         sum(out.square().sum() for out in pair).backward()
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-12)
     for (name, ours), theirs in zip(lean.named_parameters(), model.parameters(), strict=True):
-        if ours.grad is None or theirs.grad is None:  # what puts patches back of which nothing reads
-            assert "reconstruct" in name
+        assert ours.requires_grad == (ours.grad is not None)  # else processes that train together wait for it
+        if ours.grad is None:  # what would put patches back that nothing reads
+            assert name == "blocks.1.tokens.reconstruct"
             continue
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10, msg=name)
     x, out = inside
@@ -225,6 +230,34 @@ def test_a_lean_last_block_gives_the_same_logits_and_gradients(family, merge, ra
     assert lean.forward_features(images).shape == model.forward_features(images).shape
     streamed = streamline_(lean.eval())
     torch.testing.assert_close(streamed(images), model.eval()(images), rtol=1e-10, atol=1e-12)
+
+
+def test_what_a_lean_block_never_puts_back_stays_frozen(tiny, tmp_path):
+    """In a checkpoint that is read, and where finetuning chooses what trains."""
+    dims = with_tokens(build_vit(**tiny).dims, 18, 9)
+    model = build_vit(**tiny, dims=dims, lean_last=True)
+    save_model(path := tmp_path / "lean.pth", model)
+    read = from_checkpoint(checkpoint.load_model(path), str(path))
+    for case in (model, read):
+        frozen = [name for name, p in case.named_parameters() if not p.requires_grad]
+        assert frozen == ["blocks.1.tokens.reconstruct"]
+    freeze_(SimpleNamespace(freeze_param=True, freeze_matrix=False), read)
+    assert [name for name, p in read.named_parameters() if p.requires_grad] == ["blocks.1.tokens.merge"]
+    freeze_(SimpleNamespace(freeze_param=True, freeze_matrix=True), read)
+    assert not any(p.requires_grad for p in read.parameters())
+
+
+def test_a_lean_block_takes_no_layer_apart_that_is_in_the_place_of_its_own(tiny, images):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    lean, full = (build_vit(**tiny, **kwargs).eval() for kwargs in (dict(lean_last=True), {}))
+    lean.load_state_dict(full.state_dict())
+    for model in (lean, full):
+        model.blocks[-1].attn.qkv.__class__ = Doubled
+    with torch.no_grad():
+        torch.testing.assert_close(lean(images), full(images), rtol=1e-5, atol=1e-6)
 
 
 def test_full_matrices_have_no_lean_last_block(tiny):

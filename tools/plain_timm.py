@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from models import BlockDims, Masks, ModelError, ViTDims, build_vit
 from models.compact import expand_
+from models.tokens import plain
 from models.vit import skeleton
 
 
@@ -55,6 +56,6 @@ def plain_timm(model: VisionTransformer, **pretrained_cfg: Any) -> VisionTransfo
             value[: block.heads * block.qk] *= fold
     shape = dict(embed_dim=uniform.embed, depth=len(uniform.blocks), num_heads=block.heads,
                  mlp_ratio=_mlp_ratio(uniform.embed, block.mlp))  # fmt: skip
-    plain = timm.create_model(model.arch, **model.arch_kwargs | shape, pretrained_cfg_overlay=pretrained_cfg)
-    plain.load_state_dict(state)
-    return plain.eval()
+    found = timm.create_model(model.arch, **plain(model.arch_kwargs) | shape, pretrained_cfg_overlay=pretrained_cfg)
+    found.load_state_dict(state)
+    return found.eval()
