@@ -244,11 +244,11 @@ def select(args: argparse.Namespace, model: nn.Module, importance: Importance,
 
 
 def finish(args: argparse.Namespace, setup: Setup, start: ViTDims, dims: ViTDims, top1: tuple[float, float]) -> None:
-    """summary.json and dims.json; a start that was pruned already has no stage of its own."""
+    """summary.json and dims.json; a start that was pruned already, or is lean, has no stage of its own."""
     conditions = results.Conditions(args.batch_size)
     common = dict(conditions=conditions, device=setup.device, predicted=None)
     summary = {}
-    if start == training.dims_of(setup.full):
+    if start == training.dims_of(setup.full) and setup.full.asking is None:
         summary["dense"] = results.stage(setup.full, start, top1[0], measured=1.0, **common | dict(predicted=1.0))
     measured = results.measured_ratio(setup.full, dims, conditions, setup.device)
     summary["pruned"] = results.stage(setup.full, dims, top1[1], measured=measured, **common)
