@@ -92,12 +92,14 @@ def _model(args: argparse.Namespace, full: training.FullModel, parent: dict[str,
     drops = training.drop_rates(args)
     if parent is None:
         return build_vit(full.arch, **full.kwargs | drops) if args.scratch else full.build(**drops)
-    model = from_checkpoint(parent, checkpoint_path(args.finetune), ema=args.use_ema and not args.scratch, **drops)
     if args.scratch:
-        fresh = build_vit(full.arch, dims_from_dict(parent["dims"]), **full.kwargs | drops)
-        for i, tokens in layers(model):  # where patches merge is structure
-            fresh.blocks[i].tokens.load_state_dict(tokens.state_dict())
-        return fresh
+        model = build_vit(full.arch, dims_from_dict(parent["dims"]), **full.kwargs | drops)
+        if merging := dict(layers(model)):  # where patches merge is structure
+            pruned = from_checkpoint(parent, checkpoint_path(args.finetune))
+            for i, tokens in merging.items():
+                tokens.load_state_dict(pruned.blocks[i].tokens.state_dict())
+        return model
+    model = from_checkpoint(parent, checkpoint_path(args.finetune), ema=args.use_ema, **drops)
     if model.num_classes != (classes := full.kwargs["num_classes"]):
         say(f"new classifier: {args.finetune} knows {model.num_classes} classes, the data has {classes}")
         model.reset_classifier(classes)
@@ -165,7 +167,7 @@ def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[
     dims = run.model.dims
     conditions = results.Conditions(**{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}
                                      or dict(batch=args.batch_size, compiled=args.compile))  # fmt: skip
-    dense = training.is_dense(run.model)
+    dense = training.is_dense(run.full, dims)
     measured = 1.0 if dense else results.measured_ratio(run.full, dims, conditions, run.device)
     predicted = 1.0 if dense else pruned.get("latency_predicted")
     name = "dense" if dense else "finetuned"
@@ -210,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
     metrics = train(args, run)
     if is_main():
         result = finish(args, run, metrics)
-        dense = training.is_dense(run.model)
+        dense = training.is_dense(run.full, run.model.dims)
         results.say_where(run.folder, *(results.after_dense if dense else results.after_training)(run.folder))
         say_result(results.result_line(run.folder / "ft_checkpoint.pth", result))
     if args.asp:

@@ -92,7 +92,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     say(f"tokens per block {counts} of {found.centres.shape[1] + model.num_prefix_tokens}, "
         f"patches skipped {' '.join(map(str, found.skipped.sum(1).tolist()))}; top-1 {before:.2f} before")  # fmt: skip
     start = {}
-    if training.is_dense(model):
+    if training.is_dense(run.full, model.dims):
         start["dense"] = stage(args, run, model.dims, before, measured=1.0)
     summarise(args, run, path, small.dims, start, pruned=after)
 

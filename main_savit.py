@@ -248,7 +248,7 @@ def finish(args: argparse.Namespace, setup: Setup, start: ViTDims, dims: ViTDims
     conditions = results.Conditions(args.batch_size)
     common = dict(conditions=conditions, device=setup.device, predicted=None)
     summary = {}
-    if start == training.dims_of(setup.full) and setup.full.asking is None:
+    if training.is_dense(setup.full, start):
         summary["dense"] = results.stage(setup.full, start, top1[0], measured=1.0, **common | dict(predicted=1.0))
     measured = results.measured_ratio(setup.full, dims, conditions, setup.device)
     summary["pruned"] = results.stage(setup.full, dims, top1[1], measured=measured, **common)

@@ -17,7 +17,7 @@ import training
 from engine import progress_bar
 from finetuning import Run
 from loaders import start_epoch
-from models import ViTDims
+from models import ViTDims, dims_from_dict
 from models.pretrained import from_checkpoint, read_initial
 from models.vit import ModelError, TokenLogits, skeleton
 from pruning import pm_vit
@@ -80,8 +80,7 @@ def read_model(args: Any) -> Model:
         initial_checkpoint="", pretrained=False,
     ))  # fmt: skip
     full.kwargs["num_classes"] = kwargs.get("num_classes", skeleton(arch, **kwargs).num_classes)
-    dense = (content["masks"] is None and content["dims"] == training.dims_of(full).to_dict()
-             and not kwargs.get("lean_last"))  # fmt: skip
+    dense = content["masks"] is None and training.is_dense(full, dims_from_dict(content["dims"]))
     origin = str(Path(args.resume).resolve()) if dense else content["args"].get("initial_checkpoint", "")
     return Model(full, content, origin)
 

@@ -171,10 +171,9 @@ def dims_of(full: FullModel) -> Dims:
     return family.dims_of(skeleton(full.arch, **full.kwargs))
 
 
-def is_dense(model: nn.Module) -> bool:
-    """Whether a model has the widths and the tokens of its full-size one, down to the last block."""
-    dense = family.dims_of(skeleton(model.arch, **model.arch_kwargs))
-    return model.dims == dense and not model.arch_kwargs.get("lean_last")
+def is_dense(full: FullModel, dims: Dims) -> bool:
+    """Whether a model of these widths is the full-size model itself; one whose last block is lean is not."""
+    return dims == dims_of(full) and full.asking is None
 
 
 @dataclass

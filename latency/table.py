@@ -138,21 +138,23 @@ class LatencyTable:
 
     def blocks_seconds(self, widths: np.ndarray, *, monotone: bool = False,
                        asking: int | np.ndarray | None = None) -> np.ndarray:  # fmt: skip
-        """Seconds of n blocks: rows (embed, heads, qk, v, mlp), (n, 5) -> (n,); or (n, 6), with tokens at the end.
+        """Seconds of blocks: rows (embed, heads, qk, v, mlp), (…, 5) -> (…); or (…, 6), with tokens at the end.
 
         monotone looks up the cleaned table, in which no value decreases when a width grows. asking: only so many
-        tokens, of all blocks or of each, ask and pass the MLP (`lean_last` of `models.build_vit`), None for all; that
-        is not measured by itself, so each branch takes the share of its seconds that it has left of its MACs. Raises
-        LatencyTableError for a width above the grid.
+        tokens ask and pass the MLP (`lean_last` of `models.build_vit`), None for all; it is broadcast to the blocks.
+        That is not measured by itself, so each branch takes the share of its seconds that it has left of its MACs.
+        Raises LatencyTableError for a width above the grid.
         """
         widths = np.asarray(widths, dtype=float)
+        shape, widths = widths.shape[:-1], widths.reshape(-1, widths.shape[-1])
+        each = None if asking is None else np.broadcast_to(asking, shape).ravel()
         if widths.shape[-1] == len(COLUMNS) - 1:
             widths = np.insert(widths, COLUMNS.index("tokens"), self._tokens, axis=1)
         grids = self._clean if monotone else self._grids
         try:
-            shares = np.ones((len(grids), len(widths))) if asking is None else _shares(widths, asking, len(grids))
+            shares = np.ones((len(grids), len(widths))) if each is None else _shares(widths, each, len(grids))
             if len(grids) == 1:
-                return grids[0](widths[:, grids[0].select]) * shares[0]
+                return (grids[0](widths[:, grids[0].select]) * shares[0]).reshape(shape)
             seconds = np.zeros(len(widths))
             for grid, decisive, share in zip(grids, ("heads", "mlp"), shares, strict=True):
                 alive = widths[:, COLUMNS.index(decisive)] > 0  # a branch of width 0 is not built
@@ -160,7 +162,7 @@ class LatencyTable:
             if self._merging:
                 fewer = widths[:, COLUMNS.index("tokens")] < self._tokens
                 seconds[fewer] += self._merging(widths[fewer][:, self._merging.select])
-            return seconds
+            return seconds.reshape(shape)
         except LatencyTableError as error:
             raise LatencyTableError(f"{self.name}: {error}") from None
 
@@ -227,9 +229,10 @@ def _published(parts: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _shares(rows: np.ndarray, asking: int | np.ndarray, branches: int) -> np.ndarray:
+def _shares(rows: np.ndarray, asking: np.ndarray, branches: int) -> np.ndarray:
     """What is left of the MACs of attention and of the MLP (branches 2), or of both together (1), where `asking` tokens
-    ask: (branches, n) of rows (n, 6). The counts are those of `models.count`, which latency tables do without."""
+    ask: (branches, n) of rows (n, 6) and asking (n,). The counts are those of `models.count`, which latency tables do
+    without."""
     e, h, q, v, m, n = rows.T
     n = np.maximum(n, 1)  # not known: then all of them ask
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.dims import ViTDims
 from models.family import Model
 from models.swin_dims import SwinDims
-from models.tokens import train_matrices_
+from models.tokens import TokenMerge
 
 
 def backbone(model: Model, blocks: Sequence[int] | int = 4, norm: bool = False) -> FeatureGetterNet:
@@ -33,8 +33,10 @@ def backbone(model: Model, blocks: Sequence[int] | int = 4, norm: bool = False) 
         inner.dims = ViTDims(inner.dims.embed, inner.dims.blocks[: len(inner.blocks)])
         inner.arch_kwargs = {k: v for k, v in inner.arch_kwargs.items() if k != "lean_last"}
         for block in inner.blocks:
-            block.read, block.alone = None, False
-        train_matrices_(inner)
+            if block.read is not None:
+                block.read, block.alone = None, False
+                if isinstance(block.tokens, TokenMerge):
+                    block.tokens.reconstruct.requires_grad_(block.tokens.merge.requires_grad)
     return features
 
 

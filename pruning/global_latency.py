@@ -95,9 +95,7 @@ def latency_per_unit(table: LatencyTable | SwinTable, dims: Dims, group_sizes: d
     sizes[:, -1] = np.where((tokens == table.tokens) & (sizes[:, -1] > 0), tokens // 2, sizes[:, -1])
     removed = np.minimum(sizes, np.maximum(base - sizes, 0))  # blocks x columns; at the floor of one group, nothing
     queries = [base] + [base - removed * (np.arange(len(COLUMNS)) == column) for column in range(len(COLUMNS))]
-    asked = asking_per_block(depth, asking)
-    asked = None if asked is None else np.tile(asked, len(queries))
-    seconds = table.blocks_seconds(np.concatenate(queries), monotone=True, asking=asked).reshape(len(queries), depth)
+    seconds = table.blocks_seconds(np.stack(queries), monotone=True, asking=asking_per_block(depth, asking))
     saved = np.maximum(seconds[0] - seconds[1:], 0).T  # blocks x columns
     per_unit = np.divide(saved, removed, out=np.zeros_like(saved), where=removed > 0)
     costs = dict(zip(sum(names, []), per_unit.flatten().tolist(), strict=True))

@@ -52,15 +52,15 @@ class ValuePruner(GlobalPruner):
     def _saved(self, axis: str, alive: int, widths: np.ndarray) -> np.ndarray:
         """Seconds of the model that an axis saves at each of the widths, never negative."""
         dims = self.masks.dims
-        which = slice(None) if axis == "embed" else slice(i := int(axis.split(".")[1]), i + 1)
-        blocks, asked = dims.blocks[which], asking_per_block(len(dims.blocks), self.asking)
+        blocks, asking = dims.blocks, asking_per_block(len(dims.blocks), self.asking)
+        if axis != "embed":
+            block = int(axis.split(".")[1])
+            blocks, asking = blocks[block : block + 1], None if asking is None else asking[block]
         rows = np.array([(dims.embed, b.heads, b.qk, b.v, b.mlp, b.tokens) for b in blocks], dtype=float)
         rows = np.tile(rows, (1 + len(widths), 1, 1))  # widths x blocks x columns
         kind = axis.rsplit(".", 1)[-1]
         rows[1:, :, COLUMNS.index(kind)] = (widths + (self.masks.prefix if kind == "tokens" else 0))[:, None]
-        asked = None if asked is None else np.tile(asked[which], len(rows))
-        seconds = self.table.blocks_seconds(rows.reshape(-1, len(COLUMNS)), monotone=True, asking=asked)
-        seconds = seconds.reshape(len(rows), -1).sum(1)
+        seconds = self.table.blocks_seconds(rows, monotone=True, asking=asking).sum(1)
         if axis == "embed":
             seconds += [self.table.overhead_seconds(int(width)) for width in (alive, *widths)]
         return np.maximum(seconds[0] - seconds[1:], 0)

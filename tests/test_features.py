@@ -43,6 +43,16 @@ def test_maps_of_a_lean_model_are_whole(tiny, randomise, images, streamed):
     FeaturePyramid(lean, 8)(images)[0].sum().backward()
 
 
+def test_what_was_frozen_stays_frozen_in_a_backbone(tiny):
+    dims = ViTDims(32, tuple(replace(b, tokens=9) for b in build_vit(**tiny).dims.blocks))
+    model = build_vit(**tiny, dims=dims, lean_last=True)
+    model.blocks[0].tokens.requires_grad_(False)
+    first, last = (block.tokens for block in backbone(model, [0, 1]).model.blocks)
+    assert not (first.merge.requires_grad or first.reconstruct.requires_grad)
+    assert last.merge.requires_grad and last.reconstruct.requires_grad
+    assert not model.blocks[1].tokens.reconstruct.requires_grad  # the given one is left as it is
+
+
 def test_a_decoder_trains_on_it(tiny, images):
     features = backbone(build_vit(**tiny), [1])
     decoder = nn.Sequential(nn.Conv2d(32, 5, 1), nn.Upsample(scale_factor=4, mode="bilinear"))
