@@ -5,84 +5,33 @@ ImageNet's mean and standard deviation; targets are class indices.
 """
 from __future__ import annotations
 
-import contextlib
 import difflib
-import hashlib
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import InterpolationMode
 
-import inat
-import shards
-from console import complain
-from utils import RunFailed, say, say_at_end
+from loading import inat, shards
+from loading.images import DataError, Skipping, _some, read_image
+from runtime.console import say
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
-SAMPLED = 64  # files of a folder whose content is looked at to recognise it
 SMALL = 32  # pixels: up to this side, images are padded and cropped, not resized at random
 
 
-class DataError(ValueError):
-    """Data that is not there or does not fit the arguments; one line: what is wrong, and what would be right."""
 
 
-class CorruptImage(RunFailed):
-    """An image file that cannot be read; its message is one line with the file's path.
-
-    A DataLoader re-raises what a worker process raised with the whole traceback as the only argument. The traceback's
-    last line is the message, so that is what is kept: the error reads the same with and without workers.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
-class Skipping(Dataset):
-    """Leaves out images that cannot be read, names each, and says at the run's end how many they were.
-
-    stand_in: the next image that can be read takes the place, so that batches keep their size; else None does. What is
-    found is shared with the processes that read.
-    """
-
-    def __init__(self, dataset: ImageFolder, stand_in: bool) -> None:
-        self.dataset, self.stand_in = dataset, stand_in
-        self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
-        say_at_end(self.summary)
-
-    def __getitem__(self, index: int) -> tuple[Any, int] | None:
-        for number in range(len(self)):
-            image = (index + number) % len(self)
-            if not self.unreadable[image]:
-                try:
-                    return self.dataset[image]
-                except CorruptImage as error:
-                    self.unreadable[image] = True
-                    complain("warning", f"{error}: left out")
-            if not self.stand_in:
-                return None
-        raise CorruptImage(f"no image of {self.dataset.root} can be read")
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def summary(self) -> str:
-        """A line for the run's end, '' where every image could be read."""
-        paths = [self.dataset.samples[i][0] for i in self.unreadable.nonzero().flatten().tolist()]
-        what = "another stood in for each" if self.stand_in else "evaluation left them out"
-        return (f"{len(paths)} of {len(self)} images of {self.dataset.root} could not be read, {what}: {_some(paths)}"
-                if paths else "")  # fmt: skip
 
 
 class Digits(Dataset):
@@ -189,8 +138,6 @@ def _class_folders(split: Path) -> list[str]:
     return classes
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _image_folder(is_train: bool, args: Any, transform: Callable) -> Dataset:
@@ -211,35 +158,8 @@ def _image_folder(is_train: bool, args: Any, transform: Callable) -> Dataset:
     return dataset
 
 
-def fingerprint(dataset: Dataset) -> dict[str, Any]:
-    """What tells a data set from another: number of images, digest of names (or pixels) and classes, and, of images in
-    files, digest of the content of some."""
-    if isinstance(dataset, IterableDataset):
-        return dataset.fingerprint
-    while not hasattr(dataset, "targets"):
-        dataset = dataset.dataset  # what wraps it
-    names, some = hashlib.sha256(), hashlib.sha256()
-    names.update(repr(list(map(int, dataset.targets))).encode())
-    if not isinstance(dataset, ImageFolder):
-        for image in getattr(dataset, "images", None) or dataset.data:
-            names.update(image.tobytes())
-        return dict(images=len(dataset.targets), names=names.hexdigest())
-    for path, _ in dataset.samples:
-        names.update(os.path.relpath(path, dataset.root).encode(errors="surrogateescape") + b"\n")
-    for path, _ in dataset.samples[:: max(1, len(dataset.samples) // SAMPLED)]:
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            some.update(file.read())
-    return dict(images=len(dataset.samples), names=names.hexdigest(), some_files=some.hexdigest())
 
 
-def read_image(path: str) -> Image.Image:
-    """The file as an RGB image. Raises CorruptImage, which names the path."""
-    try:
-        with Image.open(io.BytesIO(Path(path).read_bytes())) as image:  # Pillow reads a file in dozens of small pieces
-            return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise a dozen kinds, from OSError to struct.error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CorruptImage(f"cannot read image {path} ({reason})") from None
 
 
 def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor]:

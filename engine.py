@@ -13,7 +13,9 @@ from timm.utils import AverageMeter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import RunFailed, is_main, seed_everything, world_size
+from runtime.errors import RunFailed
+from runtime.ranks import is_main, world_size
+from runtime.seeds import seed_everything
 
 
 class Precision:

@@ -8,17 +8,29 @@ from typing import Any
 
 from torch import nn
 
-import checkpoint
 import options
-import results
-import resuming
-import training
 from engine import evaluate
-from finetuning import Run, read_resumed, train
+from files import checkpoint
 from models import build_vit, dims_from_dict, sparsity
 from models.pretrained import from_checkpoint
 from models.tokens import layers
-from utils import Problems, is_main, make_folder, run_script, say, say_result, write_json
+from runtime.console import say, say_result
+from runtime.errors import Problems
+from runtime.folders import make_folder, write_json
+from runtime.processes import start_processes
+from runtime.ranks import is_main
+from runtime.script import run_script
+from training import results, resuming
+from training.dense import Run, read_resumed, train
+from training.full_model import (
+    FullModel,
+    is_dense,
+    load_cnn_teacher,
+    load_full_teacher,
+    read_full_model,
+    structural_kwargs,
+)
+from training.parts import Data, drop_rate_kwargs, load_data, make_precision
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -60,10 +72,10 @@ def run_folder(args: argparse.Namespace) -> Path:
     return parent / name
 
 
-def _full_model(args: argparse.Namespace, parent: dict[str, Any] | None) -> training.FullModel:
+def _full_model(args: argparse.Namespace, parent: dict[str, Any] | None) -> FullModel:
     """The full-size model: the pruned checkpoint's where there is one, its weights from where that run had them."""
     if parent is None:
-        return training.full_model(args, swin=True)
+        return read_full_model(args, swin=True)
     if args.model and args.model != parent["arch"]["name"]:
         raise ValueError(f"--model is {args.model} but {args.finetune} holds {parent['arch']['name']}")
     inherited = argparse.Namespace(**vars(args))
@@ -71,25 +83,25 @@ def _full_model(args: argparse.Namespace, parent: dict[str, Any] | None) -> trai
     if args.kl_loss_coeff and not args.eval and not (args.initial_checkpoint or args.pretrained):
         inherited.initial_checkpoint = parent["args"].get("initial_checkpoint", "")
         inherited.pretrained = bool(parent["args"].get("pretrained")) and not inherited.initial_checkpoint
-    inherited.model_kwargs = training.structural(parent["arch"]["kwargs"]) | args.model_kwargs
-    return training.full_model(inherited, swin=True)
+    inherited.model_kwargs = structural_kwargs(parent["arch"]["kwargs"]) | args.model_kwargs
+    return read_full_model(inherited, swin=True)
 
 
-def is_other_data(args: argparse.Namespace, parent: dict[str, Any], data: training.Data) -> bool:
+def is_other_data(args: argparse.Namespace, parent: dict[str, Any], data: Data) -> bool:
     """Whether the model was pruned on other data than it is finetuned on now, as far as names and classes tell."""
     classes = parent["arch"]["kwargs"].get("num_classes", 1000)
     return classes != data.classes or parent["args"].get("data_set", args.data_set) != args.data_set
 
 
-def _check_classes(args: argparse.Namespace, parent: dict[str, Any], data: training.Data) -> None:
+def _check_classes(args: argparse.Namespace, parent: dict[str, Any], data: Data) -> None:
     classes = parent["arch"]["kwargs"].get("num_classes", 1000)
     if classes != data.classes and (args.eval or args.kl_loss_coeff):
         way = "" if args.eval else "; to give it a new classifier, --kl_loss_coeff 0: its full model knows them no more"
         raise ValueError(f"{args.finetune} has {classes} classes, the data has {data.classes}{way}")
 
 
-def _model(args: argparse.Namespace, full: training.FullModel, parent: dict[str, Any] | None) -> nn.Module:
-    drops = training.drop_rates(args)
+def _model(args: argparse.Namespace, full: FullModel, parent: dict[str, Any] | None) -> nn.Module:
+    drops = drop_rate_kwargs(args)
     if parent is None:
         return build_vit(full.arch, **full.kwargs | drops) if args.scratch else full.build(**drops)
     if args.scratch:
@@ -116,11 +128,11 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     options.check_values(args, problems)
     _check_flags(args, problems)
     parent = problems.attempt(checkpoint.load_model, checkpoint_path(args.finetune)) if args.finetune else None
-    device = problems.attempt(training.start, args)
+    device = problems.attempt(start_processes, args)
     problems.raise_if_any()
     full = problems.attempt(_full_model, args, parent)
     problems.raise_if_any()
-    data = problems.attempt(training.load_data, args, full, train=not args.eval)
+    data = problems.attempt(load_data, args, full, train=not args.eval)
     problems.raise_if_any()
     if parent is not None:
         problems.attempt(_check_classes, args, parent, data)
@@ -130,8 +142,8 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     run.transfer = parent is not None and is_other_data(args, parent, data)
     run.start = parent["model"] if parent and not args.scratch else None
     if not args.eval:
-        run.teacher = problems.attempt(training.full_teacher, args, full, device)
-        run.cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
+        run.teacher = problems.attempt(load_full_teacher, args, full, device)
+        run.cnn = problems.attempt(load_cnn_teacher, args, data.classes, device)
         if run.model is not None:
             run.resumed = problems.attempt(read_resumed, args, run, run_folder(args))
         problems.raise_if_any()
@@ -167,7 +179,7 @@ def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[
     dims = run.model.dims
     conditions = results.Conditions(**{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}
                                      or dict(batch=args.batch_size, compiled=args.compile))  # fmt: skip
-    dense = training.is_dense(run.full, dims)
+    dense = is_dense(run.full, dims)
     measured = 1.0 if dense else results.measured_ratio(run.full, dims, conditions, run.device)
     predicted = 1.0 if dense else pruned.get("latency_predicted")
     name = "dense" if dense else "finetuned"
@@ -185,7 +197,7 @@ def sparse(args: argparse.Namespace, run: Run, folder: Path) -> dict[str, Any]:
     model = run.model.to(run.device)
     if odd := sparsity.sparsify_(model):
         say(f"2:4 sparsity leaves out {', '.join(odd)}: their inputs are not a multiple of 4")
-    top1 = evaluate(model, run.data.val, training.precision(args, run.device), args.dist_eval)["acc1"]
+    top1 = evaluate(model, run.data.val, make_precision(args, run.device), args.dist_eval)["acc1"]
     conditions = results.Conditions(args.batch_size, dtype="bf16")
     measured = results.measured_sparse_ratio(run.full, model, conditions, run.device)
     dims = model.dims
@@ -203,7 +215,7 @@ def sparse(args: argparse.Namespace, run: Run, folder: Path) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     run, parent = check_args(args)
     if args.eval:
-        result = evaluate(run.model.to(run.device), run.data.val, training.precision(args, run.device), args.dist_eval)
+        result = evaluate(run.model.to(run.device), run.data.val, make_precision(args, run.device), args.dist_eval)
         say(f"{checkpoint_path(args.finetune)}: top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f}, "
             f"loss {result['loss']:.4f} on {int(result['samples'])} images")
         if args.asp:
@@ -212,7 +224,7 @@ def main(args: argparse.Namespace) -> None:
     metrics = train(args, run)
     if is_main():
         result = finish(args, run, metrics)
-        dense = training.is_dense(run.full, run.model.dims)
+        dense = is_dense(run.full, run.model.dims)
         results.say_where(run.folder, *(results.after_dense if dense else results.after_training)(run.folder))
         say_result(results.result_line(run.folder / "ft_checkpoint.pth", result))
     if args.asp:

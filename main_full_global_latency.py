@@ -14,36 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import calibration
-import one_shot
 import options
-import planning
-import provenance
-import pruning_options
-import results
-import resuming
-import training
 from engine import Precision, Progress, evaluate, train_one_epoch
 from latency.swin_table import SwinTable
 from latency.table import LatencyTable
-from loaders import start_epoch
+from loading.loaders import start_epoch
 from models import Masks, compact, is_swin, left_alone, skeleton
 from models.tokens import can_be_lean, plain
 from models.vit import TokenLogits
 from pruning.config import load_config
-from pruning_steps import CHECKPOINT, PruningSteps, Setup, State, make_pruner, read_resumed, restore, save
-from utils import (
-    FailedTogether,
-    Problems,
-    RunFailed,
-    append_log,
-    is_main,
-    make_folder,
-    run_script,
-    say,
-    say_result,
-    warn,
-    write_json,
+from recipes import calibration, dry_run, nvit_options, one_shot
+from recipes.nvit import CHECKPOINT, PruningSteps, Setup, State, make_pruner, read_resumed, restore, save
+from runtime.console import say, say_result, warn
+from runtime.errors import FailedTogether, Problems, RunFailed
+from runtime.folders import append_log, make_folder, write_json
+from runtime.processes import start_processes
+from runtime.ranks import is_main
+from runtime.script import run_script
+from training import provenance, results, resuming
+from training.full_model import FullModel, freeze, load_cnn_teacher, read_full_model
+from training.parts import (
+    drop_rate_kwargs,
+    images_per_update,
+    load_data,
+    make_loss,
+    make_mixup,
+    make_optimizer,
+    make_precision,
 )
 
 KL_TEMPERATURE = 3.0  # published, fixed while pruning
@@ -64,14 +61,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_tau_arg(parser, "of soft CNN distillation; the full model's KL is at 3, as published")
     options.add_run_args(parser, "where the run's folder is made; required")
     options.add_resume_args(parser, CHECKPOINT)
-    pruning_options.add_pruning_args(parser)
-    pruning_options.add_one_shot_args(parser)
+    nvit_options.add_pruning_args(parser)
+    nvit_options.add_one_shot_args(parser)
     group = parser.add_argument_group("accepted, no effect")
     group.add_argument("--pruning_exit", action="store_true", help="the published code never reads it")
     return parser
 
 
-def run_folder(args: argparse.Namespace, full: training.FullModel, label: str, cap: int) -> Path:
+def run_folder(args: argparse.Namespace, full: FullModel, label: str, cap: int) -> Path:
     """As published: the arguments that matter are in the name."""
     data_set = args.data_set.replace("/", "_")
     if args.one_shot:
@@ -99,9 +96,9 @@ def _prune_dict(text: str) -> tuple[str, int]:
     return label, cap
 
 
-def _load_table(args: argparse.Namespace, full: training.FullModel) -> LatencyTable | SwinTable:
+def _load_table(args: argparse.Namespace, full: FullModel) -> LatencyTable | SwinTable:
     table = LatencyTable.load(args.latency_look_up_table)
-    table.check_covers(training.dims_of(full))
+    table.check_covers(full.dims)
     if not args.tokens or is_swin(full.arch):
         return table
     if not table.tokens:
@@ -121,7 +118,7 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
     if args.one_shot:
         one_shot.check_flags(args, problems)
     else:
-        pruning_options.check(args, problems)
+        nvit_options.check(args, problems)
     if args.pruning and not args.one_shot and not args.original_loss_coeff:
         problems.add("--original_loss_coeff must be above 0: until the first event the student equals the full model, "
                      "so that its KL ranks nothing")  # fmt: skip
@@ -138,13 +135,13 @@ def check_args(args: argparse.Namespace) -> Setup:
     _check_flags(args, problems)
     named = problems.attempt(_prune_dict, args.prune_dict)
     config = problems.attempt(load_config, args.pruning_config)
-    device = problems.attempt(training.start, args)
-    full = problems.attempt(training.full_model, args, swin=True, narrower=True)
+    device = problems.attempt(start_processes, args)
+    full = problems.attempt(read_full_model, args, swin=True, narrower=True)
     table = problems.attempt(_load_table, args, full) if full else None
-    data = problems.attempt(training.load_data, args, full) if full else None
+    data = problems.attempt(load_data, args, full) if full else None
     if full:
-        pruning_options.check_family(args, full.arch, problems)
-        pruning_options.check_start(args, full.start, problems)
+        nvit_options.check_family(args, full.arch, problems)
+        nvit_options.check_start(args, full.start, problems)
     if full and not full.has_weights:
         problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
     if data and (args.one_shot or args.align or args.compensate):
@@ -155,8 +152,8 @@ def check_args(args: argparse.Namespace) -> Setup:
         full.kwargs["content_merge"] = True
     if args.tokens and args.one_shot and can_be_lean(skeleton(full.arch, **full.kwargs)):
         full.kwargs["lean_last"] = True
-    model = problems.attempt(full.build, **training.drop_rates(args))
-    cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
+    model = problems.attempt(full.build, **drop_rate_kwargs(args))
+    cnn = problems.attempt(load_cnn_teacher, args, data.classes, device)
     problems.raise_if_any()
     (config, dead), (label, cap) = config, named
     problems.attempt(table.check_covers, model.dims)
@@ -173,7 +170,7 @@ def check_args(args: argparse.Namespace) -> Setup:
     problems.raise_if_any()
     if dead:
         warn(f"{args.pruning_config}: as in the published code, these keys have no effect: {', '.join(dead)}")
-    results.warn_of_other_conditions(table, device, training.precision(args, device).dtype)
+    results.warn_of_other_conditions(table, device, make_precision(args, device).dtype)
     for axis, reason in left_alone(full.arch, **full.kwargs).items():
         say(f"{full.arch}: {axis} is left alone: {reason}")
     if (cleaned := table.monotone_report()).raised:
@@ -251,11 +248,11 @@ def evaluated(dense: nn.Module, args: argparse.Namespace, setup: Setup, precisio
 def main(args: argparse.Namespace) -> None:
     setup = check_args(args)
     if args.dry_run:
-        planning.report(args, setup)
+        dry_run.report(args, setup)
         return
-    precision = training.precision(args, setup.device)
+    precision = make_precision(args, setup.device)
     images = calibration.prepare(args, setup)
-    teacher = training.frozen(copy.deepcopy(setup.model), setup.device)
+    teacher = freeze(copy.deepcopy(setup.model), setup.device)
     top1_dense = evaluated(teacher, args, setup, precision)
     if args.one_shot:
         prune_one_shot(args, setup, precision, top1_dense)
@@ -266,9 +263,9 @@ def main(args: argparse.Namespace) -> None:
 
     # ---------------------------------------------------------------- parts
     loader, progress = setup.data.train, Progress(setup.data.updates)
-    optimizer = training.make_optimizer(args, setup.model.to(setup.device))
-    criterion = training.make_loss(args, setup.cnn, teacher, tau=KL_TEMPERATURE, per_token=False)
-    mixup = training.make_mixup(args, setup.data.classes)
+    optimizer = make_optimizer(args, setup.model.to(setup.device))
+    criterion = make_loss(args, setup.cnn, teacher, tau=KL_TEMPERATURE, per_token=False)
+    mixup = make_mixup(args, setup.data.classes)
     if not setup.resumed:
         resuming.start_anew(setup.folder, CHECKPOINT)
     compensation = calibration.Compensation(args.compensate, teacher.model, images, args.batch_size)
@@ -287,12 +284,12 @@ def main(args: argparse.Namespace) -> None:
         return False
 
     # ---------------------------------------------------------------- prune
-    planning.say_targets(setup.pruner)
+    dry_run.say_targets(setup.pruner)
     with keeper:
         while progress.step or (progress.epoch < args.epochs and not steps.done):
             start_epoch(loader, progress.epoch, skip=progress.step * args.grad_accum_steps)
             steps.set_phase()
-            with steps.curves.training(progress, training.images_per_update(args)):
+            with steps.curves.training(progress, images_per_update(args)):
                 stats = train_one_epoch(
                     steps.student, steps.loss, loader, optimizer, precision, progress, seed=args.seed,
                     accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,

@@ -10,34 +10,27 @@ from typing import Any
 import torch
 from torch import nn
 
-import calibration
-import checkpoint
 import options
-import pm_vit_options
-import pm_vit_steps as steps
-import provenance
-import results
-import resuming
-import shards
-import training
 from engine import evaluate
-from finetuning import CHECKPOINT, Run, read_resumed, train
-from latency.measure import device_name
+from files import checkpoint
 from latency.whole import measured_ratios
+from loading import shards
 from models import Masks, ViTDims, macs, params, skeleton
 from models.tokens import train_matrices_
 from pruning import pm_vit
-from utils import (
-    FailedTogether,
-    Problems,
-    append_log,
-    is_main,
-    make_folder,
-    run_script,
-    say,
-    say_result,
-    write_json,
-)
+from recipes import calibration, pm_vit_options
+from recipes import pm_vit as steps
+from runtime.console import say, say_result
+from runtime.device import device_name
+from runtime.errors import FailedTogether, Problems
+from runtime.folders import append_log, make_folder, write_json
+from runtime.processes import start_processes
+from runtime.ranks import is_main
+from runtime.script import run_script
+from training import provenance, results, resuming
+from training.dense import CHECKPOINT, Run, read_resumed, train
+from training.full_model import FullModel, is_dense, structural_kwargs
+from training.parts import Data, load_data, make_precision
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -78,13 +71,13 @@ def prune(args: argparse.Namespace, run: Run) -> None:
         raise FailedTogether(str(error)) from None
     if args.compensate:
         calibration.compensate_(model, small, Masks(model.dims, run.device), images, args.batch_size)
-    precision = training.precision(args, run.device)
+    precision = make_precision(args, run.device)
     test = partial(evaluate, loader=run.data.val, precision=precision, sharded=args.dist_eval)
     before, after = (test(m)["acc1"] for m in (model, small))
     if not is_main():
         return
     path = run.folder / "pruned_checkpoint.pth"
-    checkpoint.save(path, arch=dict(name=small.arch, kwargs=training.structural(small.arch_kwargs) | run.full.kwargs),
+    checkpoint.save(path, arch=dict(name=small.arch, kwargs=structural_kwargs(small.arch_kwargs) | run.full.kwargs),
                     dims=small.dims.to_dict(), dim=small.dims.to_dim(), model=small.state_dict(),
                     metrics=dict(acc1=after), args=resuming.saved_args(args, run.origin))  # fmt: skip
     append_log(run.folder, dense_acc1=before, test_acc1=after, tokens=[b.tokens for b in small.dims.blocks])
@@ -92,7 +85,7 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     say(f"tokens per block {counts} of {found.centres.shape[1] + model.num_prefix_tokens}, "
         f"patches skipped {' '.join(map(str, found.skipped.sum(1).tolist()))}; top-1 {before:.2f} before")  # fmt: skip
     start = {}
-    if training.is_dense(run.full, model.dims):
+    if is_dense(run.full, model.dims):
         start["dense"] = stage(args, run, model.dims, before, measured=1.0)
     summarise(args, run, path, small.dims, start, pruned=after)
 
@@ -141,14 +134,14 @@ def finetune(args: argparse.Namespace, run: Run) -> None:
 # ----------------------------------------------------------------------------------------------------- eval and speed
 def evaluated(args: argparse.Namespace, run: Run) -> None:
     """Say the accuracy of a compressed model and what it costs."""
-    result = evaluate(run.model.to(run.device), run.data.val, training.precision(args, run.device), args.dist_eval)
+    result = evaluate(run.model.to(run.device), run.data.val, make_precision(args, run.device), args.dist_eval)
     counted = (run.model.arch, run.model.dims)
     kwargs = run.model.arch_kwargs
     say(f"{args.resume}: top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f} on {int(result['samples'])} images, "
         f"{macs(*counted, **kwargs) / 1e9:.3f} GMACs, {params(*counted, **kwargs):,} parameters")
 
 
-def speed(args: argparse.Namespace, full: training.FullModel, dims: ViTDims, device: torch.device) -> None:
+def speed(args: argparse.Namespace, full: FullModel, dims: ViTDims, device: torch.device) -> None:
     """Images per second of the dense and of the compressed model, interleaved; both with fused attention."""
     ratios, seconds = measured_ratios(full.arch, full.kwargs, [dims], args.batch_size, device, compiled=args.compile)
     dense = args.batch_size / seconds
@@ -161,7 +154,7 @@ def check_args(args: argparse.Namespace) -> Run:
     """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
     problems = Problems()
     pm_vit_options.check_flags(args, problems)
-    device = problems.attempt(training.start, args)
+    device = problems.attempt(start_processes, args)
     problems.raise_if_any()
     model = problems.attempt(steps.read_model, args)
     problems.raise_if_any()
@@ -169,11 +162,11 @@ def check_args(args: argparse.Namespace) -> Run:
         model.full.kwargs["content_merge"] = True
     problems.attempt(pm_vit_options.check_model, args, model)
     problems.raise_if_any()
-    run = Run(device, model.full, training.Data(None, None, 0), None, origin=model.origin, start=model.weights)
+    run = Run(device, model.full, Data(None, None, 0), None, origin=model.origin, start=model.weights)
     if args.speed_only:
         run.model = model
         return run
-    run.data = problems.attempt(training.load_data, args, model.full, train=not args.eval)
+    run.data = problems.attempt(load_data, args, model.full, train=not args.eval)
     problems.raise_if_any()
     problems.attempt(model.check_classes, args, run.data.classes)
     if args.prune and pm_vit_options.calibrates(args):

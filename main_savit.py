@@ -11,26 +11,32 @@ from typing import Any
 import torch
 from torch import nn
 
-import checkpoint
-import importance_files
 import options
-import provenance
-import results
-import savit_scoring
-import shards
-import training
 from engine import evaluate
+from files import checkpoint
+from loading import shards
 from models import Masks, ViTDims, compact, macs
 from models.compact import difference
 from models.count import MacsFormula
 from models.pretrained import from_checkpoint
 from models.vit import TokenLogits
-from pruning import savit, savit_log
+from pruning import savit
 from pruning.gates import COMPONENTS, axes_of_component
 from pruning.interaction import FORMS, without_second_derivative
 from pruning.macs_search import SEARCHES, Problem
 from pruning.savit import FORMULAS, METHODS, Importance
-from utils import Problems, RunFailed, is_main, make_folder, run_script, say, say_result, warn, write_json
+from recipes import importance_files, savit_log
+from recipes import savit as recipe
+from runtime.console import say, say_result, warn
+from runtime.errors import Problems, RunFailed
+from runtime.folders import make_folder, write_json
+from runtime.processes import start_processes
+from runtime.ranks import is_main
+from runtime.script import run_script
+from runtime.seeds import rng_state
+from training import provenance, results
+from training.full_model import FullModel, check_plain, is_dense, load_cnn_teacher, read_full_model, structural_kwargs
+from training.parts import Data, load_data, make_precision
 
 DEFAULT_MODEL = "deit_base_patch16_224"
 
@@ -115,8 +121,8 @@ class Setup:
     """What the arguments named, loaded and checked; model is the one to prune."""
 
     device: torch.device
-    full: training.FullModel
-    data: training.Data
+    full: FullModel
+    data: Data
     model: nn.Module
     cnn: nn.Module | None = None
     importance: Importance | None = None
@@ -137,7 +143,7 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add(f"--hessian_formula published has no weight for {', '.join(odd)}")
 
 
-def _start(args: argparse.Namespace) -> tuple[training.FullModel, dict[str, Any] | None]:
+def _start(args: argparse.Namespace) -> tuple[FullModel, dict[str, Any] | None]:
     """The full-size model, and the narrower checkpoint that pruning starts from, None for full-width weights."""
     path = args.finetune or args.initial_checkpoint
     content = checkpoint.read(path) if path else {}
@@ -146,17 +152,17 @@ def _start(args: argparse.Namespace) -> tuple[training.FullModel, dict[str, Any]
         arch, origin = content["arch"], (content["args"] or {}).get("initial_checkpoint", "")
         if args.model not in (None, arch["name"]):
             raise ValueError(f"--model is {args.model} but {path} holds {arch['name']}")
-        training.check_plain(arch["name"])
-        full = training.FullModel(arch["name"], training.structural(arch["kwargs"]), origin)
-        if content["dims"] != training.dims_of(full).to_dict():
+        check_plain(arch["name"])
+        full = FullModel(arch["name"], structural_kwargs(arch["kwargs"]), origin)
+        if content["dims"] != full.dims.to_dict():
             return full, content
     named = argparse.Namespace(**vars(args) | dict(initial_checkpoint=path))
     if named.model is None and not content.get("arch"):
         named.model = DEFAULT_MODEL
-    return training.full_model(named), None
+    return read_full_model(named), None
 
 
-def _model(full: training.FullModel, parent: dict[str, Any] | None, path: str) -> nn.Module:
+def _model(full: FullModel, parent: dict[str, Any] | None, path: str) -> nn.Module:
     if parent is None:
         return full.build().requires_grad_(False).eval()
     model = from_checkpoint(parent, path)
@@ -186,7 +192,7 @@ def _check_target(args: argparse.Namespace, model: nn.Module) -> None:
 def _check_scoring(args: argparse.Namespace, model: nn.Module, images: int) -> None:
     """Raises ValueError for too little data, or a layer that has no second derivative."""
     shards.check_indexed(args, "the pruning pass")
-    savit_scoring.batches_needed(args, images)
+    recipe.batches_needed(args, images)
     if args.need_hessian and args.hessian_form == "exact":
         sample = torch.randn(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
         if layer := without_second_derivative(model, sample):
@@ -198,14 +204,14 @@ def check_args(args: argparse.Namespace) -> Setup:
     problems = Problems()
     options.check_values(args, problems)
     _check_flags(args, problems)
-    device = problems.attempt(training.start, args)
+    device = problems.attempt(start_processes, args)
     start = problems.attempt(_start, args)
     problems.raise_if_any()
     full, parent = start
-    data = problems.attempt(training.load_data, args, full, train=not args.pruning_pickle_from)
+    data = problems.attempt(load_data, args, full, train=not args.pruning_pickle_from)
     problems.raise_if_any()
     model = problems.attempt(_model, full, parent, args.finetune or args.initial_checkpoint)
-    cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
+    cnn = problems.attempt(load_cnn_teacher, args, data.classes, device)
     problems.raise_if_any()
     setup = Setup(device, full, data, model, cnn)
     problems.attempt(_check_target, args, model)
@@ -248,7 +254,7 @@ def finish(args: argparse.Namespace, setup: Setup, start: ViTDims, dims: ViTDims
     conditions = results.Conditions(args.batch_size)
     common = dict(conditions=conditions, device=setup.device, predicted=None)
     summary = {}
-    if training.is_dense(setup.full, start):
+    if is_dense(setup.full, start):
         summary["dense"] = results.stage(setup.full, start, top1[0], measured=1.0, **common | dict(predicted=1.0))
     measured = results.measured_ratio(setup.full, dims, conditions, setup.device)
     summary["pruned"] = results.stage(setup.full, dims, top1[1], measured=measured, **common)
@@ -264,7 +270,7 @@ def main(args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- parts
     setup = check_args(args)
     model, start = setup.model, setup.model.dims
-    precision = training.precision(args, setup.device)
+    precision = make_precision(args, setup.device)
     before = evaluate(TokenLogits(model), setup.data.val, precision, args.dist_eval)["acc1"]
     say(f"before: top-1 {before:.2f}, {savit_log.complexity(model.arch, start, model.arch_kwargs)}")
     provenance.record(args, setup.folder, setup.device, setup.data, {})
@@ -272,7 +278,7 @@ def main(args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- score
     importance = setup.importance
     if importance is None:
-        importance, data = savit_scoring.measure(args, model, setup.data.train.dataset.dataset, setup.cnn, setup.device)
+        importance, data = recipe.measure(args, model, setup.data.train.dataset.dataset, setup.cnn, setup.device)
         if is_main() and not args.pruning_silent:
             importance_files.save(setup.folder, importance, importance_files.model_record(model), data)
     if importance.hessian is None:
@@ -294,7 +300,7 @@ def main(args: argparse.Namespace) -> None:
     dims = masks.dims
     checkpoint.save(
         setup.folder / "pruned_checkpoint.pth", arch=setup.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
-        masks=masks.state_dict(), model=model.state_dict(), rng=checkpoint.rng_state(), metrics=dict(acc1=after),
+        masks=masks.state_dict(), model=model.state_dict(), rng=rng_state(), metrics=dict(acc1=after),
         args=vars(args) | dict(initial_checkpoint=setup.full.path),
     )  # fmt: skip
     finish(args, setup, start, dims, (before, after))

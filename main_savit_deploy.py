@@ -5,13 +5,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import options
-import results
-import training
-from finetuning import Run, read_resumed, train
+from files import checkpoint
 from models.pretrained import from_checkpoint
-from utils import Problems, is_main, make_folder, run_script, say_result, warn, write_json
+from runtime.console import say_result, warn
+from runtime.errors import Problems
+from runtime.folders import make_folder, write_json
+from runtime.processes import start_processes
+from runtime.ranks import is_main
+from runtime.script import run_script
+from training import results
+from training.dense import Run, read_resumed, train
+from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model, structural_kwargs
+from training.parts import drop_rate_kwargs, load_data
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -55,7 +61,7 @@ def _add_distillation_args(parser: argparse.ArgumentParser) -> None:
                        help="temperature of its KL (default: 0.05)")
 
 
-def _full_model(args: argparse.Namespace, parent: dict[str, Any]) -> training.FullModel:
+def _full_model(args: argparse.Namespace, parent: dict[str, Any]) -> FullModel:
     """The full-size model that was pruned, with the weights to distil from where that is asked for."""
     arch = parent["arch"]["name"]
     if args.model and args.model.removesuffix("_deploy") != arch:
@@ -63,19 +69,19 @@ def _full_model(args: argparse.Namespace, parent: dict[str, Any]) -> training.Fu
     path = args.initial_checkpoint
     if args.distillation_type_full != "none" and not (path or args.pretrained):
         path = parent["args"].get("initial_checkpoint", "")
-    kwargs = training.structural(parent["arch"]["kwargs"]) | args.model_kwargs
-    return training.full_model(
+    kwargs = structural_kwargs(parent["arch"]["kwargs"]) | args.model_kwargs
+    return read_full_model(
         argparse.Namespace(**vars(args) | dict(model=arch, initial_checkpoint=path, model_kwargs=kwargs))
     )
 
 
-def _teacher(args: argparse.Namespace, full: training.FullModel) -> training.FullModel:
+def _teacher(args: argparse.Namespace, full: FullModel) -> FullModel:
     """The full model to distil from: the pruned one's, or the one that --teacher-…-full names."""
     if not (args.teacher_model_full or args.teacher_path_full):
         if not full.has_weights:
             raise ValueError("--distillation-type-full: no full model to distil from: give --teacher-path-full FILE")
         return full
-    teacher = training.full_model(argparse.Namespace(
+    teacher = read_full_model(argparse.Namespace(
         model=args.teacher_model_full or (None if args.teacher_path_full else full.arch), input_size=None,
         model_kwargs={}, initial_checkpoint=args.teacher_path_full, pretrained=not args.teacher_path_full,
     ))  # fmt: skip
@@ -84,7 +90,7 @@ def _teacher(args: argparse.Namespace, full: training.FullModel) -> training.Ful
 
 
 def _model(args: argparse.Namespace, parent: dict[str, Any], classes: int) -> Any:
-    model = from_checkpoint(parent, args.masked_model, **training.drop_rates(args))
+    model = from_checkpoint(parent, args.masked_model, **drop_rate_kwargs(args))
     if model.num_classes != classes:
         raise ValueError(f"{args.masked_model} has {model.num_classes} classes, the data has {classes}")
     return model
@@ -111,19 +117,19 @@ def check_args(args: argparse.Namespace) -> Run:
     if not args.masked_model:
         problems.add("--masked_model FILE is required: pruned_checkpoint.pth of a pruning run")
     parent = problems.attempt(checkpoint.load_model, args.masked_model) if args.masked_model else None
-    device = problems.attempt(training.start, args)
+    device = problems.attempt(start_processes, args)
     problems.raise_if_any()
     full = problems.attempt(_full_model, args, parent)
     problems.raise_if_any()
-    data = problems.attempt(training.load_data, args, full)
+    data = problems.attempt(load_data, args, full)
     problems.raise_if_any()
     run = Run(device, full, data, problems.attempt(_model, args, parent, data.classes), folder=Path(args.output_dir))
     run.origin, run.start = parent["args"].get("initial_checkpoint", ""), parent["model"]
     run.teacher_tau = args.distillation_tau_full
     teacher = problems.attempt(_teacher, args, full) if args.distillation_type_full != "none" else None
     if teacher is not None:
-        run.teacher = problems.attempt(training.full_teacher, args, teacher, device)
-    run.cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
+        run.teacher = problems.attempt(load_full_teacher, args, teacher, device)
+    run.cnn = problems.attempt(load_cnn_teacher, args, data.classes, device)
     if run.model is not None:
         run.resumed = problems.attempt(read_resumed, args, run, run.folder)
     problems.raise_if_any()

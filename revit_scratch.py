@@ -5,13 +5,19 @@ import argparse
 from pathlib import Path
 
 import options
-import results
-import training
-from finetuning import Run, read_resumed, train
-from latency.points import read_dims
 from models import ViTDims, build_vit
+from models.pretrained import read_dims
 from models.redistribution import RULES, redistributed
-from utils import Problems, is_main, make_folder, run_script, say_result, write_json
+from runtime.console import say_result
+from runtime.errors import Problems
+from runtime.folders import make_folder, write_json
+from runtime.processes import start_processes
+from runtime.ranks import is_main
+from runtime.script import run_script
+from training import results
+from training.dense import Run, read_resumed, train
+from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model
+from training.parts import drop_rate_kwargs, load_data
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -39,8 +45,8 @@ def run_folder(args: argparse.Namespace, dims: ViTDims) -> Path:
     return Path(args.output_dir) / (name + ("" if args.kl_loss_coeff else "_CNN_only"))
 
 
-def _dims(args: argparse.Namespace, full: training.FullModel) -> ViTDims:
-    tokens = training.dims_of(full).blocks[0].tokens
+def _dims(args: argparse.Namespace, full: FullModel) -> ViTDims:
+    tokens = full.dims.blocks[0].tokens
     if not args.dims:
         return redistributed(args.EMB, tokens, args.rule)
     dims = read_dims(args.dims)
@@ -57,16 +63,16 @@ def check_args(args: argparse.Namespace) -> Run:
         problems.add("--scratch is required: ReViT is trained from random weights")
     if not args.output_dir:
         problems.add("--output_dir is required")
-    device = problems.attempt(training.start, args)
-    full = problems.attempt(training.full_model, args)
+    device = problems.attempt(start_processes, args)
+    full = problems.attempt(read_full_model, args)
     problems.raise_if_any()
     dims = problems.attempt(_dims, args, full)
-    data = problems.attempt(training.load_data, args, full)
+    data = problems.attempt(load_data, args, full)
     problems.raise_if_any()
-    model = build_vit(full.arch, dims, **full.kwargs | training.drop_rates(args))
+    model = build_vit(full.arch, dims, **full.kwargs | drop_rate_kwargs(args))
     run = Run(device, full, data, model, origin=full.path)
-    run.teacher = problems.attempt(training.full_teacher, args, full, device)
-    run.cnn = problems.attempt(training.cnn_teacher, args, data.classes, device)
+    run.teacher = problems.attempt(load_full_teacher, args, full, device)
+    run.cnn = problems.attempt(load_cnn_teacher, args, data.classes, device)
     run.resumed = problems.attempt(read_resumed, args, run, run_folder(args, dims))
     problems.raise_if_any()
     run.folder = problems.attempt(make_folder, run_folder(args, dims))

@@ -15,9 +15,10 @@ from typing import Any
 
 import submitit
 
-import elastic
 import options
-from utils import BadArguments, run_script
+from runtime import elastic
+from runtime.errors import BadArguments
+from runtime.script import run_script
 
 SCRIPTS = ("main_full_global_latency.py", "finetune_dense.py", "revit_scratch.py", "main_savit.py",
            "main_savit_deploy.py", "main_pm_vit.py")  # fmt: skip

@@ -24,7 +24,7 @@ from torch import nn
 from benchmarks.pruners import METHODS, ONE_SHOT, PEERS, Bench, dims_of, maker, merging_of
 from benchmarks.rows import append, read, spread
 from models import ViTDims, build_vit
-from utils import table
+from runtime.console import table
 
 
 def get_args_parser() -> argparse.ArgumentParser:

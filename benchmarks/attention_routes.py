@@ -13,9 +13,10 @@ import statistics
 
 import torch
 
-from latency.measure import DTYPES, device_name, settle_allocator, stopwatch, warm_up
+from latency.measure import DTYPES, settle_allocator, stopwatch, warm_up
 from models.attention import ROUTES, attend, route
-from utils import table
+from runtime.console import table
+from runtime.device import device_name
 
 WIDTHS = [(64, 64), (32, 32), (16, 16), (8, 8), (20, 20), (12, 12), (32, 64), (64, 32), (8, 64), (64, 8), (24, 40),
           (20, 28), (4, 32)]  # fmt: skip

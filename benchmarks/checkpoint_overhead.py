@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import checkpoint
+from files import checkpoint
 from models import build_vit
 from models.pretrained import load_initial_, read_initial
 from models.vit import TokenLogits
+from runtime.seeds import rng_state
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -60,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
         path = Path(folder) / "ft_checkpoint.pth"
         content = dict(
             arch=dict(name=arch, kwargs=kwargs), dims=model.dims.to_dict(), model=model.state_dict(),
-            model_ema=model.state_dict(), optimizer=optimizer.state_dict(), rng=checkpoint.rng_state(),
+            model_ema=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng_state(),
         )  # fmt: skip
         save = timed(lambda: checkpoint.save(path, keep_older=True, **content), args.saves)
         plain = timed(lambda: torch.save(content, path), args.saves)

@@ -14,9 +14,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import utils
 from datasets import Digits
+from files import checkpoint
+from runtime.errors import RunFailed
+from runtime.script import run_script
 
 MODEL = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", "img_size=16", "patch_size=4", "embed_dim=32",
          "depth=2", "num_heads=4"]  # fmt: skip
@@ -54,7 +55,7 @@ class Process:
             sys.argv = [script.__file__, *flags]
             if patch:
                 patch()
-            utils.run_script(script.main, script.get_args_parser().parse_args(flags))
+            run_script(script.main, script.get_args_parser().parse_args(flags))
             code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
@@ -116,7 +117,7 @@ class Material:
     def _made(self, script: Any, result: str, flags: list[str]) -> Path:
         process = Process(script, flags, self.root / "log", None, {})
         if process.wait(600):
-            raise utils.RunFailed(f"the material cannot be made: {process.errors()[-500:]}")
+            raise RunFailed(f"the material cannot be made: {process.errors()[-500:]}")
         return next(self.root.glob(result))
 
     def prune_flags(self, epochs: int) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint
+from files.atomic import _Patient
 
 KINDS: dict[str, Callable[[Any, random.Random], str]] = {}
 
@@ -59,7 +59,7 @@ def counting(at: Callable[[int], bool]) -> Callable[[], None]:
 
     def patch() -> None:
         done = itertools.count(1)
-        write = checkpoint._Patient.write
+        write = _Patient.write
 
         def written(self: Any, data: Any) -> int:
             if at(next(done)):
@@ -76,7 +76,7 @@ def counting(at: Callable[[int], bool]) -> Callable[[], None]:
 
             return counts
 
-        checkpoint._Patient.write = written
+        _Patient.write = written
         for name in ("fsync", "link", "replace"):
             setattr(os, name, counted(getattr(os, name)))
 

@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-import results
 from benchmarks.fault_jobs import Job, Material
 from benchmarks.fault_kinds import KINDS, counting
 from benchmarks.rows import read
-from utils import table
+from runtime.console import table
+from training import results
 
 OF_KIND = {"rank killed": "ranks", "rank stopped": "ranks", "data file lost": "images"}  # the others take turns
 TURNS = ("prune", "tune")

@@ -15,7 +15,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 NAMES = ("table", "dims", "config", "checkpoint", "arguments")
-OURS = ("archive", "checkpoint", "latency", "models", "options", "pruning", "pruning_options", "schema", "utils")
+OURS = ("files", "latency", "models", "options", "pruning", "recipes", "runtime")
 BATCH = 500  # examples between looks at the clock
 
 

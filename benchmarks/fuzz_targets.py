@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-import checkpoint
 import options
-import pm_vit_options
-from latency.points import read_dims
+from files import checkpoint
 from latency.table import LatencyTable
 from models import ViTDims, build_vit, load_dense
+from models.pretrained import read_dims
 from pruning.config import PruningConfig, load_config
-from utils import Problems
+from recipes import pm_vit_options
+from runtime.errors import Problems
 
 SCRIPTS = {name: importlib.import_module(name) for name in (
     "main_full_global_latency", "finetune_dense", "revit_scratch", "main_savit", "main_savit_deploy", "main_pm_vit",

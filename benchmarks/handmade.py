@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latency.measure import DTYPES, device_name, interleaved, ratio, stopwatch, warm_up
+from latency.measure import DTYPES, interleaved, ratio, stopwatch, warm_up
 from latency.points import random_dims
 from latency.whole import fresh, images_for
 from models import ViTDims, skeleton
-from utils import key_values, table
+from options.parser import key_values
+from runtime.console import table
+from runtime.device import device_name
 
 BUILDS = 3
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-from latency.measure import device_name
 from latency.table import LatencyTable
 from latency.whole import BUILDS, ROUNDS, images_for, measured_ratios
 from models import Masks, ViTDims, build_vit, macs, params
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner
 from pruning.saliency import Saliency
-from utils import table
+from runtime.console import table
+from runtime.device import device_name
 
 WINDOW = 2  # steps that saliency is averaged over
 STEP_IMAGES = 8

@@ -16,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import options
-import training
-from latency.measure import device_name
-from utils import BadArguments, Problems, run_script, say, table
+from runtime.console import say, table
+from runtime.device import device_name
+from runtime.errors import BadArguments, Problems
+from runtime.processes import start_processes
+from runtime.script import run_script
+from training.full_model import read_full_model
+from training.parts import drop_rate_kwargs, load_data, make_precision
 
 WARM_UP = 3  # batches, and steps
 
@@ -81,17 +85,17 @@ def stepping(model: nn.Module, images: Tensor, targets: Tensor, precision, batch
 
 def main(args: argparse.Namespace) -> None:
     problems = Problems()
-    device = problems.attempt(training.start, args)
-    full = problems.attempt(training.full_model, args)
+    device = problems.attempt(start_processes, args)
+    full = problems.attempt(read_full_model, args)
     problems.raise_if_any()
-    data = problems.attempt(training.load_data, args, full)
+    data = problems.attempt(load_data, args, full)
     problems.raise_if_any()
     if args.batches < 1:
         raise BadArguments([f"--batches must be at least 1, not {args.batches}"])
     images, targets = (t.to(device) for t in next(iter(data.train)))
-    model = full.build(**training.drop_rates(args)).to(device).train()
+    model = full.build(**drop_rate_kwargs(args)).to(device).train()
     rates = dict(loader=loading(data.train, args.batches),
-                 step=stepping(model, images, targets, training.precision(args, device), args.batches))  # fmt: skip
+                 step=stepping(model, images, targets, make_precision(args, device), args.batches))  # fmt: skip
     say(table(["", "images/s"], [[name, f"{rate:,.0f}"] for name, rate in rates.items()]))
     verdict = "keeps up with" if rates["loader"] >= rates["step"] else "is slower than"
     say(f"{args.data_set}, batch {args.batch_size}, {args.num_workers} loader processes, {device_name(device)}: the "

@@ -14,7 +14,6 @@ from itertools import product
 
 import torch
 
-from latency.measure import device_name
 from latency.table import LatencyTable
 from models import Masks, ViTDims, build_vit, compact
 from pruning.align import align_
@@ -22,6 +21,7 @@ from pruning.allocation import allocate
 from pruning.config import PruningConfig
 from pruning.probe import prices
 from pruning.refit import refit_
+from runtime.device import device_name
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -14,9 +14,7 @@ import time
 
 import torch
 
-import training
 from engine import Precision
-from latency.measure import device_name
 from latency.table import LatencyTable
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models import Masks, build_vit
@@ -25,6 +23,8 @@ from models.vit import TokenLogits
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner
 from pruning.saliency import Saliency
+from runtime.device import device_name
+from training.full_model import freeze
 
 DIGITS = ("deit_tiny_distilled_patch16_224",
           dict(img_size=16, patch_size=2, embed_dim=96, depth=6, num_heads=3, num_classes=10))  # fmt: skip
@@ -49,7 +49,7 @@ class Step:
         before = memory(device)
         self.model, self.precision = model.to(device), precision
         self.both, self.masks = TokenLogits(self.model), Masks(model.dims, device)
-        teacher = training.frozen(copy.deepcopy(model), device)
+        teacher = freeze(copy.deepcopy(model), device)
         original = DistillationLoss(base_criterion(False, 0.1), None, "none", 0.5, 1.0)
         self.loss = NViTLoss(original, 1.0, teacher, 1e5, 3.0, False)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)

@@ -27,14 +27,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rows import append, read, spread
-from latency.measure import device_name
 from models import build_vit, load_dense
 from models.pretrained import load_initial_, read_initial
 from pruning.gates import COMPONENTS, Gates, axes_of_component
 from pruning.interaction import SampledMean, component_hessian
 from pruning.savit import Scores
-from savit_scoring import GROUP
-from utils import table
+from recipes.savit import GROUP
+from runtime.console import table
+from runtime.device import device_name
 
 THREE = COMPONENTS[:3]
 PUBLISHED_SAMPLE = 16  # batches on which the published schedule is timed

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.rows import append, read, spread
-from latency.measure import DTYPES, device_name, interleaved, ratio, settle_allocator
+from latency.measure import DTYPES, interleaved, ratio, settle_allocator
 from latency.whole import fresh, images_for
 from models import Masks, TokenLogits, ViTDims, build_vit, skeleton
 from models.pretrained import load_initial_, read_initial
@@ -31,7 +31,8 @@ from models.tokens import layers, streamline_
 from pruning import pm_vit
 from pruning.refit import refit_
 from pruning.token_counts import probed
-from utils import table
+from runtime.console import table
+from runtime.device import device_name
 
 PROBED = 256  # images
 ASKED = ("keep_rate", "prune_rate", "depth_factor", "epochs", "per_class")  # flags that a row belongs to

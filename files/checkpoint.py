@@ -6,21 +6,16 @@ signature: who can write the file can write the checksum.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import random
-import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import archive
-import schema
+from files import archive, schema
+from files.atomic import write_atomically
 
 FORMAT = {"name": "vit-compression", "version": 1}
 KEYS = (
@@ -29,8 +24,6 @@ KEYS = (
 )  # fmt: skip
 
 
-_UNFINISHED = re.compile(r"\..+\.(pth|json|txt|safetensors)\.([a-z0-9_]{8}|link)")  # as tempfile and `_set_aside` name
-os.umask(_UMASK := os.umask(0))  # temporary files are private; finished ones get the mode that open() would give
 
 
 class CheckpointError(ValueError):
@@ -41,82 +34,16 @@ class DamagedError(CheckpointError):
     """One that is missing or not whole: the one before it may be."""
 
 
-class _Patient:
-    """A file that remembers the first error of writing: torch's writer, in C++, would report another in its place."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.error = file, None
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                return self.file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        pass
 
 
-def older(path: Path) -> Path:
-    """Where the checkpoint before `path` is kept."""
-    return path.with_suffix(".older.pth")
 
 
-def write_atomically(path: str | Path, write: Any, keep_older: bool = False) -> None:
-    """Call `write(file)` on a temporary file beside `path`, flush it to disk and rename it: whole or not there.
-
-    keep_older: what was there becomes `older(path)`; at no moment is there neither. Raises OSError.
-    """
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            patient = _Patient(file)
-            write(patient)
-            if patient.error is not None:
-                raise patient.error
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_UMASK)
-            if keep_older and path.exists():
-                _set_aside(path)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    _flush_folder(path.parent)
 
 
-def _set_aside(path: Path) -> None:
-    """Make `path` the older one under both names, so that one is always there."""
-    link = path.with_name(f".{path.name}.link")
-    try:
-        link.unlink(missing_ok=True)
-        os.link(path, link)
-    except OSError:  # a file system without links: for a moment only the older one is there
-        os.replace(path, older(path))
-    else:
-        os.replace(link, older(path))
 
 
-def _flush_folder(folder: Path) -> None:
-    """The renaming itself on disk, where the system can do that."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed run was about to write. Only while no other run has the folder."""
-    for left in folder.glob(".*"):
-        if _UNFINISHED.fullmatch(left.name):
-            left.unlink(missing_ok=True)
 
 
 def _canonical(value: Any, place: str = "it") -> Any:
@@ -279,25 +206,5 @@ def _with_absolute_origin(args: dict[str, Any] | None, folder: Path) -> dict[str
     return args | dict(initial_checkpoint=os.path.normpath(folder.resolve() / origin))
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of every random generator of this process, as tensors and plain values."""
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return dict(
-        python=[version, list(internal), gauss],
-        numpy=[kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        torch=torch.get_rng_state(),
-        cuda=cuda,
-    )
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put every random generator of this process where `rng_state` found them."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -25,9 +25,9 @@ import torch
 from tqdm import tqdm
 
 import options
-from console import complain
+from latency.bench import Bench
 from latency.fit import chosen_for_fit, corrected, fit
-from latency.measure import DTYPES, Bench, compile_mode, device_name
+from latency.measure import DTYPES, compile_mode
 from latency.points import GROUPS, grid_of
 from latency.runtimes import Command, OnnxRuntime, RuntimeBench, RuntimeFailed
 from latency.samples import NOISY, Progress, sample_all
@@ -39,7 +39,9 @@ from models import SwinDims, dims_of, is_swin, left_alone, skeleton
 from models.pretrained import read_initial
 from models.swin_dims import Dims
 from models.tokens import plain
-from utils import key_values, say_next, say_result
+from options.parser import key_values
+from runtime.console import complain, say_next, say_result
+from runtime.device import device_name
 
 POINTS = dict(embed=7, heads=6, qk=5, v=5, mlp=13)
 POINTS_FINE = dict(embed=8, heads=6, qk=8, v=8, mlp=16)  # of a narrow model, which is quick to measure

@@ -16,15 +16,18 @@ import timm
 import torch
 from torch import nn
 
-import checkpoint
 import options
+from files import checkpoint
 from latency.kernels import attention_kernels
-from latency.measure import DTYPES, Timing, compile_mode, device_name, interleaved, ratio
-from latency.points import read_dims
+from latency.measure import DTYPES, Timing, compile_mode, interleaved, ratio
 from latency.whole import fresh
 from models import build_vit
-from models.pretrained import from_checkpoint, read_initial
-from utils import Problems, RunFailed, run_script, say, table, write_json
+from models.pretrained import from_checkpoint, read_dims, read_initial
+from runtime.console import say, table
+from runtime.device import device_name
+from runtime.errors import Problems, RunFailed
+from runtime.folders import write_json
+from runtime.script import run_script
 
 MODES = ("eager", "compiled")
 THROUGHPUT_BATCH = dict(cpu=64, cuda=256)

@@ -8,9 +8,8 @@ from itertools import product
 
 import numpy as np
 
-import schema
 from models.dims import BLOCK_AXES, BlockDims, ViTDims
-from models.swin_dims import Dims, dims_from_dict
+from models.swin_dims import Dims
 
 GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units pruned together; at most an eighth
 
@@ -69,10 +68,3 @@ def branches(grid: dict[str, list[int]], tokens: int) -> Iterator[tuple[tuple[st
             yield ("attention", *level, f"QK_{h}_{q}", f"V_{v}"), e, BlockDims(h, q, v, 0, n)
 
 
-def read_dims(path: str) -> Dims:
-    """Widths from a `dims.json`. Raises ValueError."""
-    try:
-        return dims_from_dict(schema.read_json(path))
-    except ValueError as error:
-        reason = str(error).removeprefix(f"{path}").lstrip(": ")
-        raise ValueError(f"{path} is no dims.json: {reason}") from None

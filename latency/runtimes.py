@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from latency.measure import DTYPES, device_name
+from latency.measure import DTYPES
 from latency.points import branches
 from latency.whole import fresh, images_for
 from models.dims import ViTDims
 from models.vit import Attention, skeleton
+from runtime.device import device_name
 
 WARM_UP, SAMPLE_SECONDS = 3, 0.02
 MODEL_ROUNDS = 5

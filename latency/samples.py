@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from latency.table import write_json
+from files.atomic import write_compact_json
 
 NOISY = 0.2  # relative spread between rounds above which a point is measured again
 QUIET = 1.25  # times the quick reference: slower moments are those when others use the machine
@@ -49,7 +49,7 @@ class Progress:
         print(found if self.samples else "starting afresh, of other settings is", self.path, file=sys.stderr)
 
     def save(self) -> None:
-        write_json({"_meta": self.meta, "_samples": self.samples, "_clock": self.clock}, self.path)
+        write_compact_json(self.path, {"_meta": self.meta, "_samples": self.samples, "_clock": self.clock})
 
     def quiet(self, key: str) -> list[float]:
         """Times of a key over the reference's around them, of undisturbed moments; ascending."""

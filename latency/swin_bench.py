@@ -8,7 +8,8 @@ import torch
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock, SwinTransformerStage
 from torch import Tensor, nn
 
-from latency.measure import OTHER, WARM_UP, Bench, _caller, _Pool, warm_up
+from latency.bench import OTHER, Bench, _Pool
+from latency.measure import WARM_UP, caller, warm_up
 from latency.points import branches
 from latency.swin_table import STAGE
 from models.dims import BlockDims
@@ -51,7 +52,7 @@ class SwinBench(Bench):
         deepest = max(range(len(parent.layers)), key=lambda i: len(parent.layers[i].blocks))
         stage = self.dims.stages[deepest]
         reference = self._blocks(deepest, stage.embed, stage.blocks[0])
-        self._reference = _caller(reference, streams[deepest][stage.embed], compiled=False)
+        self._reference = caller(reference, streams[deepest][stage.embed], compiled=False)
         with torch.inference_mode():
             warm_up(self._reference, self.device, WARM_UP[device])
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from files.atomic import write_compact_json
 from latency.grid import Grid, LatencyTableError
-from latency.table import LatencyTable, MonotoneReport, write_json
+from latency.table import LatencyTable, MonotoneReport
 from models.swin_dims import Dims, SwinDims
 
 STAGE = "STAGE_"
@@ -78,7 +79,7 @@ class SwinTable:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the table as JSON, atomically."""
-        write_json(self.data, path)
+        write_compact_json(path, self.data)
 
     @property
     def meta(self) -> dict[str, Any]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from files.atomic import write_compact_json
 from latency.grid import COLUMNS, MAX_LEAVES, Grid, LatencyTableError
 from models.dims import BlockDims, ViTDims
 
@@ -124,7 +124,7 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the table as JSON, atomically."""
-        write_json(self.data, path)
+        write_compact_json(path, self.data)
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -247,19 +247,3 @@ def _shares(rows: np.ndarray, asking: np.ndarray, branches: int) -> np.ndarray:
 def _rows(embed: int, blocks: tuple[BlockDims, ...]) -> np.ndarray:
     rows = [(embed, b.heads, b.qk, b.v, b.mlp, b.tokens) for b in blocks]
     return np.array(rows, dtype=float).reshape(-1, len(COLUMNS))
-
-
-def write_json(data: Any, path: str | os.PathLike) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -20,13 +20,18 @@ from tqdm import tqdm
 
 import options
 from latency.fit import chosen_for_fit, corrected, fit
-from latency.measure import DTYPES, device_name
-from latency.points import random_dims, read_dims
+from latency.measure import DTYPES
+from latency.points import random_dims
 from latency.table import LatencyTable
 from latency.whole import BUILDS, ROUNDS, measured_ratios
 from models import dims_of, left_alone, skeleton
+from models.pretrained import read_dims
 from models.swin_dims import Dims
-from utils import Problems, RunFailed, key_values, run_script, say, table, warn
+from options.parser import key_values
+from runtime.console import say, table, warn
+from runtime.device import device_name
+from runtime.errors import Problems, RunFailed
+from runtime.script import run_script
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

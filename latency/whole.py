@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from latency.measure import interleaved, ratio
-from models.family import Model, skeleton, without_weights
+from models.arch import Model, skeleton, without_weights
 from models.swin_dims import Dims
 from models.tokens import layers, plain
 

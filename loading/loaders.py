@@ -13,10 +13,11 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Sampler, default_collate
 
-import elastic
-from datasets import DataError
-from shards import ShardLoader
-from utils import preserved_random_state, seed_generators, warn
+from loading.images import DataError
+from loading.shards import ShardLoader
+from runtime import elastic
+from runtime.console import warn
+from runtime.seeds import preserved_random_state, seed_generators
 
 warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # `_warn_of_many` says it in a line
 

@@ -18,7 +18,8 @@ from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from utils import RunFailed, warn
+from runtime.console import warn
+from runtime.errors import RunFailed
 
 PREFIX = "wds/"
 INFO = "_info.json"

@@ -1,8 +1,8 @@
 """Vision Transformers, plain and Swin, with free widths: architecture as a value, masks, compaction, counts."""
+from models.arch import build_vit, dims_of, is_swin, left_alone, skeleton
 from models.compact import compact
 from models.count import macs, params
 from models.dims import BlockDims, DimsError, ViTDims
-from models.family import build_vit, dims_of, is_swin, left_alone, skeleton
 from models.features import FeaturePyramid, backbone
 from models.masks import Masks
 from models.pretrained import load_dense

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import torch
 
-from models.family import Model, without_weights
+from models.arch import Model, without_weights
 from models.masks import Masks
 from models.tokens import layers
 

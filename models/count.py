@@ -11,10 +11,10 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
+from models.arch import Model, dims_of, is_swin, skeleton
 from models.axes import branch_of
 from models.content import anchors_of
 from models.dims import ViTDims
-from models.family import Model, dims_of, is_swin, skeleton
 from models.swin import check_fits
 from models.swin_dims import Dims, SwinDims
 from models.tokens import merging

@@ -10,8 +10,8 @@ from timm.models._features import FeatureGetterNet, FeatureInfo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from models.arch import Model
 from models.dims import ViTDims
-from models.family import Model
 from models.swin_dims import SwinDims
 from models.tokens import TokenMerge
 

@@ -12,8 +12,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from checkpoint import FORMAT, CheckpointError, write_atomically
-from models.family import Model, is_swin, skeleton
+from files.atomic import write_atomically
+from files.checkpoint import FORMAT, CheckpointError
+from models.arch import Model, is_swin, skeleton
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB = "hf-hub:"

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from models.axes import Dim, branch_of
+from models.patch_grid import spread_order
 from models.swin_dims import Dims
-from models.tokens import around, by_content, spread, spread_order
+from models.tokens import around, by_content, spread
 from models.vit import LayerNorm
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-import checkpoint
-from checkpoint import CheckpointError
+from files import checkpoint, schema
+from files.checkpoint import CheckpointError
 from models import hub
+from models.arch import Model, build_vit, is_swin, skeleton
 from models.compact import compact
 from models.count import params
 from models.dims import DimsError
-from models.family import Model, build_vit, is_swin, skeleton
 from models.masks import Masks
 from models.swin_dims import Dims, dims_from_dict
 from models.tokens import train_matrices_
@@ -134,3 +134,13 @@ def load_initial_(model: Model, state: dict[str, torch.Tensor], path: str | Path
     fresh = [k for k in state if k.startswith("head") and k in own and own[k].shape != state[k].shape]
     _fill(model, {k: own[k] if k in fresh else v for k, v in state.items()}, path)
     return fresh
+
+
+
+def read_dims(path: str) -> Dims:
+    """Widths from a `dims.json`. Raises ValueError."""
+    try:
+        return dims_from_dict(schema.read_json(path))
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}").lstrip(": ")
+        raise ValueError(f"{path} is no dims.json: {reason}") from None

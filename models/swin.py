@@ -24,7 +24,7 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor, nn
 
-from checkpoint import CheckpointError
+from files.checkpoint import CheckpointError
 from models.attention import by_kernel
 from models.dims import MOST_BLOCKS, BlockDims
 from models.swin_dims import MOST_STAGES, SwinDims

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import schema
+from files import schema
 from models.masks import Masks
 from models.swin_dims import Dims
 from pruning.saliency import Saliency

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from models import ViTDims, build_vit
 from models.content import anchors_of
-from models.tokens import SKIPPED, TokenMerge, by_content, nearest_on_grid, spread_evenly, spread_order
+from models.patch_grid import nearest_on_grid, spread_evenly, spread_order
+from models.tokens import SKIPPED, TokenMerge, by_content
 from models.tokens import layers as layers_of
 from models.vit import Attention, Block
 

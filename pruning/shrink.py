@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.arch import build_vit
 from models.compact import compact, expand_
-from models.family import build_vit
 from models.masks import Masks
 
 

@@ -15,7 +15,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from models.tokens import spread, spread_evenly
+from models.patch_grid import spread_evenly
+from models.tokens import spread
 from pruning import streams
 from pruning.allocation import interpolated
 from pruning.pm_vit import Structure

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.masks import Masks
-from models.tokens import nearest_on_grid
+from models.patch_grid import nearest_on_grid
 from pruning.saliency import EventMean
 
 

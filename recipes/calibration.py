@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-import training
 from datasets import build_dataset
 from models import Masks, compact, skeleton
 from models.compact import expand_
 from pruning.align import align_
 from pruning.refit import refit_
-from utils import rank, say, world_size
+from runtime.console import say
+from runtime.ranks import rank, world_size
+from training.full_model import FullModel
 
 LEAST_IMAGES = 64  # per process, of which a sixteenth judge what a width is worth
 WHEN = ("event", "end")
@@ -30,7 +31,7 @@ def check(args: Any, images: int) -> None:
         raise ValueError(f"--calib_images must be at least {LEAST_IMAGES} for each process, not {share}")
 
 
-def images_of(args: Any, full: training.FullModel) -> Tensor:
+def images_of(args: Any, full: FullModel) -> Tensor:
     """This process's share of --calib_images training images, as validation sees them: (n, 3, S, S).
 
     The seed chooses them, the same ones for any number of processes; labels are not looked at.

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import training
-from latency.measure import device_name
 from models import macs, params
 from pruning.global_latency import GlobalPruner
-from pruning_steps import Setup
-from utils import say, table
+from recipes.nvit import Setup
+from runtime.console import say, table
+from runtime.device import device_name
+from training.full_model import freeze
+from training.parts import make_optimizer, make_precision, wrap_for_training
 
 SHOWN_EVENTS = 8
 TRIAL_BATCH = 8  # images of the trial steps on a CPU; time and activations are scaled from there
@@ -39,10 +40,10 @@ def trial(args: Any, setup: Setup) -> tuple[float, float]:
     """(seconds of one training step, bytes at its peak), from a few steps on random images, data loading left out."""
     images_per_step = args.batch_size if setup.device.type == "cuda" else min(args.batch_size, TRIAL_BATCH)
     scale = args.batch_size / images_per_step
-    teacher = training.frozen(copy.deepcopy(setup.model), setup.device)
-    student = training.for_training(args, setup.model, setup.device).train()
-    optimizer = training.make_optimizer(args, setup.model)
-    criterion, precision = nn.CrossEntropyLoss(), training.precision(args, setup.device)
+    teacher = freeze(copy.deepcopy(setup.model), setup.device)
+    student = wrap_for_training(args, setup.model, setup.device).train()
+    optimizer = make_optimizer(args, setup.model)
+    criterion, precision = nn.CrossEntropyLoss(), make_precision(args, setup.device)
     stem = setup.model.patch_embed
     images = torch.randn(images_per_step, stem.proj.in_channels, *stem.img_size, device=setup.device)
     labels = torch.randint(setup.data.classes, (images_per_step,), device=setup.device)

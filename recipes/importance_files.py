@@ -10,13 +10,13 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-import schema
-import training
-from checkpoint import write_atomically
+from files import schema
+from files.atomic import write_atomically
 from models import ViTDims
 from pruning.gates import COMPONENTS, axes_of_component
 from pruning.savit import Importance
-from utils import write_json
+from runtime.folders import write_json
+from training.full_model import structural_kwargs
 
 FORMAT = {"name": "vit-importance", "version": 1}
 TENSORS, DESCRIPTION = "importance.safetensors", "importance.json"
@@ -34,7 +34,7 @@ def weights_digest(model: nn.Module) -> str:
 
 def model_record(model: nn.Module) -> dict[str, Any]:
     """What importance files must agree with: timm's name and arguments, widths, weights."""
-    return dict(arch=model.arch, kwargs=training.structural(model.arch_kwargs), classes=model.num_classes,
+    return dict(arch=model.arch, kwargs=structural_kwargs(model.arch_kwargs), classes=model.num_classes,
                 dims=model.dims.to_dict(), weights=weights_digest(model))  # fmt: skip
 
 

@@ -8,17 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-import resuming
-import training
-from calibration import Compensation
-from curves import Curves
 from engine import Precision, Progress
+from files import checkpoint
 from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from losses import NViTLoss
 from models import Masks, left_alone
-from pruning import debug
 from pruning.config import PruningConfig
 from pruning.gate_saliency import GateSaliency
 from pruning.global_latency import Event, GlobalPruner
@@ -27,7 +22,16 @@ from pruning.shrink import Shrunk, Student
 from pruning.targets import targets_of
 from pruning.token_saliency import TokenSaliency
 from pruning.value import ValuePruner
-from utils import RunFailed, check_identical, is_main, say
+from recipes import nvit_log
+from recipes.calibration import Compensation
+from runtime.console import say
+from runtime.errors import RunFailed
+from runtime.ranks import check_identical, is_main
+from runtime.seeds import rng_state
+from training import resuming
+from training.curves import Curves
+from training.full_model import FullModel
+from training.parts import Data, wrap_for_training
 
 CHECKPOINT = "checkpoint.pth"
 
@@ -37,8 +41,8 @@ class Setup:
     """What the arguments named, loaded and checked. inputs: see `resuming.inputs_of`."""
 
     device: torch.device
-    full: training.FullModel
-    data: training.Data
+    full: FullModel
+    data: Data
     model: nn.Module
     cnn: nn.Module | None
     table: LatencyTable | SwinTable
@@ -49,10 +53,10 @@ class Setup:
     inputs: dict[str, str] = field(default_factory=dict)
 
 
-def make_pruner(args: Any, full: training.FullModel, masks: Masks, table: LatencyTable | SwinTable,
+def make_pruner(args: Any, full: FullModel, masks: Masks, table: LatencyTable | SwinTable,
                 config: PruningConfig, cap: int) -> GlobalPruner:  # fmt: skip
     """What chooses the units, as --selection and the targets say."""
-    dense = training.dims_of(full)
+    dense = full.dims
     more = targets_of(
         dense, table, full.arch, full.kwargs, latency_ms=args.latency_target_ms, macs_=args.macs_target,
         params_=args.params_target, asking=full.asking,
@@ -77,7 +81,7 @@ class PruningSteps:
         self.interval, self.kl_coeff, self.scaler = args.interval_prune[0], criterion.kl_coeff, precision.scaler
         self.pruner, self.model, self.compensation = setup.pruner, setup.model, compensation
         self.masks = setup.pruner.masks  # over the units that the student has
-        self.student = Student(training.for_training(args, setup.model, setup.device))
+        self.student = Student(wrap_for_training(args, setup.model, setup.device))
         self.shrunk = Shrunk(setup.model, optimizer, self.masks)
         self.saliency = self._make_saliency()
         self.tokens = TokenSaliency(self.model, self.masks, setup.config.momentum, self.scaler) if args.tokens else None
@@ -159,7 +163,7 @@ class PruningSteps:
         self.setup.model, self.pruner.masks = self.model, self.masks
         keep = torch.cat(list(masks.keep.values()))
         self.student.wrapped = None  # the old buckets go before the new ones come
-        self.student.wrapped = training.for_training(self.args, self.model, self.setup.device)
+        self.student.wrapped = wrap_for_training(self.args, self.model, self.setup.device)
         self.saliency = self._make_saliency()
         self.saliency.load_state_dict(saliency | {name: saliency[name][keep] for name in ("accumulated", "average")})
 
@@ -168,8 +172,8 @@ class PruningSteps:
             return
         masks, place = self.shrunk.lifted(self.masks), self.shrunk
         event = replace(event, groups=[replace(g, units=place.units(g.axis, g.units)) for g in event.groups])
-        debug.write_event(self.setup.folder / "debug", self.events, masks, event, self.setup.config.criterion)
-        tags = debug.scalars(masks.dims) | {"dimension/Estimated_Latency": event.ratio, "train/loss": loss.item()}
+        nvit_log.write_event(self.setup.folder / "debug", self.events, masks, event, self.setup.config.criterion)
+        tags = nvit_log.scalars(masks.dims) | {"dimension/Estimated_Latency": event.ratio, "train/loss": loss.item()}
         self.curves.scalars(tags, self.steps)
         removed = ", ".join(f"{len(g.units)} {g.axis}" for g in event.groups)
         say(f"event {self.events}: predicted latency {event.ratio:.4f} of dense; removed {removed or 'nothing'}")
@@ -224,13 +228,13 @@ def save(name: str, args: Any, setup: Setup, state: State) -> None:
         setup.folder / name, keep_older=name == CHECKPOINT, arch=setup.full.record, dims=masks.dims.to_dict(),
         dim=masks.dims.to_dim(), masks=masks.state_dict(), model=model.state_dict(),
         optimizer=steps.shrunk.optimizer_state(steps.model), scaler=state.precision.scaler.state_dict(),
-        pruner=steps.state_dict(), epoch=progress["epoch"], step=steps.steps, rng=checkpoint.rng_state(),
+        pruner=steps.state_dict(), epoch=progress["epoch"], step=steps.steps, rng=rng_state(),
         metrics=state.metrics | progress["metrics"],
         args=resuming.saved_args(args, setup.full.path, setup.inputs),
     )  # fmt: skip
 
 
-def read_resumed(args: Any, full: training.FullModel, config: PruningConfig, folder: Path,
+def read_resumed(args: Any, full: FullModel, config: PruningConfig, folder: Path,
                  inputs: dict[str, str]) -> dict[str, Any] | None:  # fmt: skip
     """The checkpoint to go on from, or None. Raises ValueError where it does not fit the arguments."""
     content = resuming.read(args, folder, CHECKPOINT, run="pruning", fitting=dict(arch=full.record), needed="pruner",

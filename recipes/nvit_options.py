@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import options
-from calibration import WHEN
 from models import is_swin
 from pruning.gate_saliency import KINDS
-from utils import Problems
+from recipes.calibration import WHEN
+from runtime.errors import Problems
 
 
 def add_pruning_args(parser: Any) -> None:

@@ -9,19 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import calibration
-import checkpoint
 import options
-import resuming
-import shards
+from files import checkpoint
+from loading import shards
 from models import Masks, ViTDims, compact
 from models.compact import expand_
 from pruning.allocation import allocate
 from pruning.moments import all_reduced
 from pruning.probe import prices
 from pruning.refit import refit_
-from pruning_steps import Setup
-from utils import Problems, RunFailed, is_main, say
+from recipes import calibration
+from recipes.nvit import Setup
+from runtime.console import say
+from runtime.errors import Problems, RunFailed
+from runtime.ranks import is_main
+from runtime.seeds import rng_state
+from training import resuming
 
 ROUNDS, CLOSE = 5, 0.01  # of aiming at a measured ratio, and how close below it is close enough
 
@@ -118,6 +121,6 @@ def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
     masks = setup.pruner.masks
     checkpoint.save(
         setup.folder / name, arch=setup.full.record, dims=masks.dims.to_dict(), dim=masks.dims.to_dim(),
-        masks=masks.state_dict(), model=setup.model.state_dict(), epoch=0, step=0, rng=checkpoint.rng_state(),
+        masks=masks.state_dict(), model=setup.model.state_dict(), epoch=0, step=0, rng=rng_state(),
         metrics=metrics, args=resuming.saved_args(args, setup.full.path),
     )  # fmt: skip

@@ -12,16 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
-import training
 from engine import progress_bar
-from finetuning import Run
-from loaders import start_epoch
+from files import checkpoint
+from loading.loaders import start_epoch
 from models import ViTDims, dims_from_dict
 from models.pretrained import from_checkpoint, read_initial
 from models.vit import ModelError, TokenLogits, skeleton
 from pruning import pm_vit
 from pruning.token_counts import probed
+from training.dense import Run
+from training.full_model import (
+    FullModel,
+    freeze,
+    is_dense,
+    load_cnn_teacher,
+    load_full_teacher,
+    read_full_model,
+    structural_kwargs,
+)
+from training.parts import drop_rate_kwargs, make_precision
 
 ALIASES = {
     f"{name}_{size}_patch16_224": f"deit_{size}_patch16_224"
@@ -33,13 +42,13 @@ ALIASES = {
 class Model:
     """The model that --resume names, or the dense one, and where its dense weights are."""
 
-    full: training.FullModel
+    full: FullModel
     content: dict[str, Any] | None  # of a checkpoint of this project
     origin: str = ""
 
     def build(self, args: Any) -> nn.Module:
         """With its weights, and drop rates as the flags say. Raises ValueError."""
-        drops = training.drop_rates(args)
+        drops = drop_rate_kwargs(args)
         if self.content is None:
             return self.full.build(**drops)
         return from_checkpoint(self.content, args.resume, **drops)
@@ -57,7 +66,7 @@ class Model:
 
     @property
     def dims(self) -> ViTDims:
-        return training.dims_of(self.full) if self.content is None else ViTDims.from_dict(self.content["dims"])
+        return self.full.dims if self.content is None else ViTDims.from_dict(self.content["dims"])
 
 
 def read_model(args: Any) -> Model:
@@ -66,7 +75,7 @@ def read_model(args: Any) -> Model:
     content = checkpoint.read(args.resume) if args.resume else None
     if content is None or not checkpoint.is_ours(content):
         source = args.resume or args.initial_checkpoint
-        full = training.full_model(SimpleNamespace(**vars(args) | dict(model=name, initial_checkpoint=source)))
+        full = read_full_model(SimpleNamespace(**vars(args) | dict(model=name, initial_checkpoint=source)))
         return Model(full, None, full.path)
     content = checkpoint.checked(content, args.resume)
     arch, kwargs = content["arch"]["name"], content["arch"]["kwargs"]
@@ -75,18 +84,18 @@ def read_model(args: Any) -> Model:
     size = skeleton(arch, **kwargs).patch_embed.img_size[0]
     if args.input_size not in (None, size):
         raise ValueError(f"--input-size is {args.input_size} but {args.resume} is for images of {size}")
-    full = training.full_model(SimpleNamespace(
-        model=arch, model_kwargs=training.structural(kwargs) | args.model_kwargs, input_size=None,
+    full = read_full_model(SimpleNamespace(
+        model=arch, model_kwargs=structural_kwargs(kwargs) | args.model_kwargs, input_size=None,
         initial_checkpoint="", pretrained=False,
     ))  # fmt: skip
     full.kwargs["num_classes"] = kwargs.get("num_classes", skeleton(arch, **kwargs).num_classes)
-    dense = content["masks"] is None and training.is_dense(full, dims_from_dict(content["dims"]))
+    dense = content["masks"] is None and is_dense(full, dims_from_dict(content["dims"]))
     origin = str(Path(args.resume).resolve()) if dense else content["args"].get("initial_checkpoint", "")
     return Model(full, content, origin)
 
 
-def is_compressed(full: training.FullModel, dims: ViTDims) -> bool:
-    return any(b.tokens < training.dims_of(full).blocks[0].tokens for b in dims.blocks)
+def is_compressed(full: FullModel, dims: ViTDims) -> bool:
+    return any(b.tokens < full.dims.blocks[0].tokens for b in dims.blocks)
 
 
 def merge_list(args: Any, dims: ViTDims) -> tuple[int, ...]:
@@ -122,7 +131,7 @@ def scores(args: Any, run: Run, layers: Sequence[int]) -> Tensor:
     if args.prune_mode == "random":
         generator = torch.Generator().manual_seed(args.seed)
         return torch.rand(len(layers), rows * columns, generator=generator, dtype=torch.float64)
-    precision, logits = training.precision(args, run.device), TokenLogits(model)
+    precision, logits = make_precision(args, run.device), TokenLogits(model)
 
     def loss(images: Tensor, targets: Tensor) -> Tensor:
         with precision.autocast():
@@ -187,14 +196,14 @@ def teacher(args: Any, run: Run) -> nn.Module:
         raise ValueError("--distillation-type: no dense model to distil from: give --teacher-path FILE")
     arch, _, _ = read_initial(path)
     name = name or arch or run.full.arch
-    own = training.structural(run.full.kwargs) if not arch and name == run.full.arch else {}
+    own = structural_kwargs(run.full.kwargs) if not arch and name == run.full.arch else {}
     try:
         skeleton(name)
     except ModelError:
         wanted = SimpleNamespace(distillation_type="soft", teacher_model=name, teacher_path=path)
-        return training.frozen(training.cnn_teacher(wanted, run.data.classes, run.device), run.device)
-    full = training.full_model(SimpleNamespace(
+        return freeze(load_cnn_teacher(wanted, run.data.classes, run.device), run.device)
+    full = read_full_model(SimpleNamespace(
         model=name, model_kwargs=own, input_size=None, initial_checkpoint=path, pretrained=False,
     ))  # fmt: skip
     full.kwargs["num_classes"] = run.data.classes
-    return training.full_teacher(SimpleNamespace(kl_loss_coeff=1.0), full, run.device)
+    return load_full_teacher(SimpleNamespace(kl_loss_coeff=1.0), full, run.device)

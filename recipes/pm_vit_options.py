@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import options
-import pm_vit_steps as steps
 from models import skeleton
 from pruning import pm_vit
-from utils import Problems
+from recipes import pm_vit as steps
+from runtime.errors import Problems
 
 
 def add_token_args(parser: Any) -> None:

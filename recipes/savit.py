@@ -17,14 +17,16 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-import training
 from engine import Precision, progress_bar
 from losses import DistillationLoss, base_criterion
 from models.vit import TokenLogits
 from pruning.gates import Gates
 from pruning.interaction import SampledMean, component_hessian
 from pruning.savit import Importance, Scores
-from utils import RunFailed, rank, say, table, warn, world_size
+from runtime.console import say, table, warn
+from runtime.errors import RunFailed
+from runtime.ranks import rank, world_size
+from training.parts import make_mixup, make_precision
 
 GROUP = 8  # batches between looks at the error: a whole number of them per process, for up to 8 processes
 REPEATS = 3  # views of an image with repeated augmentation
@@ -69,7 +71,7 @@ class Pass:
 
     def __init__(self, args: Any, dataset: Dataset, batches: int, classes: int, device: torch.device) -> None:
         self.seed, self.device, self.batches = args.seed, device, batches
-        self.mixup = training.make_mixup(args, classes)
+        self.mixup = make_mixup(args, classes)
         size = args.batch_size
         self.mine = range(rank(), batches, world_size())
         self.loader = DataLoader(
@@ -167,7 +169,7 @@ def measure(args: Any, model: nn.Module, dataset: Dataset, cnn: nn.Module | None
             device: torch.device) -> tuple[Importance, dict[str, Any]]:  # fmt: skip
     """Importance of the units of `model` (in eval mode, frozen), and the pass as a description. Raises RunFailed."""
     batches = batches_needed(args, len(dataset))
-    scoring = Scoring(args, model, cnn, training.precision(args, device))
+    scoring = Scoring(args, model, cnn, make_precision(args, device))
     with Gates(model).attached() as gates:
         for number, group in enumerate(Pass(args, dataset, batches, model.num_classes, device).groups()):
             if number == 0 and scoring.precision.dtype is not None:

@@ -1,12 +1,13 @@
-"""What a person at a terminal gets beside the words: colour where they see it, and flags that explain themselves."""
+"""What a run says: lines on the main rank, warnings and errors, tables, and colour where a person sees it."""
 from __future__ import annotations
 
-import argparse
-import difflib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn, TextIO
+from typing import TextIO
+
+from tqdm import tqdm
+
+from runtime.ranks import is_main
 
 CODES = dict(warning="1;33", error="1;31", result="1;32")  # bold yellow, red, green
 
@@ -38,23 +39,40 @@ def complain(kind: str, text: str) -> None:
     print(complaint(kind, text), file=sys.stderr, flush=True)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, with one line for a mistake, the closest flag for one that is unknown, and no abbreviations."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """As argparse's; exits with code 2."""
-        found, left = self.parse_known_args(args, namespace)
-        if left:
-            flags = (word.partition("=")[0] for word in left if word.startswith("-"))
-            close = (difflib.get_close_matches(flag, self._option_string_actions, n=1) for flag in flags)
-            closest = ", ".join(name for names in close for name in names)
-            self.error(f"unrecognized arguments: {' '.join(left)}{f'; closest: {closest}' if closest else ''}")
-        return found
 
-    def error(self, message: str) -> NoReturn:
-        """One line instead of a page of usage; exit code 2."""
-        complain("error", f"{message} (--help lists all)")
-        self.exit(2)
+
+def say(line: str) -> None:
+    """Print on the main rank, at once and above the progress bar."""
+    if is_main():
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
+def say_result(line: str) -> None:
+    """Say what a run has come to."""
+    say(paint(line, "result", sys.stdout))
+
+
+def say_next(*commands: str) -> None:
+    """Say the commands that go on from here, without their `python`."""
+    for command in commands:
+        say(f"next: python {command}")
+
+
+def warn(line: str) -> None:
+    """A warning on the main rank, at once and above the progress bar."""
+    if is_main():
+        tqdm.write(complaint("warning", line), file=sys.stderr)
+        sys.stderr.flush()
+
+
+def table(headers: list[str], rows: list[list[str]]) -> str:
+    """Plain text columns, right-aligned but for the first."""
+    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
+    lines = [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in [headers, ["-" * w for w in widths], *rows]
+    ]
+    return "\n".join(lines)

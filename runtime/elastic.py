@@ -1,6 +1,6 @@
 """What a run needs to survive on machines that come and go: SIGTERM, and ranks that fall silent.
 
-Knows torch.distributed and the console alone; `utils` starts it, training loops ask it.
+Knows torch.distributed and the console alone; `runtime.processes` starts it, training loops ask it.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from console import complain
+from runtime.console import complain
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 

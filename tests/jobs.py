@@ -1,10 +1,16 @@
 """The job that tests train, prune and finetune: a two-block model on the digits, seconds long."""
-import json
+from __future__ import annotations
 
+import json
+import os
+import signal
+
+import pytest
 import torch
 
-import checkpoint
+from files import checkpoint
 from latency.table import LatencyTable
+from training import resuming
 
 MODEL = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs",
          "img_size=16", "patch_size=4", "embed_dim=32", "depth=2", "num_heads=4"]  # fmt: skip
@@ -61,3 +67,38 @@ def same(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+
+def terminate_after(monkeypatch, updates):
+    """SIGTERM arrives while the update of that number (from 1) is computed."""
+    after_step, done = resuming.Keeper.after_step, []
+
+    def patched(self):
+        done.append(1)
+        if len(done) == updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after_step(self)
+
+    monkeypatch.setattr(resuming.Keeper, "after_step", patched)
+
+
+def interrupted(monkeypatch, script, flags, updates):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        terminate_after(patch, updates)
+        run(script, *flags)
+    assert stopped.value.code == 143
+
+
+def equal(folder, other, name):
+    """Two runs' checkpoints and logs."""
+    first, second = (torch.load(f / name, weights_only=True) for f in (folder, other))
+    for key in ("model", "model_ema", "masks", "optimizer", "lr_scheduler", "pruner", "epoch", "step", "rng", "dims"):
+        assert same(first[key], second[key]), key
+    assert first["metrics"]["acc1"] == second["metrics"]["acc1"]
+    assert (folder / "log.txt").read_text() == (other / "log.txt").read_text()
+
+
+def only(folder, pattern):
+    (found,) = folder.glob(pattern)
+    return found

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import finetune_dense
 import losses
 import main_full_global_latency as prune
-from latency.measure import device_name
+from files import checkpoint
 from latency.table import LatencyTable
 from models import build_vit
-from utils import BadArguments, RunFailed, run_script
+from runtime.device import device_name
+from runtime.errors import BadArguments, RunFailed
+from runtime.script import run_script
 
 ROOT = Path(__file__).parent.parent
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)

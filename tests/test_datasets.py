@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
-import datasets
-from datasets import CorruptImage, DataError, Digits, build_dataset, build_transform
-from loaders import Reproducible, build_loader, start_epoch
+from datasets import DATA_SETS, Digits, build_dataset, build_transform
+from loading.images import CorruptImage, DataError, read_image
+from loading.loaders import Reproducible, build_loader, start_epoch
 
 
 def data_args(**changes):
@@ -186,10 +186,10 @@ class TestImageFolder:
         for mode in ("L", "P", "RGBA", "I;16", "1", "CMYK"):
             path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
             Image.new(mode, (5, 4)).save(path)
-            image = datasets.read_image(str(path))
+            image = read_image(str(path))
             assert (image.mode, image.size) == ("RGB", (5, 4))
         with pytest.raises(CorruptImage, match="no.png"):
-            datasets.read_image(str(tmp_path / "no.png"))
+            read_image(str(tmp_path / "no.png"))
 
 
 class TestCifar:
@@ -311,6 +311,6 @@ class TestLoaders:
 
 
 def test_unknown_data_sets_are_named():
-    assert datasets.DATA_SETS == ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
+    assert DATA_SETS == ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
     with pytest.raises(DataError, match="no data set 'MNIST'; --data-set is one of DIGITS, CIFAR10"):
         build_dataset(False, data_args(data_set="MNIST"))

@@ -15,8 +15,9 @@ from jobs import PLAIN, PRUNE, TUNE, run, same
 
 import finetune_dense
 import main_full_global_latency
-import utils
-from elastic import Heartbeat
+from runtime.elastic import Heartbeat
+from runtime.errors import RunFailed
+from runtime.processes import init_distributed
 
 ROOT = Path(__file__).parent.parent
 EXACT = ["--drop-path", "0", "--no-repeated-aug"]  # with those, the ranks see together what one process sees
@@ -85,7 +86,7 @@ def test_two_ranks_equal_one_at_the_same_global_batch(prune, tmp_path):
     launch([*launcher(2), "main_full_global_latency.py"], shared, code=1)
     accumulated = [*prune, "--batch-size", 16, "--grad-accum-steps", 4, "--output_dir", tmp_path / "acc"]
     for flags in ([*prune, "--output_dir", tmp_path / "1"], accumulated):
-        with pytest.raises(utils.RunFailed, match="not reached"):
+        with pytest.raises(RunFailed, match="not reached"):
             run(main_full_global_latency, *flags)
     one, two, acc = (
         torch.load(next((tmp_path / n).glob("*/checkpoint.pth")), weights_only=True) for n in ("1", "2", "acc")
@@ -112,7 +113,7 @@ def test_more_processes_than_gpus(monkeypatch):
     for name, value in dict(WORLD_SIZE="4", LOCAL_WORLD_SIZE="4", RANK="0", LOCAL_RANK="0").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="--nproc_per_node is 4 but this machine has 2 GPUs"):
-        utils.init_distributed("cuda", 60)
+        init_distributed("cuda", 60)
 
 
 @pytest.mark.parametrize("gone, how, line", [
@@ -142,13 +143,14 @@ def test_a_rank_that_fails_tells_the_others_why(runs, tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
         "import sys, argparse; sys.path.insert(0, '.')\n"
-        "import torch.distributed as dist, utils, torch\n"
+        "import torch.distributed as dist, torch\n"
+        "from runtime import errors, processes, ranks, script\n"
         "def main(args):\n"
-        "    utils.init_distributed('cpu', 20)\n"
-        "    utils.check_identical('masks', b'the same')\n"
-        "    if utils.rank() == 1: raise utils.RunFailed('cannot read image x.png')\n"
+        "    processes.init_distributed('cpu', 20)\n"
+        "    ranks.check_identical('masks', b'the same')\n"
+        "    if ranks.rank() == 1: raise errors.RunFailed('cannot read image x.png')\n"
         "    dist.all_reduce(torch.zeros(1))\n"
-        "utils.run_script(main, None)\n"
+        "script.run_script(main, None)\n"
     )
     first, second = start_ranks(str(script), [])
     errors = [p.communicate(timeout=60)[1] for p in (first, second)]
@@ -160,11 +162,11 @@ def test_a_rank_with_other_masks_is_named(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(
         "import sys; sys.path.insert(0, '.')\n"
-        "import utils\n"
+        "from runtime import processes, ranks, script\n"
         "def main(args):\n"
-        "    utils.init_distributed('cpu', 20)\n"
-        "    utils.check_identical('pruning event 3: saliency or masks', b'ab'[: 1 + utils.rank() // 2])\n"
-        "utils.run_script(main, None)\n"
+        "    processes.init_distributed('cpu', 20)\n"
+        "    ranks.check_identical('pruning event 3: saliency or masks', b'ab'[: 1 + ranks.rank() // 2])\n"
+        "script.run_script(main, None)\n"
     )
     ranks = start_ranks(str(script), [], ranks=3)
     errors = [p.communicate(timeout=60)[1] for p in ranks]
@@ -188,14 +190,14 @@ def test_sigterm_to_the_whole_group_with_workers_and_a_slow_disk(long_run, tmp_p
     job = tmp_path / "job.py"
     job.write_text(
         "import sys, time; sys.path.insert(0, '.')\n"
-        "import checkpoint, finetune_dense, utils\n"
+        "import finetune_dense\nfrom files import checkpoint\nfrom runtime import script\n"
         "save = checkpoint.save\n"
         "def slow(path, **state):\n"
         "    if '--slow' in sys.argv: time.sleep(6)\n"
         "    save(path, **state)\n"
         "checkpoint.save = slow\n"
         "flags = [f for f in sys.argv[1:] if f != '--slow']\n"
-        "utils.run_script(finetune_dense.main, finetune_dense.get_args_parser().parse_args(flags))\n"
+        "script.run_script(finetune_dense.main, finetune_dense.get_args_parser().parse_args(flags))\n"
     )
     ranks = start_ranks(str(job), [*flags, "--num_workers", "2", "--recovery-interval", "0", "--slow"], own_group=True)
     try:

@@ -14,17 +14,17 @@ import pytest
 import torch
 from jobs import PRUNE, TRAIN, TUNE, run
 
-import checkpoint
 import finetune_dense
 import main_full_global_latency
-import provenance
-import results
-import resuming
-import utils
-from checkpoint import DamagedError
-from locking import locked
+from files import checkpoint
+from files.atomic import older
+from files.checkpoint import DamagedError
+from files.locking import locked
 from pruning.saliency import Saliency
-from utils import BadArguments, RunFailed, run_script
+from runtime.errors import BadArguments, RunFailed
+from runtime.folders import make_folder
+from runtime.script import run_script
+from training import provenance, results, resuming
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,7 +100,7 @@ def test_there_is_always_one(tmp_path, monkeypatch):
 
     def looking(action):
         def look(*args, **kwargs):
-            seen.append({p.name for p in (path, checkpoint.older(path)) if p.exists() and checkpoint.load(p)})
+            seen.append({p.name for p in (path, older(path)) if p.exists() and checkpoint.load(p)})
             return action(*args, **kwargs)
 
         return look
@@ -112,7 +112,7 @@ def test_there_is_always_one(tmp_path, monkeypatch):
             monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "no links")))
         for epoch in range(3):
             checkpoint.save(path, keep_older=True, epoch=epoch)
-        assert [checkpoint.load(p)["epoch"] for p in (path, checkpoint.older(path))] == [2, 1]
+        assert [checkpoint.load(p)["epoch"] for p in (path, older(path))] == [2, 1]
     assert all(seen[2:]) and len(seen) > 12
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.older.pth", "a.pth"]
 
@@ -222,10 +222,11 @@ def test_what_is_needed_to_repeat_a_run(runs, tuned, monkeypatch):
 
 class TestLock:
     def test_the_second_run_is_told_who_has_the_folder(self, tmp_path):
-        code = ("import sys, time; sys.path.insert(0, '.')\nimport utils\nfrom pathlib import Path\n"
-                "def main(path):\n    utils.make_folder(Path(path))\n    print('held', flush=True)\n"
+        code = ("import sys, time; sys.path.insert(0, '.')\nfrom pathlib import Path\n"
+                "from runtime import folders, script\n"
+                "def main(path):\n    folders.make_folder(Path(path))\n    print('held', flush=True)\n"
                 "    time.sleep(60)\n"
-                "utils.run_script(main, sys.argv[1])\n")  # fmt: skip
+                "script.run_script(main, sys.argv[1])\n")  # fmt: skip
         command = [sys.executable, "-c", code, str(tmp_path)]
         first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         try:
@@ -246,7 +247,7 @@ class TestLock:
     def test_what_a_killed_run_was_writing_is_removed(self, tmp_path, monkeypatch):
         (tmp_path / ".ft_checkpoint.pth.abcd12_z").write_text("half")
         (tmp_path / "checkpoint.pth").write_text("whole")
-        run_script(lambda path: utils.make_folder(path), tmp_path)
+        run_script(lambda path: make_folder(path), tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
@@ -314,13 +315,14 @@ def test_damage_is_told_from_other_files(tmp_path):
 def test_a_thread_that_was_just_starting_prints_no_traceback():
     """A signal handler that raises inside Thread.start leaves the new thread without its place: CPython's KeyError."""
     code = """
-import _thread, threading, time, utils
+import _thread, threading, time
+from runtime import errors, script
 def main(args):
     _thread.start_new_thread(threading.Thread(target=print)._bootstrap, ())
     time.sleep(0.2)
     {}
-    raise utils.RunFailed("a process that reads data died")
-utils.run_script(main, None)
+    raise errors.RunFailed("a process that reads data died")
+script.run_script(main, None)
 """
     for more, shown in (("pass", False), ("_thread.start_new_thread(int, ('no number',)); time.sleep(0.2)", True)):
         done = subprocess.run([sys.executable, "-c", code.format(more)], cwd=ROOT, capture_output=True, text=True)
@@ -330,12 +332,12 @@ utils.run_script(main, None)
 
 def test_no_process_is_waited_for_that_outlives_sigterm():
     """Where a data worker dies while the others start, nobody has asked those to end."""
-    code = ("import multiprocessing, signal, sys, time; sys.path.insert(0, '.')\nimport utils\n"
+    code = ("import multiprocessing, signal, sys, time; sys.path.insert(0, '.')\nfrom runtime import script\n"
             "def stay():\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    time.sleep(100)\n"
             "def main(_):\n    multiprocessing.get_context('fork').Process(target=stay, daemon=True).start()\n"
             "    time.sleep(0.5)\n"
             "    raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed.')\n"
-            "utils.run_script(main, None)\n")  # fmt: skip
+            "script.run_script(main, None)\n")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == ("error: a process that reads data died: DataLoader worker (pid 1) is killed by signal: "

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from engine import Precision, Progress, evaluate, train_one_epoch
-from utils import RunFailed
+from runtime.errors import RunFailed
 
 CPU = torch.device("cpu")
 

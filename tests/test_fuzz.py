@@ -24,8 +24,8 @@ def test_the_inputs_are_worth_it():
     """Some valid, some not: a generator of noise alone would find nothing."""
     from hypothesis import find
 
+    from files.schema import SchemaError, parse_json
     from models.dims import DimsError, ViTDims
-    from schema import SchemaError, parse_json
 
     def kind(text):
         try:

@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import archive
-import checkpoint
-import schema
 from benchmarks.fuzz_targets import ARCH, DIMS, KWARGS, TABLE, valid_checkpoint
-from checkpoint import CheckpointError, DamagedError
-from latency.points import read_dims
+from files import archive, checkpoint, schema
+from files.checkpoint import CheckpointError, DamagedError
 from latency.table import LatencyTable, LatencyTableError
 from models import load_dense
-from models.pretrained import read_initial
+from models.pretrained import read_dims, read_initial
 from pruning.config import ConfigError, load_config
 
 ROOT = Path(__file__).parent.parent

@@ -14,15 +14,15 @@ import torch
 from jobs import table_file
 from PIL import Image
 
-import checkpoint
 import finetune_dense
 import main_full_global_latency
 import main_pm_vit
 import main_savit
 import main_savit_deploy
 import revit_scratch
+from files import checkpoint
 from models import Masks, build_vit
-from utils import run_script
+from runtime.script import run_script
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "mistakes.txt"

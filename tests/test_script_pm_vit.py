@@ -10,13 +10,13 @@ from jobs import PLAIN, run, same
 
 import finetune_dense
 import main_pm_vit
-import pm_vit_steps
 from datasets import build_dataset
 from models import load_dense
 from models.tokens import SKIPPED, DenseTokenMerge, layers
-from pruning import pm_vit
+from pruning.pm_vit import uniform as uniform_tokens
 from pruning.refit import divergence
-from utils import BadArguments, RunFailed
+from recipes import pm_vit
+from runtime.errors import BadArguments, RunFailed
 
 ROOT = Path(__file__).parent.parent
 SCORE = [*PLAIN, "--prune", "--prune_iter", "4", "--merge", "grid"]
@@ -27,7 +27,7 @@ TUNE = [*PLAIN, "--final_finetune", "2", "--lr", "4e-3", "--distillation-type", 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """One build and few rounds: what is measured is not looked at here."""
-    import results
+    from training import results
 
     patch = pytest.MonkeyPatch()
     patch.setattr(results, "BUILDS", 1)
@@ -80,7 +80,7 @@ def test_a_finetuning_run_goes_on_where_it_was(runs, pruned, tmp_path, monkeypat
             raise Break
 
     with monkeypatch.context() as patch, pytest.raises(Break):
-        patch.setattr("finetuning.append_log", fail_in_the_second_epoch)
+        patch.setattr("training.dense.append_log", fail_in_the_second_epoch)
         run(main_pm_vit, *flags, tmp_path / "broken", "--resume", pruned / "pruned_checkpoint.pth")
     run(main_pm_vit, *flags, tmp_path / "broken", "--resume", tmp_path / "broken" / "ft_checkpoint.pth")
     whole, resumed = (torch.load(tmp_path / n / "ft_checkpoint.pth", weights_only=True) for n in ("whole", "broken"))
@@ -174,9 +174,9 @@ def test_speed_needs_no_data(pruned, capsys):
 def test_published_names_are_aliases(name, tmp_path):
     parser = main_pm_vit.get_args_parser()
     args = parser.parse_args(["--model", name, "--speed-only"])
-    model = pm_vit_steps.read_model(args)
+    model = pm_vit.read_model(args)
     assert model.full.arch == "deit_tiny_patch16_224"
-    assert pm_vit.uniform(model.dims, 0.6, 1).blocks[0].tokens == 118
+    assert uniform_tokens(model.dims, 0.6, 1).blocks[0].tokens == 118
 
 
 @pytest.mark.slow

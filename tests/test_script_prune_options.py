@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from jobs import PRUNE, run
+from jobs import PRUNE, equal, interrupted, only, run
 from test_distributed import EXACT, distance, launch, launcher
-from test_resume import equal, interrupted, only
 
 import main_full_global_latency
 from models import load_dense

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import checkpoint
 import finetune_dense
 import main_savit
 import main_savit_deploy
+from files import checkpoint
 from models import Masks, ViTDims, build_vit, load_dense, macs
 from pruning.savit import published_sizes
+from runtime.errors import BadArguments
 from tools import convert_importance, export, formats
-from utils import BadArguments
 
 ROOT = Path(__file__).parent.parent
 ARCH = "deit_tiny_distilled_patch16_224"
@@ -203,7 +203,7 @@ class Hard(nn.Module):
     """Counts as an activation, and cannot be differentiated twice."""
 
     def forward(self, x):
-        from tests.test_interaction import Once
+        from tests.pruning.test_interaction import Once
 
         return Once.apply(x)
 

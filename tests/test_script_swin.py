@@ -4,21 +4,20 @@ import re
 
 import pytest
 import torch
-from jobs import PLAIN, run
-from test_resume import equal, interrupted
-from test_swin_latency import SMALL, parts
+from jobs import PLAIN, equal, interrupted, run
+from swin_parts import SMALL, parts
 
-import checkpoint
 import finetune_dense
 import main_full_global_latency
 import main_pm_vit
 import main_savit
 import main_savit_deploy
 import revit_scratch
+from files import checkpoint
 from latency.swin_table import SwinTable
 from models import SwinDims, build_vit, load_dense, skeleton
+from runtime.errors import BadArguments
 from tools import export, report
-from utils import BadArguments
 
 DATA = ["--data-set", "DIGITS", "--num_workers", "0", "--device", "cpu"]
 ARCH = "swin_tiny_patch4_window7_224"

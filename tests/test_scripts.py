@@ -10,11 +10,11 @@ from jobs import PLAIN, PRUNE, run
 
 import finetune_dense
 import main_full_global_latency
-from checkpoint import KEYS
+from files.checkpoint import KEYS
 from models import Masks, ViTDims, build_vit, load_dense
 from models.vit import TokenLogits
+from runtime.errors import BadArguments
 from tools import report
-from utils import BadArguments
 
 ROOT = Path(__file__).parent.parent
 def files(folder):

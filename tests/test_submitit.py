@@ -9,7 +9,7 @@ import torch
 from jobs import TUNE, run, same
 
 import run_with_submitit
-from utils import BadArguments
+from runtime.errors import BadArguments
 
 ROOT = Path(__file__).parent.parent
 

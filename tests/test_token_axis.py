@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from jobs import PLAIN, PRUNE, run, same, save_model, token_table
-from test_resume import equal, interrupted, only
+from jobs import PLAIN, PRUNE, equal, interrupted, only, run, same, save_model, token_table
 
 import finetune_dense
 import main_full_global_latency
@@ -23,7 +22,7 @@ from pruning.refit import divergence, refit_
 from pruning.token_counts import probed, shared_out
 from pruning.token_saliency import TokenSaliency
 from pruning.value import ValuePruner
-from utils import BadArguments
+from runtime.errors import BadArguments
 
 GRID = (4, 4)
 

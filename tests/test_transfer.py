@@ -7,7 +7,7 @@ from jobs import run
 
 import finetune_dense
 from models import ViTDims, load_dense
-from utils import BadArguments
+from runtime.errors import BadArguments
 
 CLASSES = ("ant", "bee", "cow")
 FLAGS = ["--num_workers", "0", "--device", "cpu", "--mixup", "0", "--cutmix", "0", "--aa", "", "--batch-size", "4",

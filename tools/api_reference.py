@@ -12,7 +12,9 @@ import hubconf
 import latency
 import models
 import options
-from utils import run_script, say, write_text
+from runtime.console import say
+from runtime.folders import write_text
+from runtime.script import run_script
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {models: models.__all__, latency: latency.__all__, hubconf: ["vit_from_checkpoint"]}

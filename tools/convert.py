@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import checkpoint
 import options
+from files import checkpoint
 from models import ViTDims, build_vit, params, skeleton
 from models.dims import DimsError
 from models.pretrained import from_checkpoint
-from utils import BadArguments, run_script, say, say_next, warn
+from runtime.console import say, say_next, warn
+from runtime.errors import BadArguments
+from runtime.script import run_script
 
 ARCH = "deit_base_distilled_patch16_224"  # the only one that the published code has
 DIM_KEYS = ("EMB", "head", "QK", "V", "MLP")

@@ -20,14 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 
-import importance_files
 import options
-import training
 from models import ViTDims
 from models.vit import build_vit
 from pruning.gates import COMPONENTS, axes_of_component
 from pruning.savit import Importance, published_sizes
-from utils import BadArguments, Problems, make_folder, run_script, say, say_next
+from recipes import importance_files
+from runtime.console import say, say_next
+from runtime.errors import BadArguments, Problems
+from runtime.folders import make_folder
+from runtime.script import run_script
+from training.full_model import structural_kwargs
 
 PUBLISHED = COMPONENTS[:3]  # heads, mlp, embed: layers 0, 1 and 2
 ALLOWED = {
@@ -111,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
         raise BadArguments([str(error)]) from None
     zeros = {axis: torch.zeros_like(values) for axis, values in found.items()}
     unknown = None if hessian is None else torch.full_like(hessian, torch.nan)
-    record = dict(arch=args.model, kwargs=training.structural(args.model_kwargs), classes=model.num_classes,
+    record = dict(arch=args.model, kwargs=structural_kwargs(args.model_kwargs), classes=model.num_classes,
                   dims=model.dims.to_dict(), weights=None)  # fmt: skip
     none = {axis: value.clone() for axis, value in zeros.items()}  # a file holds no tensor twice
     importance = Importance(PUBLISHED, args.pruning_method, found, zeros, none, hessian, unknown)

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import options
 from datasets import Digits
-from utils import BadArguments, make_folder, run_script, say, say_next
+from runtime.console import say, say_next
+from runtime.errors import BadArguments
+from runtime.folders import make_folder
+from runtime.script import run_script
 
 
 def get_args_parser() -> argparse.ArgumentParser:

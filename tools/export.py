@@ -17,12 +17,16 @@ import torch
 from torch import Tensor, nn
 
 import options
-from latency.measure import device_name, interleaved
+from latency.measure import interleaved
 from latency.runtimes import RuntimeFailed
 from models import ViTDims, is_swin, load_dense, skeleton
-from models.family import Model
+from models.arch import Model
+from runtime.console import say, say_result
+from runtime.device import device_name
+from runtime.errors import Problems, RunFailed
+from runtime.folders import make_folder
+from runtime.script import run_script
 from tools.formats import FORMATS, Call, images
-from utils import Problems, RunFailed, make_folder, run_script, say, say_result
 
 LIMIT = 1e-4  # of the relative difference that an export may have
 PLAIN = ("timm", "standalone")  # formats that know plain ViTs alone

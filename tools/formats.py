@@ -18,11 +18,11 @@ from torch import Tensor
 from datasets import SMALL
 from latency.runtimes import OnnxRuntime, export
 from models import hub, load_dense
-from models.family import Model, is_swin
+from models.arch import Model, is_swin
 from models.tokens import streamline_
+from runtime.folders import write_text
 from tools import standalone
 from tools.plain_timm import plain_timm
-from utils import write_text
 
 Call = Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> logits (B, classes)
 

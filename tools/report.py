@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import options
+from runtime.console import say, say_next, say_result, table, warn
+from runtime.errors import Problems
+from runtime.folders import make_folder, write_json, write_text
+from runtime.script import run_script
 from tools.figures import plot_widths
 from tools.page import page
 from tools.run_data import Run, incomparable, read_run
-from utils import Problems, make_folder, run_script, say, say_next, say_result, table, warn, write_json, write_text
 
 COLUMNS = ["", "top-1 %", "params", "M MACs", "table latency", "measured latency", "speed-up"]
 

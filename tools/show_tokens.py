@@ -22,11 +22,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 import options
-from checkpoint import CheckpointError
+from files.checkpoint import CheckpointError
 from models import load_dense
 from models.content import Groups
 from models.tokens import SKIPPED, DenseTokenMerge, TokenMerge, layers
-from utils import BadArguments, run_script, say
+from runtime.console import say
+from runtime.errors import BadArguments
+from runtime.script import run_script
 
 OUTLINE = "#202020"
 Merged = TokenMerge | DenseTokenMerge | Groups

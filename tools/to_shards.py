@@ -15,8 +15,11 @@ from typing import Any
 from torchvision.datasets import ImageFolder
 
 import options
-from shards import INFO, KEYS
-from utils import BadArguments, Problems, RunFailed, make_folder, run_script, say, say_next, write_json
+from loading.shards import INFO, KEYS
+from runtime.console import say, say_next
+from runtime.errors import BadArguments, Problems, RunFailed
+from runtime.folders import make_folder, write_json
+from runtime.script import run_script
 
 EXTENSIONS = {f".{key}": "jpg" if key == "jpeg" else key for key in KEYS.split(";")}
 

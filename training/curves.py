@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import Progress
-from utils import is_main
+from runtime.ranks import is_main
 
 
 class Curves:

@@ -11,16 +11,27 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-import checkpoint
-import provenance
-import results
-import resuming
-import training
-from curves import Curves
 from engine import Precision, Progress, evaluate, train_one_epoch
-from loaders import start_epoch
+from files import checkpoint
+from loading.loaders import start_epoch
 from models.vit import TokenLogits
-from utils import append_log, is_main, say
+from runtime.console import say
+from runtime.folders import append_log
+from runtime.ranks import is_main
+from runtime.seeds import rng_state
+from training import provenance, results, resuming
+from training.curves import Curves
+from training.full_model import FullModel
+from training.parts import (
+    Data,
+    images_per_update,
+    make_loss,
+    make_mixup,
+    make_optimizer,
+    make_precision,
+    make_scheduler,
+    wrap_for_training,
+)
 
 CHECKPOINT = "ft_checkpoint.pth"
 
@@ -32,8 +43,8 @@ class Run:
     --distillation-tau; start: weights of the pruned checkpoint; inputs: see `resuming.inputs_of`."""
 
     device: torch.device
-    full: training.FullModel
-    data: training.Data
+    full: FullModel
+    data: Data
     model: nn.Module
     teacher: nn.Module | None = None
     cnn: nn.Module | None = None
@@ -73,7 +84,7 @@ def save(name: str, args: Any, run: Run, state: State) -> None:
         model=run.model.state_dict(), model_ema=state.ema.module.state_dict() if state.ema else None,
         optimizer=state.optimizer.state_dict(), lr_scheduler=state.scheduler.state_dict(),
         scaler=state.precision.scaler.state_dict(), epoch=progress["epoch"], step=progress["step"],
-        rng=checkpoint.rng_state(), metrics=state.metrics | progress["metrics"],
+        rng=rng_state(), metrics=state.metrics | progress["metrics"],
         args=resuming.saved_args(args, origin, run.inputs),
     )  # fmt: skip
 
@@ -105,14 +116,14 @@ def train(args: Any, run: Run) -> dict[str, Any]:
     # ---------------------------------------------------------------- parts
     train_loader, val_loader = run.data.train, run.data.val
     progress = Progress(run.data.updates)
-    model = training.for_training(args, run.model, run.device)
+    model = wrap_for_training(args, run.model, run.device)
     ema = ModelEmaV3(run.model, decay=args.model_ema_decay) if args.model_ema else None
-    optimizer = training.make_optimizer(args, run.model)
-    scheduler, epochs = training.make_scheduler(args, optimizer, progress.updates)
-    state = State(ema, optimizer, scheduler, training.precision(args, run.device), progress)
-    criterion = training.make_loss(args, run.cnn, run.teacher, tau=run.teacher_tau or args.distillation_tau,
+    optimizer = make_optimizer(args, run.model)
+    scheduler, epochs = make_scheduler(args, optimizer, progress.updates)
+    state = State(ema, optimizer, scheduler, make_precision(args, run.device), progress)
+    criterion = make_loss(args, run.cnn, run.teacher, tau=run.teacher_tau or args.distillation_tau,
                                    per_token=True)  # fmt: skip
-    mixup = training.make_mixup(args, run.data.classes)
+    mixup = make_mixup(args, run.data.classes)
     provenance.record(args, run.folder, run.device, run.data, run.inputs)
     test = partial(evaluate, loader=val_loader, precision=state.precision, sharded=args.dist_eval)
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -137,7 +148,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
         while progress.epoch < epochs:
             model.train()
             start_epoch(train_loader, progress.epoch, skip=progress.step * args.grad_accum_steps)
-            with curves.training(progress, training.images_per_update(args)):
+            with curves.training(progress, images_per_update(args)):
                 stats = train_one_epoch(
                     model, criterion, train_loader, optimizer, state.precision, progress, seed=args.seed,
                     accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,

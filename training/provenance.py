@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-import schema
-from datasets import fingerprint
-from latency.measure import device_name
-from utils import is_main, world_size, write_json
+from files import schema
+from loading.fingerprint import fingerprint
+from runtime.device import device_name
+from runtime.folders import write_json
+from runtime.ranks import is_main, world_size
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "scipy")
 STARTS = 100  # that are kept: a run that is pre-empted every hour starts often

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-import schema
-from latency.measure import DTYPES, device_name, interleaved, ratio
+from files import schema
+from latency.measure import DTYPES, interleaved, ratio
 from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from latency.whole import measured_ratios
 from models import build_vit, macs, params, sparsity
 from models.swin_dims import Dims
 from models.tokens import plain
-from training import FullModel
-from utils import say, say_next, warn
+from runtime.console import say, say_next, warn
+from runtime.device import device_name
+from training.full_model import FullModel
 
 MOST_BATCH = 65_536  # of a measurement that a file asks for
 BUILDS, ROUNDS = 5, 9  # fresh pairs of models per measurement, and how often each is measured

@@ -9,13 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-import elastic
 import options
-import utils
-from datasets import fingerprint
 from engine import Progress
-from utils import BadArguments, RunFailed, check_identical, explained, is_main, rank, say, warn, world_size, write_text
+from files import checkpoint
+from files.atomic import older
+from loading.fingerprint import fingerprint
+from runtime import elastic
+from runtime.console import say, warn
+from runtime.errors import BadArguments, RunFailed, explained
+from runtime.folders import write_text
+from runtime.ranks import check_identical, is_main, rank, world_size
+from runtime.run import current
+from runtime.seeds import set_rng_state
 
 # What may differ between a run and its continuation: the checkpoint holds the model, paths are only where things lie,
 # and the rest changes how a step is computed but not what it computes.
@@ -67,7 +72,7 @@ def _newest(path: Path) -> tuple[dict[str, Any], Path]:
     try:
         return checkpoint.load(path), path
     except checkpoint.DamagedError as error:
-        if not (before := checkpoint.older(path)).exists():
+        if not (before := older(path)).exists():
             raise
         content = checkpoint.load(before)
         warn(f"{error}; going on from the one before it, {before}")
@@ -84,7 +89,7 @@ def read(args: Any, folder: Path, name: str, *, run: str, fitting: dict[str, Any
     hyper-parameters are not the arguments'.
     """
     own = folder / name
-    if elastic.restarts() and (own.exists() or checkpoint.older(own).exists()):
+    if elastic.restarts() and (own.exists() or older(own).exists()):
         path = own
     elif args.resume:
         path = own if args.resume == "auto" else Path(args.resume)
@@ -126,7 +131,7 @@ def restore(content: dict[str, Any], progress: Progress, folder: Path) -> dict[s
                             "shared out among processes, is another"])  # fmt: skip
     progress.load_state_dict(content)
     if rank() == 0:
-        checkpoint.set_rng_state(content["rng"])
+        set_rng_state(content["rng"])
     if is_main():
         _put_damaged_aside(content["path"])
         _take_over_logs(content["path"], content["epoch"], folder)
@@ -171,7 +176,7 @@ def start_anew(folder: Path, name: str) -> None:
         return
     for old in (folder / "log.txt", *folder.glob("debug/debugOutput_*"), *folder.glob("events.out.tfevents.*")):
         old.unlink(missing_ok=True)
-    newest, before = folder / name, checkpoint.older(folder / name)
+    newest, before = folder / name, older(folder / name)
     if before.exists() and not newest.exists():
         before.replace(newest)
     before.unlink(missing_ok=True)
@@ -208,7 +213,7 @@ class Keeper:
                 self.write()
             except RunFailed as failed:
                 error = failed
-        utils.safe = self._safe() if error is None else ""
+        current.remember_saved(self._safe() if error is None else "")
         if isinstance(error, RunFailed):
             raise type(error)(f"{error}; {self._safe()}") from error
         if reason := explained(error):
@@ -216,7 +221,7 @@ class Keeper:
 
     def _safe(self) -> str:
         """What is on the disk."""
-        found = next((path for path in (self.path, checkpoint.older(self.path)) if path.exists()), None)
+        found = next((path for path in (self.path, older(self.path)) if path.exists()), None)
         return f"the last good checkpoint is {found}" if found else "no checkpoint was written yet"
 
     def attempt(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:

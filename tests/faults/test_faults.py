@@ -1,13 +1,13 @@
 """Faults in running jobs, some of every kind: the long run is benchmarks/faults.py."""
 import pytest
 
-import checkpoint
 import finetune_dense
 import main_full_global_latency
-import results
 from benchmarks import faults
 from benchmarks.fault_jobs import Material
 from benchmarks.fault_kinds import KINDS
+from files import checkpoint
+from training import results
 
 QUICK = ("kill -9 inside a save", "bit-flipped checkpoint", "SIGINT")  # on the job that prunes
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import KEYS, CheckpointError
+from files import checkpoint
+from files.checkpoint import KEYS, CheckpointError
 from models import Masks, ViTDims, build_vit, compact, load_dense
 from models.pretrained import load_initial_, read_initial
+from runtime.seeds import rng_state, set_rng_state
 
 
 def record(model, tiny):
@@ -125,8 +126,8 @@ def test_initial_checkpoints_of_every_kind(tmp_path, tiny):
 
 
 def test_random_states_round_trip(tmp_path):
-    state = checkpoint.rng_state()
+    state = rng_state()
     checkpoint.save(tmp_path / "r.pth", rng=state)
     drawn = random.random(), np.random.rand(), torch.rand(1)
-    checkpoint.set_rng_state(checkpoint.load(tmp_path / "r.pth")["rng"])
+    set_rng_state(checkpoint.load(tmp_path / "r.pth")["rng"])
     assert drawn == (random.random(), np.random.rand(), torch.rand(1))

@@ -7,8 +7,8 @@ import torch
 
 import main_full_global_latency
 from latency import LatencyTable, LatencyTableError
+from latency.bench import Bench
 from latency.build_table import get_args_parser, main, parent_of, warn_of_noise
-from latency.measure import Bench
 from latency.points import grid_of
 from models import BlockDims, ViTDims, skeleton
 

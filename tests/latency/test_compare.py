@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import checkpoint
+from files import checkpoint
 from latency.compare import get_args_parser, main
 from latency.kernels import attention_kernels
 from models import BlockDims, ViTDims, build_vit
-from utils import BadArguments
+from runtime.errors import BadArguments
 
 ARCH = "deit_tiny_distilled_patch16_224"
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)

@@ -2,8 +2,10 @@
 import pytest
 import torch
 
-from latency.measure import Bench, Timing, device_name, interleaved, ratio
+from latency.bench import Bench
+from latency.measure import Timing, interleaved, ratio
 from models import ViTDims, build_vit, skeleton
+from runtime.device import device_name
 
 ARCH = "deit_tiny_distilled_patch16_224"
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=10)

@@ -8,7 +8,7 @@ from latency import LatencyTable
 from latency.fit import chosen_for_fit, corrected, fit
 from latency.validate import get_args_parser, main
 from models import BlockDims, ViTDims
-from utils import BadArguments
+from runtime.errors import BadArguments
 
 ARCH = "deit_tiny_distilled_patch16_224"
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)

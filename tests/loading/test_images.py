@@ -7,9 +7,12 @@ from jobs import PLAIN
 from test_datasets import data_args
 
 import finetune_dense
-from datasets import CorruptImage, build_dataset, fingerprint
-from loaders import build_loader, start_epoch
-from utils import at_end, run_script
+from datasets import build_dataset
+from loading.fingerprint import fingerprint
+from loading.images import CorruptImage
+from loading.loaders import build_loader, start_epoch
+from runtime.run import current
+from runtime.script import run_script
 
 TINY = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", "img_size=16", "patch_size=4", "embed_dim=32",
         "depth=1", "num_heads=4"]  # fmt: skip
@@ -36,7 +39,7 @@ def test_another_image_stands_in_and_evaluation_leaves_out(folder, capfd, worker
         dataset, classes = build_dataset(is_train, arguments(root))
         loader = build_loader(dataset, arguments(root, num_workers=workers), is_train)
         sizes.append([len(targets) for _, targets in loader])
-    at_end()
+    current.say_last_words()
     said = capfd.readouterr().err
     assert classes == 2 and sizes == [[4, 4, 4], [5, 6]]
     for path in bad:
@@ -54,7 +57,7 @@ def test_what_stands_in_is_always_the_same(folder):
         return torch.cat([x for x, _ in loader])
 
     assert torch.equal(images(), images())
-    at_end()
+    current.say_last_words()
 
 
 def test_where_none_can_be_read(folder, capfd):
@@ -63,7 +66,7 @@ def test_where_none_can_be_read(folder, capfd):
         path.write_bytes(b"")
     with pytest.raises(CorruptImage, match="no image of .*train can be read"):
         build_dataset(True, arguments(root))[0][0]
-    at_end()
+    current.say_last_words()
     assert "12 of 12 images" in capfd.readouterr().err
 
 

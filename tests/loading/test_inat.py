@@ -5,7 +5,8 @@ from argparse import Namespace
 import pytest
 from PIL import Image
 
-from datasets import DataError, build_dataset
+from datasets import build_dataset
+from loading.images import DataError
 
 CATEGORIES = [dict(id=0, name="Apis mellifera", order="Hymenoptera"),
               dict(id=1, name="Bos taurus", order="Artiodactyla"),

@@ -8,11 +8,12 @@ from jobs import MODEL, run
 
 import finetune_dense
 from benchmarks import loader as loader_benchmark
-from datasets import DataError, build_dataset
-from loaders import build_loader, start_epoch
-from shards import ShardError
+from datasets import build_dataset
+from loading.images import DataError
+from loading.loaders import build_loader, start_epoch
+from loading.shards import ShardError
+from runtime.errors import BadArguments, RunFailed
 from tools import to_shards
-from utils import BadArguments, RunFailed
 
 pytest.importorskip("webdataset")
 CLASSES = ("ant", "bee", "cow")

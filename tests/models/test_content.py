@@ -4,21 +4,21 @@ import json
 import pytest
 import torch
 from jobs import PLAIN, run, save_model
-from test_tokens import compiles_and_runs_in_onnxruntime, trains_a_segmentation_head, with_tokens
+from token_models import compiles_and_runs_in_onnxruntime, trains_a_segmentation_head, with_tokens
 from torch.nn import functional as F
 
 import finetune_dense
 import main_pm_vit
-import pm_vit_options
-from checkpoint import CheckpointError
+from files.checkpoint import CheckpointError
 from models import Masks, build_vit, compact, load_dense
 from models.content import ContentMerge, anchors_of
 from models.tokens import layers, spread, streamline_
 from pruning import pm_vit
 from pruning.refit import divergence, refit_
 from pruning.token_counts import probed
+from recipes import pm_vit_options
+from runtime.errors import BadArguments, Problems
 from tools import show_tokens
-from utils import BadArguments, Problems
 
 
 def anchored_(model):

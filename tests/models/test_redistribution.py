@@ -6,7 +6,7 @@ import pytest
 import revit_scratch
 from models import ViTDims, load_dense, macs, params
 from models.redistribution import redistributed
-from utils import BadArguments
+from runtime.errors import BadArguments
 
 DEIT_B = "deit_base_distilled_patch16_224"
 

@@ -9,7 +9,7 @@ from timm.optim import create_optimizer_v2
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
+from files import checkpoint
 from models import (
     BlockDims,
     DimsError,

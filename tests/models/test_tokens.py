@@ -1,27 +1,23 @@
 """Blocks that compute on fewer tokens: the block formula, exactness, counts, export, and heads on all tokens."""
-import io
+from __future__ import annotations
+
 from types import SimpleNamespace
 
 import pytest
 import torch
 from jobs import save_model
-from timm.models.vision_transformer import VisionTransformer
+from token_models import compiles_and_runs_in_onnxruntime, trains_a_segmentation_head, with_tokens
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import checkpoint
-from checkpoint import CheckpointError
+from files import checkpoint
+from files.checkpoint import CheckpointError
 from latency.whole import fresh
 from main_pm_vit import freeze_
-from models import Masks, ModelError, ViTDims, build_vit, compact, load_dense, macs, params
+from models import Masks, ModelError, build_vit, compact, load_dense, macs, params
 from models.pretrained import from_checkpoint
 from models.tokens import SKIPPED, DenseTokenMerge, TokenMerge, layers, streamline_
-
-
-def with_tokens(dims, *counts):
-    return ViTDims.from_dict(dims.to_dict() | dict(
-        blocks=[b | dict(tokens=n) for b, n in zip(dims.to_dict()["blocks"], counts, strict=True)]))  # fmt: skip
 
 
 def random_structure_(tokens, skip=3, shortcut=False):
@@ -273,33 +269,8 @@ def test_a_shortcut_is_not_folded_away(compressed, images):
         torch.testing.assert_close(compressed(images), expected, rtol=1e-4, atol=1e-5)
 
 
-class Segmenter(nn.Module):
-    """A linear decoder on all patches in place (Segmenter, Strudel et al. 2021)."""
-
-    def __init__(self, backbone: VisionTransformer, classes: int) -> None:
-        super().__init__()
-        self.backbone, self.decoder = backbone, nn.Linear(backbone.embed_dim, classes)
-
-    def forward(self, images):
-        tokens = self.backbone.forward_features(images)[:, self.backbone.num_prefix_tokens :]
-        rows, columns = self.backbone.patch_embed.grid_size
-        maps = self.decoder(tokens).transpose(1, 2).unflatten(2, (rows, columns))  # B classes h w
-        return nn.functional.interpolate(maps, size=images.shape[-2:], mode="bilinear")
 
 
-def trains_a_segmentation_head(backbone, images, bf16=False):
-    """Three steps on all tokens lower the loss."""
-    model, labels = Segmenter(backbone.train(), 5), torch.randint(0, 5, (3, 16, 16))
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-3), []
-    for _ in range(3):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            logits = model(images)
-        loss = nn.functional.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[2] < losses[0]
 
 
 def test_a_segmentation_head_trains_on_all_tokens(compressed, images):
@@ -314,19 +285,6 @@ def test_compressed_models_export(compressed, images):
         torch.testing.assert_close(exported.module()(images), compressed(images), rtol=1e-4, atol=1e-5)
 
 
-def compiles_and_runs_in_onnxruntime(model, images):
-    """Both compute what the model does."""
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    with torch.no_grad():
-        expected = model(images)
-        torch.testing.assert_close(torch.compile(model)(images), expected, rtol=1e-4, atol=1e-5)
-        program = torch.onnx.export(model, (images,), dynamo=True)
-    buffer = io.BytesIO()
-    program.save(buffer)
-    session = runtime.InferenceSession(buffer.getvalue())
-    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

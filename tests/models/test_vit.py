@@ -6,10 +6,10 @@ import timm
 import torch
 from torch import nn
 
-import training
 from models import BlockDims, Masks, ModelError, TokenLogits, ViTDims, build_vit
 from models.attention import ROUTES
 from models.vit import Attention, LayerNorm
+from training.parts import wrap_for_training
 
 TOKENS = 18
 
@@ -183,7 +183,7 @@ def test_gradients_are_the_same_with_checkpointed_blocks(tiny, images):
     grads = []
     for on in (False, True):
         model.zero_grad()
-        both = training.for_training(Namespace(grad_checkpointing=on, compile=False), model, torch.device("cpu"))
+        both = wrap_for_training(Namespace(grad_checkpointing=on, compile=False), model, torch.device("cpu"))
         sum(t.square().sum() for t in both(images)).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     assert model.grad_checkpointing
@@ -195,7 +195,7 @@ def test_gradients_are_the_same_with_checkpointed_blocks(tiny, images):
 def test_a_compiled_student_stays_compiled_while_more_is_removed(tiny, images):
     model = build_vit(**tiny).train()
     masks = Masks(model.dims)
-    both = training.for_training(Namespace(grad_checkpointing=False, compile=True), model, torch.device("cpu"))
+    both = wrap_for_training(Namespace(grad_checkpointing=False, compile=True), model, torch.device("cpu"))
     for round in range(4):
         for axis in ("embed", "blocks.0.mlp", "blocks.1.heads"):
             masks.remove(axis, torch.tensor([round] if round < 3 else [], dtype=torch.long))

@@ -13,7 +13,7 @@ import main_savit_deploy
 import revit_scratch
 from options import boolean
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = dict(
     main_full_global_latency=main_full_global_latency, finetune_dense=finetune_dense, revit_scratch=revit_scratch,
     main_savit=main_savit, main_savit_deploy=main_savit_deploy,

@@ -6,7 +6,7 @@ import pytest
 
 from pruning.config import PUBLISHED_GROUPS, ConfigError, PruningConfig, load_config
 
-SHIPPED = Path(__file__).parent.parent / "pruning_configs"
+SHIPPED = Path(__file__).parents[2] / "pruning_configs"
 
 
 @pytest.mark.parametrize(

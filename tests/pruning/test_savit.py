@@ -95,7 +95,7 @@ def test_protection_keeps_the_best_and_every_unit_its_identity():
 
 
 def test_the_removed_units_are_the_lowest_ranked():
-    from tests.test_macs_search import DIGITS, make
+    from tests.pruning.test_macs_search import DIGITS, make
 
     problem, dims = make(DIGITS, THREE, 0.5)
     masks = choose(problem, dims)

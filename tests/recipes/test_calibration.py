@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from calibration import Compensation, align
 from models import Masks, build_vit
 from pruning.refit import divergence
+from recipes.calibration import Compensation, align
 
 CUT = ("embed", "v", "mlp")
 

@@ -13,13 +13,13 @@ from jobs import PLAIN, TRAIN, TUNE, run, table_file
 
 import finetune_dense
 import main_full_global_latency
-import results
-from checkpoint import KEYS
+from files.checkpoint import KEYS
 from latency.table import LatencyTable
 from models import BlockDims, Masks, ViTDims, build_vit, load_dense
-from utils import BadArguments, RunFailed
+from runtime.errors import BadArguments, RunFailed
+from training import results
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAME = "one_shot_DIGITS_deit_tiny_distilled_patch16_224_calib_512_target_0.6"
 
 

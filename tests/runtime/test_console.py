@@ -10,10 +10,13 @@ import pytest
 from test_imports import SCRIPTS
 from test_readme import PARSERS
 
-import console
 import engine
-import results
-import utils
+from runtime import console
+from runtime.console import say, say_result, warn
+from runtime.errors import RunFailed
+from runtime.folders import append_log
+from runtime.script import run_script
+from training import results
 
 TRAINING = ("main_full_global_latency", "finetune_dense", "revit_scratch", "main_savit", "main_savit_deploy")
 
@@ -88,13 +91,13 @@ def test_warnings_errors_and_the_result_have_their_colours(terminal, monkeypatch
     monkeypatch.setattr(sys, "stderr", err)
 
     def main(args):
-        utils.warn("mind")
-        utils.say("so far")
-        utils.say_result("done")
-        raise utils.RunFailed("no")
+        warn("mind")
+        say("so far")
+        say_result("done")
+        raise RunFailed("no")
 
     with pytest.raises(SystemExit):
-        utils.run_script(main, None)
+        run_script(main, None)
     yellow, red, green, end = ("\033[1;33m", "\033[1;31m", "\033[1;32m", "\033[0m") if isatty else [""] * 4
     assert err.getvalue() == f"{yellow}warning:{end} mind\n{red}error:{end} no\n"
     assert out.getvalue() == f"so far\n{green}done{end}\n"
@@ -102,7 +105,7 @@ def test_warnings_errors_and_the_result_have_their_colours(terminal, monkeypatch
 
 def test_log_files_have_no_colour(tmp_path, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    utils.append_log(tmp_path, epoch=0, note="done")
+    append_log(tmp_path, epoch=0, note="done")
     assert "\033" not in (tmp_path / "log.txt").read_text()
 
 

@@ -9,8 +9,8 @@ from jobs import run
 from torch import nn
 
 from models import ViTDims, build_vit, load_dense
+from runtime.errors import BadArguments
 from tools import convert
-from utils import BadArguments
 
 DIM = dict(EMB=32, head=[2] * 12, QK=[8, 4] * 6, V=[8] * 12, MLP=[16] * 12)
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from jobs import run
 
-import checkpoint
 import hubconf
+from files import checkpoint
 from models import BlockDims, ViTDims, build_vit, load_dense
+from runtime.errors import BadArguments, RunFailed
+from runtime.folders import make_folder
 from tools import export, formats
 from tools.plain_timm import plain_timm, uniform_dims
-from utils import BadArguments, RunFailed, make_folder
 
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=48, depth=3, num_heads=4, num_classes=7)
 DIMS = ViTDims(40, (BlockDims(2, 5, 9, 50, 18), BlockDims(0, 5, 9, 30, 18), BlockDims(3, 8, 10, 0, 18)))
@@ -119,7 +120,7 @@ def test_the_standalone_folder_needs_nothing_of_this_project(small, tmp_path, ca
     assert done.returncode == 0, done.stderr
     logits, shape = torch.load(tmp_path / "found.pth", weights_only=True)
     torch.testing.assert_close(logits, load_dense(small)(images), rtol=1e-5, atol=1e-6)
-    assert shape == (3, 16, 16) and not {"models", "checkpoint", "utils", "latency"} & set(done.stdout.split())
+    assert shape == (3, 16, 16) and not {"models", "files", "runtime", "latency"} & set(done.stdout.split())
     subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E,F,W", "--line-length", "120",
                     tmp_path / "out" / "model.py"], check=True)  # fmt: skip
 

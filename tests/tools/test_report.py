@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import pytest
 from jobs import run
 
+from runtime.errors import BadArguments
 from tools import report
-from utils import BadArguments
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "img", "br", "link", "hr"}

@@ -8,8 +8,8 @@ from PIL import Image
 from models import build_vit
 from models.tokens import SKIPPED, DenseTokenMerge, TokenMerge
 from pruning import pm_vit
+from runtime.errors import BadArguments
 from tools import show_tokens
-from utils import BadArguments
 
 
 @pytest.fixture

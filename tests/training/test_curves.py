@@ -4,7 +4,7 @@ import math
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from curves import Curves
+from training.curves import Curves
 
 
 def read(folder):

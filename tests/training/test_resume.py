@@ -1,4 +1,6 @@
 """A run that is broken off anywhere and goes on ends where the undisturbed run ends, bit for bit."""
+from __future__ import annotations
+
 import json
 import os
 import random
@@ -11,17 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import PRUNE, TUNE, run, same
+from jobs import PRUNE, TUNE, equal, interrupted, only, run, same
 
-import checkpoint
 import finetune_dense
-import finetuning
 import main_full_global_latency
-import resuming
 from engine import Progress
-from utils import BadArguments
+from files import checkpoint
+from runtime.errors import BadArguments
+from training import dense, resuming
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -49,38 +50,12 @@ def pruned(runs, tmp_path):
     return folder
 
 
-def terminate_after(monkeypatch, updates):
-    """SIGTERM arrives while the update of that number (from 1) is computed."""
-    after_step, done = resuming.Keeper.after_step, []
-
-    def patched(self):
-        done.append(1)
-        if len(done) == updates:
-            os.kill(os.getpid(), signal.SIGTERM)
-        after_step(self)
-
-    monkeypatch.setattr(resuming.Keeper, "after_step", patched)
 
 
-def interrupted(monkeypatch, script, flags, updates):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        terminate_after(patch, updates)
-        run(script, *flags)
-    assert stopped.value.code == 143
 
 
-def equal(folder, other, name):
-    """Two runs' checkpoints and logs."""
-    first, second = (torch.load(f / name, weights_only=True) for f in (folder, other))
-    for key in ("model", "model_ema", "masks", "optimizer", "lr_scheduler", "pruner", "epoch", "step", "rng", "dims"):
-        assert same(first[key], second[key]), key
-    assert first["metrics"]["acc1"] == second["metrics"]["acc1"]
-    assert (folder / "log.txt").read_text() == (other / "log.txt").read_text()
 
 
-def only(folder, pattern):
-    (found,) = folder.glob(pattern)
-    return found
 
 
 @pytest.mark.parametrize("updates, workers", [(1, 0), (15, 2), (22, 0), (24, 0), (40, 0)])
@@ -108,7 +83,7 @@ def test_finetuning_goes_on_at_any_update(runs, pruned, monkeypatch, updates):
 def test_twice_broken_off_during_evaluation_and_after_an_interval(runs, pruned, monkeypatch):
     flags = [*TUNE, "--finetune", pruned, "--recovery-interval", "10"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        evaluate, calls = finetuning.evaluate, []
+        evaluate, calls = dense.evaluate, []
 
         def killed(*args, **kwargs):
             calls.append(1)
@@ -116,7 +91,7 @@ def test_twice_broken_off_during_evaluation_and_after_an_interval(runs, pruned, 
                 os.kill(os.getpid(), signal.SIGTERM)
             return evaluate(*args, **kwargs)
 
-        patch.setattr(finetuning, "evaluate", killed)
+        patch.setattr(dense, "evaluate", killed)
         run(finetune_dense, *flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # as a crash: nothing is written
 

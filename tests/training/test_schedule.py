@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import finetune_dense
-import training
+from training.parts import make_scheduler, scale_lr
 
 UPDATES = 10  # an epoch
 
@@ -13,8 +13,8 @@ UPDATES = 10  # an epoch
 def rates(*flags):
     """The learning rate of every update."""
     args = finetune_dense.get_args_parser().parse_args(["--lr", "1", "--epochs", "8", "--batch-size", "512", *flags])
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.scaled_lr(args))
-    scheduler, epochs = training.make_scheduler(args, optimizer, UPDATES)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=scale_lr(args))
+    scheduler, epochs = make_scheduler(args, optimizer, UPDATES)
     found = []
     for update in range(epochs * UPDATES):
         scheduler.step_update(update)
@@ -24,7 +24,7 @@ def rates(*flags):
 
 def test_the_linear_rule_counts_the_global_batch():
     args = Namespace(lr=5e-4, batch_size=64, grad_accum_steps=2)
-    assert training.scaled_lr(args) == pytest.approx(5e-4 * 128 / 512)
+    assert scale_lr(args) == pytest.approx(5e-4 * 128 / 512)
 
 
 def test_cosine_warms_up_and_ends_at_the_lowest_rate():

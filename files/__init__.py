@@ -1,0 +1,1 @@
+"""What lies on disk: atomic writes, the checkpoint schema, safe reading, locks."""

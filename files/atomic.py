@@ -1,0 +1,97 @@
+"""Files that are whole or not there: a temporary file, flushed and renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+_UNFINISHED = re.compile(r"\..+\.(pth|json|txt|safetensors)\.([a-z0-9_]{8}|link)")  # as tempfile and `_set_aside` name
+os.umask(_UMASK := os.umask(0))  # temporary files are private; finished ones get the mode that open() would give
+
+
+class _Patient:
+    """A file that remembers the first error of writing: torch's writer, in C++, would report another in its place."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                return self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
+
+
+def older(path: Path) -> Path:
+    """Where the checkpoint before `path` is kept."""
+    return path.with_suffix(".older.pth")
+
+
+def write_atomically(path: str | Path, write: Any, keep_older: bool = False) -> None:
+    """Call `write(file)` on a temporary file beside `path`, flush it to disk and rename it: whole or not there.
+
+    keep_older: what was there becomes `older(path)`; at no moment is there neither. Raises OSError.
+    """
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            patient = _Patient(file)
+            write(patient)
+            if patient.error is not None:
+                raise patient.error
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_UMASK)
+            if keep_older and path.exists():
+                _set_aside(path)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    _flush_folder(path.parent)
+
+
+def _set_aside(path: Path) -> None:
+    """Make `path` the older one under both names, so that one is always there."""
+    link = path.with_name(f".{path.name}.link")
+    try:
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+    except OSError:  # a file system without links: for a moment only the older one is there
+        os.replace(path, older(path))
+    else:
+        os.replace(link, older(path))
+
+
+def _flush_folder(folder: Path) -> None:
+    """The renaming itself on disk, where the system can do that."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a killed run was about to write. Only while no other run has the folder."""
+    for left in folder.glob(".*"):
+        if _UNFINISHED.fullmatch(left.name):
+            left.unlink(missing_ok=True)
+
+
+def write_compact_json(path: str | Path, value: Any) -> None:
+    """Write JSON without white space, atomically. Raises OSError."""
+    write_atomically(path, lambda file: file.write(json.dumps(value, separators=(",", ":")).encode()))

@@ -1,0 +1,1 @@
+"""Readers and loaders behind `datasets.py`."""

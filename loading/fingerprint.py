@@ -1,0 +1,34 @@
+"""What tells one data set from another."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from typing import Any
+
+from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import ImageFolder
+
+SAMPLED = 64  # files of a folder whose content is looked at to recognise it
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """What tells a data set from another: number of images, digest of names (or pixels) and classes, and, of images in
+    files, digest of the content of some."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.fingerprint
+    while not hasattr(dataset, "targets"):
+        dataset = dataset.dataset  # what wraps it
+    names, some = hashlib.sha256(), hashlib.sha256()
+    names.update(repr(list(map(int, dataset.targets))).encode())
+    if not isinstance(dataset, ImageFolder):
+        for image in getattr(dataset, "images", None) or dataset.data:
+            names.update(image.tobytes())
+        return dict(images=len(dataset.targets), names=names.hexdigest())
+    for path, _ in dataset.samples:
+        names.update(os.path.relpath(path, dataset.root).encode(errors="surrogateescape") + b"\n")
+    for path, _ in dataset.samples[:: max(1, len(dataset.samples) // SAMPLED)]:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            some.update(file.read())
+    return dict(images=len(dataset.samples), names=names.hexdigest(), some_files=some.hexdigest())

@@ -1,0 +1,80 @@
+"""An argument parser that explains itself, and the types of its values."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from runtime.console import complain
+
+
+def key_values(items: list[str], flag: str) -> dict[str, Any]:
+    """KEY=VALUE arguments as a dict, with values read as Python literals where possible. Raises ValueError."""
+    pairs = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not key or not equals:
+            raise ValueError(f"{flag}: {item!r} is not of the form KEY=VALUE")
+        try:
+            pairs[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            pairs[key] = text
+    return pairs
+
+
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with one line for a mistake, the closest flag for one that is unknown, and no abbreviations."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's; exits with code 2."""
+        found, left = self.parse_known_args(args, namespace)
+        if left:
+            flags = (word.partition("=")[0] for word in left if word.startswith("-"))
+            close = (difflib.get_close_matches(flag, self._option_string_actions, n=1) for flag in flags)
+            closest = ", ".join(name for names in close for name in names)
+            self.error(f"unrecognized arguments: {' '.join(left)}{f'; closest: {closest}' if closest else ''}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """One line instead of a page of usage; exit code 2."""
+        complain("error", f"{message} (--help lists all)")
+        self.exit(2)
+
+
+
+
+def boolean(text: str) -> bool:
+    """True or False, as in `--student_eval=True`."""
+    words = dict(true=True, yes=True, false=False, no=False) | {"1": True, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}")
+    return words[text.lower()]
+
+
+class KeyValues(argparse.Action):
+    """`--model-kwargs img_size=32 depth=6`: a dict."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        try:
+            setattr(namespace, self.dest, key_values(values, option))
+        except ValueError as error:
+            parser.error(str(error))
+
+
+def new_parser(description: str, epilog: str = "", module: str = "") -> argparse.ArgumentParser:
+    """module: of a program that runs with `python -m`."""
+    return Parser(prog=f"python -m {module}" if module else None, description=description, epilog=epilog)
+
+
+def amount(text: str) -> float:
+    """A number that may end in K, M or G, as in `4.2G`."""
+    factor = dict(K=1e3, M=1e6, G=1e9).get(text[-1:].upper(), 1)
+    return float(text[:-1] if factor > 1 else text) * factor

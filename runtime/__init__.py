@@ -1,0 +1,1 @@
+"""One process among many: ranks, heartbeat, seeds, folders, the screen, errors, and `run_script`."""

@@ -1,0 +1,69 @@
+"""How the processes of a run find one another."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from runtime import elastic
+from runtime.console import say
+from runtime.errors import RunFailed, first_line
+from runtime.run import current
+from runtime.seeds import seed_everything
+
+
+def init_distributed(device: str, timeout: float) -> torch.device:
+    """Join the process group that torchrun (or launch --use_env) describes; without one, a single process.
+
+    timeout: seconds after which a rank that does not answer ends the run. Raises ValueError for more processes on this
+    machine than it has GPUs.
+    """
+    device = torch.device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    if device.type == "cuda":
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(f"--nproc_per_node is {here} but this machine has {gpus} GPUs (or --device cpu)")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    limit = datetime.timedelta(seconds=timeout + 60)  # the heartbeat is first, and knows names
+    try:
+        current.join(_meet("nccl" if device.type == "cuda" else "gloo", timeout, limit))
+    except RuntimeError as error:
+        raise RunFailed(f"the processes did not find one another: {error}") from None
+    return device
+
+
+def _meet(backend: str, timeout: float, limit: datetime.timedelta) -> elastic.Heartbeat:
+    store, number, processes = next(dist.rendezvous("env://", timeout=limit))
+    store = elastic.arrive(store, number)
+    dist.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=limit)
+    own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                        wait_for_workers=False, timeout=limit)  # fmt: skip
+    prefix = dist.PrefixStore(f"heartbeat_{elastic.restarts()}", own)  # a connection that no other thread waits on
+    heartbeat = elastic.Heartbeat(prefix, number, processes, timeout)
+    dist.barrier()
+    heartbeat.begin()
+    return heartbeat
+
+
+
+
+def start_processes(args: Any) -> torch.device:
+    """Join the processes, seed them, and choose the device. Raises ValueError for one that is not there."""
+    wanted = args.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        wanted = "cpu"
+        say("no CUDA device here: running on the CPU")
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} is not usable: {first_line(error)}") from None
+    device = init_distributed(wanted, args.dist_timeout)
+    seed_everything(args.seed)
+    return device
