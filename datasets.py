@@ -3,6 +3,7 @@
 `args` is a Namespace with DeiT's names. Images come out as float32 (3, S, S), S = args.input_size, normalised with
 ImageNet's mean and standard deviation; targets are class indices.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -26,12 +27,6 @@ from runtime.console import say
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
 SMALL = 32  # pixels: up to this side, images are padded and cropped, not resized at random
-
-
-
-
-
-
 
 
 class Digits(Dataset):
@@ -89,8 +84,10 @@ def _unknown(spec: str) -> str:
     """What is wrong with a data set that there is none of, and what would be right."""
     source = spec.split("/")[0].lower()
     if source == "hfds":
-        return (f"--data-set {spec} needs Hugging Face's package called datasets, a name that a module of this project "
-                "has: write its images as a folder, python -m tools.to_shards FOLDER DIR, and take wds/NAME")
+        return (
+            f"--data-set {spec} needs Hugging Face's package called datasets, a name that a module of this project "
+            "has: write its images as a folder, python -m tools.to_shards FOLDER DIR, and take wds/NAME"
+        )
     if "/" in spec and difflib.get_close_matches(source, ["wds"], cutoff=0.5):
         return f"no data set {spec!r}; closest: {shards.PREFIX}{spec.split('/', 1)[1]}"
     closest = difflib.get_close_matches(spec.upper(), DATA_SETS, n=1, cutoff=0.7)
@@ -138,17 +135,17 @@ def _class_folders(split: Path) -> list[str]:
     return classes
 
 
-
-
 def _image_folder(is_train: bool, args: Any, transform: Callable) -> Dataset:
     root = _data_folder(args)
     split, other = (root / name for name in (("train", "val") if is_train else ("val", "train")))
     classes = _class_folders(split)
     if other.is_dir():
         others = _class_folders(other)
-        odd = [f"only in {here.name}/: {_some(sorted(set(mine) - set(theirs)))}"
-               for here, mine, theirs in ((split, classes, others), (other, others, classes))
-               if set(mine) - set(theirs)]  # fmt: skip
+        odd = [
+            f"only in {here.name}/: {_some(sorted(set(mine) - set(theirs)))}"
+            for here, mine, theirs in ((split, classes, others), (other, others, classes))
+            if set(mine) - set(theirs)
+        ]
         if odd:
             raise DataError(f"train/ and val/ of {root} must hold the same class folders; {'; '.join(odd)}")
     dataset = ImageFolder(split, transform=transform, loader=read_image, allow_empty=True)
@@ -156,10 +153,6 @@ def _image_folder(is_train: bool, args: Any, transform: Callable) -> Dataset:
     if empty := [name for i, name in enumerate(dataset.classes) if i not in filled]:
         raise DataError(f"class folders of {split} without images: {_some(empty)}; each needs at least one image")
     return dataset
-
-
-
-
 
 
 def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor]:
@@ -173,17 +166,23 @@ def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor
     """
     size = args.input_size
     if not is_train:
-        return transforms.Compose([
-            _resize(size if size <= SMALL else size * 256 // 224), transforms.CenterCrop(size), *_normalised(),
-        ])  # fmt: skip
+        return transforms.Compose(
+            [
+                _resize(size if size <= SMALL else size * 256 // 224),
+                transforms.CenterCrop(size),
+                *_normalised(),
+            ]
+        )
     if args.data_set == "DIGITS":
         say("DIGITS have their own augmentation: --aa, --color-jitter and --reprob have no effect on them")
-        return transforms.Compose([
-            _resize(size),
-            transforms.RandomAffine(degrees=10, scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR),
-            transforms.RandomCrop(size, padding=max(1, size // 8)),
-            *_normalised(),
-        ])  # fmt: skip
+        return transforms.Compose(
+            [
+                _resize(size),
+                transforms.RandomAffine(degrees=10, scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR),
+                transforms.RandomCrop(size, padding=max(1, size // 8)),
+                *_normalised(),
+            ]
+        )
     return _timm_transform(args)
 
 

@@ -1,4 +1,5 @@
 """The one training loop and the one evaluation, for every script."""
+
 from __future__ import annotations
 
 import contextlib
@@ -73,8 +74,11 @@ class FiniteGuard:
         for (batch, _), finite in zip(losses, sound[: len(losses)], strict=True):
             if not finite:
                 raise RunFailed(f"the loss of batch {batch} is not finite {where}")
-        odd = [name for (name, g), finite in zip(gradients, sound[len(losses) :], strict=True)
-               if not finite and not g.isfinite().all()]  # a norm may overflow where its values do not  # fmt: skip
+        odd = [
+            name
+            for (name, g), finite in zip(gradients, sound[len(losses) :], strict=True)
+            if not finite and not g.isfinite().all()
+        ]  # a norm may overflow where its values do not
         if odd and (not scaled or self.precision.overflowed(True)):
             name = odd[0].removeprefix("module.").removeprefix("model.")
             batches = f"batch {losses[0][0]}" + (f" to {losses[-1][0]}" if len(losses) > 1 else "")
@@ -84,8 +88,15 @@ class FiniteGuard:
 
 def progress_bar(iterable: Iterable, total: int, label: str, done: int = 0) -> tqdm:
     """A progress bar on a terminal of the main rank; silent elsewhere, where the log has the same figures."""
-    return tqdm(iterable, total=total, desc=label, leave=False, disable=None if is_main() else True,
-                dynamic_ncols=True, initial=done)  # fmt: skip
+    return tqdm(
+        iterable,
+        total=total,
+        desc=label,
+        leave=False,
+        disable=None if is_main() else True,
+        dynamic_ncols=True,
+        initial=done,
+    )
 
 
 def nothing(*_: Any) -> None:
@@ -239,8 +250,15 @@ def _received(batches: Iterator) -> Iterator:
         yield batch
 
 
-def _backward(model: nn.Module, criterion: Criterion, images: Tensor, targets: Tensor, precision: Precision,
-              mixup: Callable | None, weight: float) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+def _backward(
+    model: nn.Module,
+    criterion: Criterion,
+    images: Tensor,
+    targets: Tensor,
+    precision: Precision,
+    mixup: Callable | None,
+    weight: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Add weight x the gradients of one batch; returns its loss and the parts of it."""
     if mixup is not None:
         images, targets = mixup(images, targets)

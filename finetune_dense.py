@@ -1,4 +1,5 @@
 """Compact a pruned checkpoint into a dense model, and finetune, train from scratch or evaluate it."""
+
 from __future__ import annotations
 
 import argparse
@@ -41,14 +42,24 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     options.add_dense_training_args(parser, "where the run's folder is made (default: inside --finetune)")
     group = parser.add_argument_group("finetuning")
-    group.add_argument("--finetune", metavar="PATH", default="",
-                       help="folder of a pruning run, or a checkpoint (default: train --model itself, with --scratch)")
+    group.add_argument(
+        "--finetune",
+        metavar="PATH",
+        default="",
+        help="folder of a pruning run, or a checkpoint (default: train --model itself, with --scratch)",
+    )
     group.add_argument("--scratch", action="store_true", help="keep the widths but not the weights (default: off)")
     group.add_argument("--eval", action="store_true", help="print top-1 and top-5 of --finetune and end")
-    group.add_argument("--use-ema", action="store_true",
-                       help="take the moving average of --finetune's weights instead of the weights (default: off)")
-    group.add_argument("--asp", action="store_true",
-                       help="also a 2:4 sparse result, ASP_checkpoint.pth; with --eval, of --finetune (default: off)")
+    group.add_argument(
+        "--use-ema",
+        action="store_true",
+        help="take the moving average of --finetune's weights instead of the weights (default: off)",
+    )
+    group.add_argument(
+        "--asp",
+        action="store_true",
+        help="also a 2:4 sparse result, ASP_checkpoint.pth; with --eval, of --finetune (default: off)",
+    )
     return parser
 
 
@@ -177,16 +188,23 @@ def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[
     if run.transfer:
         summary = {}
     dims = run.model.dims
-    conditions = results.Conditions(**{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}
-                                     or dict(batch=args.batch_size, compiled=args.compile))  # fmt: skip
+    conditions = results.Conditions(
+        **{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}
+        or dict(batch=args.batch_size, compiled=args.compile)
+    )
     dense = is_dense(run.full, dims)
     measured = 1.0 if dense else results.measured_ratio(run.full, dims, conditions, run.device)
     predicted = 1.0 if dense else pruned.get("latency_predicted")
     name = "dense" if dense else "finetuned"
     summary[name] = results.stage(
-        run.full, dims, metrics["acc1"], predicted=predicted, measured=measured, conditions=conditions,
+        run.full,
+        dims,
+        metrics["acc1"],
+        predicted=predicted,
+        measured=measured,
+        conditions=conditions,
         device=run.device,
-    )  # fmt: skip
+    )
     write_json(run.folder / "dims.json", dims.to_dict())
     write_json(run.folder / "summary.json", summary)
     return summary[name]
@@ -201,12 +219,19 @@ def sparse(args: argparse.Namespace, run: Run, folder: Path) -> dict[str, Any]:
     conditions = results.Conditions(args.batch_size, dtype="bf16")
     measured = results.measured_sparse_ratio(run.full, model, conditions, run.device)
     dims = model.dims
-    result = results.stage(run.full, dims, top1, predicted=None, measured=measured, conditions=conditions,
-                           device=run.device)  # fmt: skip
+    result = results.stage(
+        run.full, dims, top1, predicted=None, measured=measured, conditions=conditions, device=run.device
+    )
     if is_main():
-        checkpoint.save(folder / "ASP_checkpoint.pth", arch=run.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
-                        model=model.state_dict(), metrics=dict(acc1=top1),
-                        args=resuming.saved_args(args, run.origin))  # fmt: skip
+        checkpoint.save(
+            folder / "ASP_checkpoint.pth",
+            arch=run.full.record,
+            dims=dims.to_dict(),
+            dim=dims.to_dim(),
+            model=model.state_dict(),
+            metrics=dict(acc1=top1),
+            args=resuming.saved_args(args, run.origin),
+        )
     speed = "no 2:4 kernels on this device" if measured is None else f"measured latency {measured:.3f} of dense"
     say(f"{folder / 'ASP_checkpoint.pth'}: 2:4 sparse, top-1 {top1:.2f}, {speed}")
     return result
@@ -216,8 +241,10 @@ def main(args: argparse.Namespace) -> None:
     run, parent = check_args(args)
     if args.eval:
         result = evaluate(run.model.to(run.device), run.data.val, make_precision(args, run.device), args.dist_eval)
-        say(f"{checkpoint_path(args.finetune)}: top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f}, "
-            f"loss {result['loss']:.4f} on {int(result['samples'])} images")
+        say(
+            f"{checkpoint_path(args.finetune)}: top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f}, "
+            f"loss {result['loss']:.4f} on {int(result['samples'])} images"
+        )
         if args.asp:
             sparse(args, run, checkpoint_path(args.finetune).parent)
         return

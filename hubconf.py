@@ -1,4 +1,5 @@
 """torch.hub entry: torch.hub.load(repo, "vit_from_checkpoint", path)."""
+
 from torch import nn
 
 from models.pretrained import load_dense

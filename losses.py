@@ -2,6 +2,7 @@
 
 Every loss takes logits of the class token and of the distillation token, each (B, classes).
 """
+
 from __future__ import annotations
 
 import torch
@@ -69,8 +70,15 @@ class NViTLoss(nn.Module):
     keeps the coefficient's weight for any number of classes. Returns the loss and its two parts, for the log.
     """
 
-    def __init__(self, original: DistillationLoss, original_coeff: float, teacher: nn.Module | None, kl_coeff: float,
-                 tau: float, per_token: bool) -> None:  # fmt: skip
+    def __init__(
+        self,
+        original: DistillationLoss,
+        original_coeff: float,
+        teacher: nn.Module | None,
+        kl_coeff: float,
+        tau: float,
+        per_token: bool,
+    ) -> None:
         super().__init__()
         self.original, self.original_coeff = original, original_coeff
         self.teacher, self.kl_coeff, self.tau, self.per_token = teacher, kl_coeff, tau, per_token

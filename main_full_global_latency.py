@@ -1,4 +1,5 @@
 """NViT: prune a pretrained ViT over embedding, heads, QK, V and MLP at once, until a latency target is reached."""
+
 from __future__ import annotations
 
 import argparse
@@ -80,8 +81,9 @@ def run_folder(args: argparse.Namespace, full: FullModel, label: str, cap: int) 
     for target in ("latency_target_ms", "macs_target", "params_target"):
         if (limit := getattr(args, target)) is not None:
             name += f"_{target}_{limit:g}"
-    defaults = dict(selection="published", saliency="weights", saliency_loss="training", align=None, compensate=None,
-                    tokens=None)  # fmt: skip
+    defaults = dict(
+        selection="published", saliency="weights", saliency_loss="training", align=None, compensate=None, tokens=None
+    )
     name += "".join(f"_{n}_{getattr(args, n)}" for n, value in defaults.items() if getattr(args, n) != value)
     return Path(args.output_dir) / f"{name}_ft_{args.epochs}"
 
@@ -102,11 +104,15 @@ def _load_table(args: argparse.Namespace, full: FullModel) -> LatencyTable | Swi
     if not args.tokens or is_swin(full.arch):
         return table
     if not table.tokens:
-        raise ValueError(f"--tokens: {table.name} knows one token count alone: build it with python -m "
-                         "latency.build_table … --tokens N N …")  # fmt: skip
+        raise ValueError(
+            f"--tokens: {table.name} knows one token count alone: build it with python -m "
+            "latency.build_table … --tokens N N …"
+        )
     if args.tokens != (way := "content" if (table.meta.get("model_kwargs") or {}).get("content_merge") else "place"):
-        raise ValueError(f"--tokens {args.tokens}: {table.name} was measured with tokens merged by {way}: build one "
-                         f"with python -m latency.build_table … --tokens N N … --merge {args.tokens}")  # fmt: skip
+        raise ValueError(
+            f"--tokens {args.tokens}: {table.name} was measured with tokens merged by {way}: build one "
+            f"with python -m latency.build_table … --tokens N N … --merge {args.tokens}"
+        )
     return table
 
 
@@ -120,8 +126,10 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
     else:
         nvit_options.check(args, problems)
     if args.pruning and not args.one_shot and not args.original_loss_coeff:
-        problems.add("--original_loss_coeff must be above 0: until the first event the student equals the full model, "
-                     "so that its KL ranks nothing")  # fmt: skip
+        problems.add(
+            "--original_loss_coeff must be above 0: until the first event the student equals the full model, "
+            "so that its KL ranks nothing"
+        )
     if not args.output_dir:
         problems.add("--output_dir is required")
     if args.start_epoch and not args.resume:
@@ -174,8 +182,10 @@ def check_args(args: argparse.Namespace) -> Setup:
     for axis, reason in left_alone(full.arch, **full.kwargs).items():
         say(f"{full.arch}: {axis} is left alone: {reason}")
     if (cleaned := table.monotone_report()).raised:
-        say(f"latency table: {cleaned.raised} of {cleaned.values} values lie below that of a narrower layer, by up to "
-            f"{cleaned.largest_change:.1%}; selection counts such a step as free")  # fmt: skip
+        say(
+            f"latency table: {cleaned.raised} of {cleaned.values} values lie below that of a narrower layer, by up to "
+            f"{cleaned.largest_change:.1%}; selection counts such a step as free"
+        )
     return Setup(device, full, data, model, cnn, table, config, pruner, folder, resumed, inputs)
 
 
@@ -209,21 +219,29 @@ def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: flo
     return summary
 
 
-def conclude(args: argparse.Namespace, setup: Setup, top1_dense: float, metrics: dict[str, Any],
-             write: Callable[[str], None]) -> None:  # fmt: skip
+def conclude(
+    args: argparse.Namespace, setup: Setup, top1_dense: float, metrics: dict[str, Any], write: Callable[[str], None]
+) -> None:
     """Check and measure the compact model, and write the results; metrics go into the checkpoint that `write` makes."""
     if not is_main():
         return
     masks = setup.pruner.masks
-    say(f"compact: widths {masks.dims.to_dim()}, relative difference to the masked model "
-        f"{check_compact(setup.model, masks):.1e}")
+    say(
+        f"compact: widths {masks.dims.to_dim()}, relative difference to the masked model "
+        f"{check_compact(setup.model, masks):.1e}"
+    )
     pruned = finish(args, setup, masks, top1_dense, metrics["acc1"])["pruned"]
     metrics |= pruned
     write("pruned_checkpoint.pth")
-    results.say_where(setup.folder, f"finetune_dense.py --finetune {shlex.quote(str(setup.folder))} "
-                                    f"{results.data_flags(args)} --original_loss_coeff 1 --kl_loss_coeff 100000")
-    say_result(f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {metrics['acc1']:.2f}, latency predicted "
-        f"{pruned['latency_predicted']:.3f}, measured {pruned['latency_measured']:.3f} of dense")
+    results.say_where(
+        setup.folder,
+        f"finetune_dense.py --finetune {shlex.quote(str(setup.folder))} "
+        f"{results.data_flags(args)} --original_loss_coeff 1 --kl_loss_coeff 100000",
+    )
+    say_result(
+        f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {metrics['acc1']:.2f}, latency predicted "
+        f"{pruned['latency_predicted']:.3f}, measured {pruned['latency_measured']:.3f} of dense"
+    )
 
 
 def prune_one_shot(args: argparse.Namespace, setup: Setup, precision: Precision, top1_dense: float) -> None:
@@ -231,8 +249,12 @@ def prune_one_shot(args: argparse.Namespace, setup: Setup, precision: Precision,
     resuming.start_anew(setup.folder, CHECKPOINT)
     provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
     conditions = results.Conditions.of(setup.table, args.batch_size)
-    found = one_shot.prune_(args, setup, calibration.images_of(args, setup.full),
-                            lambda dims: results.measured_ratio(setup.full, dims, conditions, setup.device))
+    found = one_shot.prune_(
+        args,
+        setup,
+        calibration.images_of(args, setup.full),
+        lambda dims: results.measured_ratio(setup.full, dims, conditions, setup.device),
+    )
     metrics = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
     append_log(setup.folder, epoch=0, **found, **results.log_line({}, metrics))
     conclude(args, setup, top1_dense, metrics, lambda name: one_shot.save(name, args, setup, metrics))
@@ -274,8 +296,13 @@ def main(args: argparse.Namespace) -> None:
     if setup.resumed:
         restore(setup, state)
     provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
-    keeper = resuming.Keeper(progress, setup.folder / CHECKPOINT, args.recovery_interval,
-                             partial(save, CHECKPOINT, args, setup, state), args.checkpoint_errors)  # fmt: skip
+    keeper = resuming.Keeper(
+        progress,
+        setup.folder / CHECKPOINT,
+        args.recovery_interval,
+        partial(save, CHECKPOINT, args, setup, state),
+        args.checkpoint_errors,
+    )
 
     def after_step(loss: Tensor) -> bool:
         if steps.after_step(loss):
@@ -291,25 +318,44 @@ def main(args: argparse.Namespace) -> None:
             steps.set_phase()
             with steps.curves.training(progress, images_per_update(args)):
                 stats = train_one_epoch(
-                    steps.student, steps.loss, loader, optimizer, precision, progress, seed=args.seed,
-                    accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,
-                    after_backward=steps.after_backward, after_step=after_step, log_interval=args.log_interval,
-                )  # fmt: skip
+                    steps.student,
+                    steps.loss,
+                    loader,
+                    optimizer,
+                    precision,
+                    progress,
+                    seed=args.seed,
+                    accumulate=args.grad_accum_steps,
+                    mixup=mixup,
+                    clip_grad=args.clip_grad,
+                    after_backward=steps.after_backward,
+                    after_step=after_step,
+                    log_interval=args.log_interval,
+                )
             with keeper.evaluating():
                 test = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
             epoch, ratio = progress.epoch, setup.pruner.ratio
             progress.next_epoch()
             state.metrics = test | dict(latency=ratio)
-            keeper.attempt(append_log, setup.folder, epoch=epoch, events=steps.events, latency=ratio,
-                           **results.log_line(stats, test))  # fmt: skip
+            keeper.attempt(
+                append_log,
+                setup.folder,
+                epoch=epoch,
+                events=steps.events,
+                latency=ratio,
+                **results.log_line(stats, test),
+            )
             keeper.attempt(steps.curves.epoch, results.log_line(stats, test), epoch)
             keeper.write()
             say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f}")
 
     # ---------------------------------------------------------------- result
     if setup.pruner.targets and not setup.pruner.reached:
-        way = ("nothing more may be removed (floors, or the count in --prune_dict)" if steps.exhausted else
-               f"go on with --resume {setup.folder / CHECKPOINT} and more --epochs")  # fmt: skip
+        way = (
+            "nothing more may be removed (floors, or the count in --prune_dict)"
+            if steps.exhausted
+            else f"go on with --resume {setup.folder / CHECKPOINT} and more --epochs"
+        )
         raise FailedTogether(f"{setup.pruner.progress()}: {way}")
     setup.model, setup.pruner.masks = steps.shrunk.expanded(steps.model, steps.masks)
     conclude(args, setup, top1_dense, state.metrics, lambda name: save(name, args, setup, state))

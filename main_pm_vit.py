@@ -1,4 +1,5 @@
 """Prune and Merge: compress the tokens of every block, finetune, evaluate, and measure the speed."""
+
 from __future__ import annotations
 
 import argparse
@@ -51,9 +52,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_run_args(parser, "folder of what --prune or finetuning writes")
     pm_vit_options.add_token_args(parser)
     parser.set_defaults(
-        model_ema=False, drop_path=0.0, aa="", lr=1e-4, min_lr=1e-6, warmup_lr=1e-5, epochs=100, start_epoch=None,
+        model_ema=False,
+        drop_path=0.0,
+        aa="",
+        lr=1e-4,
+        min_lr=1e-6,
+        warmup_lr=1e-5,
+        epochs=100,
+        start_epoch=None,
         teacher_model=None,
-    )  # fmt: skip
+    )
     return parser
 
 
@@ -77,39 +85,53 @@ def prune(args: argparse.Namespace, run: Run) -> None:
     if not is_main():
         return
     path = run.folder / "pruned_checkpoint.pth"
-    checkpoint.save(path, arch=dict(name=small.arch, kwargs=structural_kwargs(small.arch_kwargs) | run.full.kwargs),
-                    dims=small.dims.to_dict(), dim=small.dims.to_dim(), model=small.state_dict(),
-                    metrics=dict(acc1=after), args=resuming.saved_args(args, run.origin))  # fmt: skip
+    checkpoint.save(
+        path,
+        arch=dict(name=small.arch, kwargs=structural_kwargs(small.arch_kwargs) | run.full.kwargs),
+        dims=small.dims.to_dict(),
+        dim=small.dims.to_dim(),
+        model=small.state_dict(),
+        metrics=dict(acc1=after),
+        args=resuming.saved_args(args, run.origin),
+    )
     append_log(run.folder, dense_acc1=before, test_acc1=after, tokens=[b.tokens for b in small.dims.blocks])
     counts = " ".join(str(b.tokens) for b in small.dims.blocks)
-    say(f"tokens per block {counts} of {found.centres.shape[1] + model.num_prefix_tokens}, "
-        f"patches skipped {' '.join(map(str, found.skipped.sum(1).tolist()))}; top-1 {before:.2f} before")  # fmt: skip
+    say(
+        f"tokens per block {counts} of {found.centres.shape[1] + model.num_prefix_tokens}, "
+        f"patches skipped {' '.join(map(str, found.skipped.sum(1).tolist()))}; top-1 {before:.2f} before"
+    )
     start = {}
     if is_dense(run.full, model.dims):
         start["dense"] = stage(args, run, model.dims, before, measured=1.0)
     summarise(args, run, path, small.dims, start, pruned=after)
 
 
-def stage(args: argparse.Namespace, run: Run, dims: ViTDims, top1: float,
-          measured: float | None = None) -> dict[str, Any]:  # fmt: skip
+def stage(
+    args: argparse.Namespace, run: Run, dims: ViTDims, top1: float, measured: float | None = None
+) -> dict[str, Any]:
     """One object of summary.json; the latency is measured here unless it is known."""
     conditions = results.Conditions(args.batch_size, compiled=args.compile)
     predicted = measured  # there is no table: what is known is the dense model's
     measured = measured or results.measured_ratio(run.full, dims, conditions, run.device)
-    return results.stage(run.full, dims, top1, predicted=predicted, measured=measured, conditions=conditions,
-                         device=run.device)  # fmt: skip
+    return results.stage(
+        run.full, dims, top1, predicted=predicted, measured=measured, conditions=conditions, device=run.device
+    )
 
 
-def summarise(args: argparse.Namespace, run: Run, path: Path, dims: ViTDims, earlier: dict[str, Any],
-              **top1: float) -> None:  # fmt: skip
+def summarise(
+    args: argparse.Namespace, run: Run, path: Path, dims: ViTDims, earlier: dict[str, Any], **top1: float
+) -> None:
     """Write summary.json, with the `earlier` stages, and dims.json beside a finished checkpoint, and say the result."""
     ((name, accuracy),) = top1.items()
     result = stage(args, run, dims, accuracy)
     write_json(path.parent / "dims.json", dims.to_dict())
     write_json(path.parent / "summary.json", earlier | {name: result})
     if name == "pruned":
-        results.say_where(path.parent, f"main_pm_vit.py --resume {shlex.quote(str(path))} {results.data_flags(args)} "
-                                       f"--output_dir {shlex.quote(str(path.parent / 'finetuned'))}")  # fmt: skip
+        results.say_where(
+            path.parent,
+            f"main_pm_vit.py --resume {shlex.quote(str(path))} {results.data_flags(args)} "
+            f"--output_dir {shlex.quote(str(path.parent / 'finetuned'))}",
+        )
     else:
         results.say_where(path.parent, *results.after_training(path.parent))
     say_result(results.result_line(path, result))
@@ -127,8 +149,14 @@ def finetune(args: argparse.Namespace, run: Run) -> None:
     freeze_(args, run.model)
     metrics = train(steps.with_losses(args), run)
     if is_main():
-        summarise(args, run, run.folder / CHECKPOINT, run.model.dims, results.earlier(Path(args.resume).parent),
-                  finetuned=metrics["acc1"])  # fmt: skip
+        summarise(
+            args,
+            run,
+            run.folder / CHECKPOINT,
+            run.model.dims,
+            results.earlier(Path(args.resume).parent),
+            finetuned=metrics["acc1"],
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- eval and speed
@@ -137,16 +165,20 @@ def evaluated(args: argparse.Namespace, run: Run) -> None:
     result = evaluate(run.model.to(run.device), run.data.val, make_precision(args, run.device), args.dist_eval)
     counted = (run.model.arch, run.model.dims)
     kwargs = run.model.arch_kwargs
-    say(f"{args.resume}: top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f} on {int(result['samples'])} images, "
-        f"{macs(*counted, **kwargs) / 1e9:.3f} GMACs, {params(*counted, **kwargs):,} parameters")
+    say(
+        f"{args.resume}: top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f} on {int(result['samples'])} images, "
+        f"{macs(*counted, **kwargs) / 1e9:.3f} GMACs, {params(*counted, **kwargs):,} parameters"
+    )
 
 
 def speed(args: argparse.Namespace, full: FullModel, dims: ViTDims, device: torch.device) -> None:
     """Images per second of the dense and of the compressed model, interleaved; both with fused attention."""
     ratios, seconds = measured_ratios(full.arch, full.kwargs, [dims], args.batch_size, device, compiled=args.compile)
     dense = args.batch_size / seconds
-    say(f"{full.arch}, batch {args.batch_size}, fp32, {device_name(device)}: dense {dense:,.1f} images/s, "
-        f"compressed {dense / ratios[0]:,.1f} images/s, {1 / ratios[0]:.2f}x")  # fmt: skip
+    say(
+        f"{full.arch}, batch {args.batch_size}, fp32, {device_name(device)}: dense {dense:,.1f} images/s, "
+        f"compressed {dense / ratios[0]:,.1f} images/s, {1 / ratios[0]:.2f}x"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- arguments

@@ -1,4 +1,5 @@
 """SAViT: prune heads, MLP and embedding (QK and V widths too) together, down to a share of the model's MACs."""
+
 from __future__ import annotations
 
 import argparse
@@ -70,50 +71,130 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--epochs", type=int, default=1, help="nothing is trained here (default: 1)")
     group.add_argument("--finetune_op", type=int, choices=(2,), default=2, help="2 prunes and ends (default: 2)")
     group.add_argument("--pruning_per_iteration", type=int, default=100, help="one-shot pruning only (default: 100)")
-    group.add_argument("--pruning_flops_threshold", type=float, default=0.001,
-                       help="the budget is met to the last unit (default: 0.001)")
+    group.add_argument(
+        "--pruning_flops_threshold",
+        type=float,
+        default=0.001,
+        help="the budget is met to the last unit (default: 0.001)",
+    )
     return parser
 
 
 def _add_pruning_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pruning")
-    group.add_argument("--finetune", metavar="FILE", default="",
-                       help="weights to start from, a pruned checkpoint included (default: --initial-checkpoint)")
-    group.add_argument("--pruning_flops_percentage", metavar="SHARE", type=float, default=0.5,
-                       help="share of the starting model's MACs to remove, in (0, 1) (default: 0.5)")
-    group.add_argument("--pruning_layers", metavar="COMPONENTS", type=components, default=COMPONENTS[:3],
-                       help="0 heads, 1 mlp, 2 embed, 3 all three; or a list such as heads,mlp,embed,qk,v (default: 3)")
-    group.add_argument("--pruning_method", type=int, choices=tuple(METHODS), default=2,
-                       help="scores from 2 the batches' or 3 the images' gradients, squared (default: 2)")
-    group.add_argument("--pruning_feed_percent", metavar="SHARE", type=float, default=0.1,
-                       help="share of the training batches to score on, in (0, 1] (default: 0.1)")
-    group.add_argument("--pruning_protect", metavar="BOOL", type=options.boolean, default=True,
-                       help="keep the best units of every block and component, up to --pruning_floor (default: True)")
-    group.add_argument("--pruning_floor", metavar="SHARE", type=float, default=0.05,
-                       help="share of them to keep, at least one unit, in [0, 1) (default: 0.05)")
-    group.add_argument("--pruning_normalize_by_layer", action="store_true",
-                       help="divide the scores of every block and component by their norm (default: off)")
-    group.add_argument("--pruning_normalize_by_layer_type", type=int, choices=(1, 2), default=2,
-                       help="which: 1 for L1, 2 for L2 (default: 2)")
-    group.add_argument("--pruning_pickle_from", metavar="DIR", default="",
-                       help="importance files of an earlier run, in place of scoring (default: none)")
+    group.add_argument(
+        "--finetune",
+        metavar="FILE",
+        default="",
+        help="weights to start from, a pruned checkpoint included (default: --initial-checkpoint)",
+    )
+    group.add_argument(
+        "--pruning_flops_percentage",
+        metavar="SHARE",
+        type=float,
+        default=0.5,
+        help="share of the starting model's MACs to remove, in (0, 1) (default: 0.5)",
+    )
+    group.add_argument(
+        "--pruning_layers",
+        metavar="COMPONENTS",
+        type=components,
+        default=COMPONENTS[:3],
+        help="0 heads, 1 mlp, 2 embed, 3 all three; or a list such as heads,mlp,embed,qk,v (default: 3)",
+    )
+    group.add_argument(
+        "--pruning_method",
+        type=int,
+        choices=tuple(METHODS),
+        default=2,
+        help="scores from 2 the batches' or 3 the images' gradients, squared (default: 2)",
+    )
+    group.add_argument(
+        "--pruning_feed_percent",
+        metavar="SHARE",
+        type=float,
+        default=0.1,
+        help="share of the training batches to score on, in (0, 1] (default: 0.1)",
+    )
+    group.add_argument(
+        "--pruning_protect",
+        metavar="BOOL",
+        type=options.boolean,
+        default=True,
+        help="keep the best units of every block and component, up to --pruning_floor (default: True)",
+    )
+    group.add_argument(
+        "--pruning_floor",
+        metavar="SHARE",
+        type=float,
+        default=0.05,
+        help="share of them to keep, at least one unit, in [0, 1) (default: 0.05)",
+    )
+    group.add_argument(
+        "--pruning_normalize_by_layer",
+        action="store_true",
+        help="divide the scores of every block and component by their norm (default: off)",
+    )
+    group.add_argument(
+        "--pruning_normalize_by_layer_type",
+        type=int,
+        choices=(1, 2),
+        default=2,
+        help="which: 1 for L1, 2 for L2 (default: 2)",
+    )
+    group.add_argument(
+        "--pruning_pickle_from",
+        metavar="DIR",
+        default="",
+        help="importance files of an earlier run, in place of scoring (default: none)",
+    )
     group.add_argument("--pruning_silent", action="store_true", help="write no importance files (default: off)")
-    group.add_argument("--need_hessian", action=argparse.BooleanOptionalAction, default=None,
-                       help="interactions between components decide the ratios (default: off, or as the files of "
-                            "--pruning_pickle_from have them); without, the units' scores alone")
-    group.add_argument("--hessian_formula", choices=FORMULAS, default="joint",
-                       help="joint weighs units by importance, paper takes them as a random sample, published has "
-                            "that code's weights (default: joint)")
-    group.add_argument("--hessian_embed", metavar="F", type=float, default=6.0,
-                       help="divides the embedding's interactions, of the published formula (default: 6)")
-    group.add_argument("--hessian_form", choices=FORMS, default="exact",
-                       help="second derivatives, or finite differences in half the memory (default: exact)")
-    group.add_argument("--hessian_error", metavar="SHARE", type=float, default=0.1,
-                       help="relative standard error of every interaction to stop measuring at (default: 0.1)")
-    group.add_argument("--linear_term", action=argparse.BooleanOptionalAction, default=False,
-                       help="with interactions, the units' own gradients count too (default: off)")
-    group.add_argument("--search", choices=tuple(SEARCHES), default="grid",
-                       help="deterministic grid, or the published evolutionary search (default: grid)")
+    group.add_argument(
+        "--need_hessian",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="interactions between components decide the ratios (default: off, or as the files of "
+        "--pruning_pickle_from have them); without, the units' scores alone",
+    )
+    group.add_argument(
+        "--hessian_formula",
+        choices=FORMULAS,
+        default="joint",
+        help="joint weighs units by importance, paper takes them as a random sample, published has "
+        "that code's weights (default: joint)",
+    )
+    group.add_argument(
+        "--hessian_embed",
+        metavar="F",
+        type=float,
+        default=6.0,
+        help="divides the embedding's interactions, of the published formula (default: 6)",
+    )
+    group.add_argument(
+        "--hessian_form",
+        choices=FORMS,
+        default="exact",
+        help="second derivatives, or finite differences in half the memory (default: exact)",
+    )
+    group.add_argument(
+        "--hessian_error",
+        metavar="SHARE",
+        type=float,
+        default=0.1,
+        help="relative standard error of every interaction to stop measuring at (default: 0.1)",
+    )
+    group.add_argument(
+        "--linear_term",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="with interactions, the units' own gradients count too (default: off)",
+    )
+    group.add_argument(
+        "--search",
+        choices=tuple(SEARCHES),
+        default="grid",
+        help="deterministic grid, or the published evolutionary search (default: grid)",
+    )
 
 
 @dataclass
@@ -185,8 +266,10 @@ def _check_target(args: argparse.Namespace, model: nn.Module) -> None:
     if budget(args, model) < least:
         most = 1 - least / macs(model.arch, dims, **model.arch_kwargs)
         most = math.floor(1e4 * most) / 1e4
-        raise ValueError(f"--pruning_flops_percentage {args.pruning_flops_percentage} cannot be reached: removing "
-                         f"{', '.join(components)} down to the floors takes away at most {most:.4f}")  # fmt: skip
+        raise ValueError(
+            f"--pruning_flops_percentage {args.pruning_flops_percentage} cannot be reached: removing "
+            f"{', '.join(components)} down to the floors takes away at most {most:.4f}"
+        )
 
 
 def _check_scoring(args: argparse.Namespace, model: nn.Module, images: int) -> None:
@@ -231,16 +314,21 @@ def budget(args: argparse.Namespace, model: nn.Module) -> int:
     return int((1 - args.pruning_flops_percentage) * macs(model.arch, model.dims, **model.arch_kwargs))
 
 
-def select(args: argparse.Namespace, model: nn.Module, importance: Importance,
-           device: torch.device) -> tuple[Masks, Problem]:  # fmt: skip
+def select(
+    args: argparse.Namespace, model: nn.Module, importance: Importance, device: torch.device
+) -> tuple[Masks, Problem]:
     """What goes. Raises RunFailed where the search finds nothing."""
     dims = model.dims
     norm = args.pruning_normalize_by_layer_type if args.pruning_normalize_by_layer else None
     rankings = [savit.rank(importance, c, dims, floor_share(args), norm) for c in args.pruning_layers]
     objective = savit.objective(
-        importance, rankings, dims, formula=args.hessian_formula, linear=args.linear_term,
+        importance,
+        rankings,
+        dims,
+        formula=args.hessian_formula,
+        linear=args.linear_term,
         hessian_embed=args.hessian_embed,
-    )  # fmt: skip
+    )
     formula = MacsFormula.of(model.arch, dims, **model.arch_kwargs)
     problem = Problem(formula, dims, rankings, objective, budget(args, model))
     try:
@@ -261,8 +349,11 @@ def finish(args: argparse.Namespace, setup: Setup, start: ViTDims, dims: ViTDims
     write_json(setup.folder / "dims.json", dims.to_dict())
     write_json(setup.folder / "summary.json", summary)
     quoted = shlex.quote(str(setup.folder / "pruned_checkpoint.pth"))
-    results.say_where(setup.folder, f"main_savit_deploy.py --masked_model {quoted} {results.data_flags(args)} "
-                                    f"--output_dir {shlex.quote(str(setup.folder / 'finetuned'))}")  # fmt: skip
+    results.say_where(
+        setup.folder,
+        f"main_savit_deploy.py --masked_model {quoted} {results.data_flags(args)} "
+        f"--output_dir {shlex.quote(str(setup.folder / 'finetuned'))}",
+    )
     say_result(results.result_line(setup.folder / "pruned_checkpoint.pth", summary["pruned"]))
 
 
@@ -299,10 +390,16 @@ def main(args: argparse.Namespace) -> None:
     say(savit_log.lines(model, masks, problem)[-1])
     dims = masks.dims
     checkpoint.save(
-        setup.folder / "pruned_checkpoint.pth", arch=setup.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
-        masks=masks.state_dict(), model=model.state_dict(), rng=rng_state(), metrics=dict(acc1=after),
+        setup.folder / "pruned_checkpoint.pth",
+        arch=setup.full.record,
+        dims=dims.to_dict(),
+        dim=dims.to_dim(),
+        masks=masks.state_dict(),
+        model=model.state_dict(),
+        rng=rng_state(),
+        metrics=dict(acc1=after),
         args=vars(args) | dict(initial_checkpoint=setup.full.path),
-    )  # fmt: skip
+    )
     finish(args, setup, start, dims, (before, after))
 
 

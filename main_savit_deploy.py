@@ -1,4 +1,5 @@
 """SAViT: compact a pruned checkpoint into a dense model and finetune it with the published recipe."""
+
 from __future__ import annotations
 
 import argparse
@@ -37,28 +38,49 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_run_args(parser, "the run's folder; required")
     options.add_resume_args(parser, "ft_checkpoint.pth")
     group = parser.add_argument_group("finetuning")
-    group.add_argument("--masked_model", metavar="FILE", default="",
-                       help="pruned_checkpoint.pth of a pruning run; required")
+    group.add_argument(
+        "--masked_model", metavar="FILE", default="", help="pruned_checkpoint.pth of a pruning run; required"
+    )
     group = parser.add_argument_group("accepted, no effect")
     group.add_argument("--finetune_op", type=int, choices=(1,), default=1, help="1 finetunes (default: 1)")
-    group.add_argument("--pruning_flops_percentage", type=float, choices=(0.0,), default=0.0,
-                       help="0: nothing is pruned here (default: 0)")
+    group.add_argument(
+        "--pruning_flops_percentage",
+        type=float,
+        choices=(0.0,),
+        default=0.0,
+        help="0: nothing is pruned here (default: 0)",
+    )
     parser.set_defaults(model_ema=False)  # published
     return parser
 
 
 def _add_distillation_args(parser: argparse.ArgumentParser) -> None:
     group = options.add_cnn_args(parser)
-    group.add_argument("--teacher-model-full", metavar="NAME", default="",
-                       help="timm name of the full model (default: the pruned model's own)")
-    group.add_argument("--teacher-path-full", metavar="FILE", default="",
-                       help="its weights (default: those that were pruned)")
-    group.add_argument("--distillation-type-full", choices=("none", "soft"), default="none",
-                       help="soft distils from the full model (default: none)")
-    group.add_argument("--distillation-alpha-full", metavar="F", type=float, default=1e5,
-                       help="weight of its KL, a thousandth of it per batch-mean KL times tau^2 (default: 1e5)")
-    group.add_argument("--distillation-tau-full", metavar="T", type=float, default=0.05,
-                       help="temperature of its KL (default: 0.05)")
+    group.add_argument(
+        "--teacher-model-full",
+        metavar="NAME",
+        default="",
+        help="timm name of the full model (default: the pruned model's own)",
+    )
+    group.add_argument(
+        "--teacher-path-full", metavar="FILE", default="", help="its weights (default: those that were pruned)"
+    )
+    group.add_argument(
+        "--distillation-type-full",
+        choices=("none", "soft"),
+        default="none",
+        help="soft distils from the full model (default: none)",
+    )
+    group.add_argument(
+        "--distillation-alpha-full",
+        metavar="F",
+        type=float,
+        default=1e5,
+        help="weight of its KL, a thousandth of it per batch-mean KL times tau^2 (default: 1e5)",
+    )
+    group.add_argument(
+        "--distillation-tau-full", metavar="T", type=float, default=0.05, help="temperature of its KL (default: 0.05)"
+    )
 
 
 def _full_model(args: argparse.Namespace, parent: dict[str, Any]) -> FullModel:
@@ -81,10 +103,15 @@ def _teacher(args: argparse.Namespace, full: FullModel) -> FullModel:
         if not full.has_weights:
             raise ValueError("--distillation-type-full: no full model to distil from: give --teacher-path-full FILE")
         return full
-    teacher = read_full_model(argparse.Namespace(
-        model=args.teacher_model_full or (None if args.teacher_path_full else full.arch), input_size=None,
-        model_kwargs={}, initial_checkpoint=args.teacher_path_full, pretrained=not args.teacher_path_full,
-    ))  # fmt: skip
+    teacher = read_full_model(
+        argparse.Namespace(
+            model=args.teacher_model_full or (None if args.teacher_path_full else full.arch),
+            input_size=None,
+            model_kwargs={},
+            initial_checkpoint=args.teacher_path_full,
+            pretrained=not args.teacher_path_full,
+        )
+    )
     teacher.kwargs["num_classes"] = full.kwargs["num_classes"]
     return teacher
 
@@ -144,8 +171,9 @@ def finish(args: argparse.Namespace, run: Run, top1: float) -> None:
     conditions = results.Conditions(args.batch_size, compiled=args.compile)
     dims = run.model.dims
     measured = results.measured_ratio(run.full, dims, conditions, run.device)
-    summary["finetuned"] = results.stage(run.full, dims, top1, predicted=None, measured=measured,
-                                         conditions=conditions, device=run.device)  # fmt: skip
+    summary["finetuned"] = results.stage(
+        run.full, dims, top1, predicted=None, measured=measured, conditions=conditions, device=run.device
+    )
     write_json(run.folder / "dims.json", dims.to_dict())
     write_json(run.folder / "summary.json", summary)
     results.say_where(run.folder, *results.after_training(run.folder))

@@ -1,4 +1,5 @@
 """ReViT: train the redistributed widths that NViT discovers, or any widths of your own, from scratch."""
+
 from __future__ import annotations
 
 import argparse
@@ -22,26 +23,40 @@ from training.parts import drop_rate_kwargs, load_data
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
-        __doc__, "example: python revit_scratch.py --scratch --EMB 176 --data-path IMAGENET --kl_loss_coeff 0 "
-                 "--original_loss_coeff 1\n  --output_dir runs"  # fmt: skip
+        __doc__,
+        "example: python revit_scratch.py --scratch --EMB 176 --data-path IMAGENET --kl_loss_coeff 0 "
+        "--original_loss_coeff 1\n  --output_dir runs",
     )
     options.add_dense_training_args(parser, "where the run's folder is made; required")
     group = parser.add_argument_group("architecture")
-    group.add_argument("--EMB", metavar="WIDTH", type=int, default=768,
-                       help="embedding width that the redistribution rule starts from (default: 768)")
-    group.add_argument("--rule", choices=tuple(RULES), default="published",
-                       help="the published code's rule or the paper's (default: published)")
-    group.add_argument("--dims", metavar="FILE", default="",
-                       help="any widths instead of a rule's: a dims.json (default: none)")
-    group.add_argument("--scratch", action="store_true",
-                       help="required, as published: there are no weights to start from")
+    group.add_argument(
+        "--EMB",
+        metavar="WIDTH",
+        type=int,
+        default=768,
+        help="embedding width that the redistribution rule starts from (default: 768)",
+    )
+    group.add_argument(
+        "--rule",
+        choices=tuple(RULES),
+        default="published",
+        help="the published code's rule or the paper's (default: published)",
+    )
+    group.add_argument(
+        "--dims", metavar="FILE", default="", help="any widths instead of a rule's: a dims.json (default: none)"
+    )
+    group.add_argument(
+        "--scratch", action="store_true", help="required, as published: there are no weights to start from"
+    )
     return parser
 
 
 def run_folder(args: argparse.Namespace, dims: ViTDims) -> Path:
     """As published: the arguments that matter are in the name."""
-    name = (f"scratch_revit_EMB_{dims.embed}_{args.epochs}_lr_{args.lr}_a_{args.distillation_alpha}"
-            f"_T_{args.distillation_tau}")  # fmt: skip
+    name = (
+        f"scratch_revit_EMB_{dims.embed}_{args.epochs}_lr_{args.lr}_a_{args.distillation_alpha}"
+        f"_T_{args.distillation_tau}"
+    )
     return Path(args.output_dir) / (name + ("" if args.kl_loss_coeff else "_CNN_only"))
 
 
@@ -87,8 +102,15 @@ def main(args: argparse.Namespace) -> None:
         return
     conditions = results.Conditions(args.batch_size, compiled=args.compile)
     measured = results.measured_ratio(run.full, run.model.dims, conditions, run.device)
-    result = results.stage(run.full, run.model.dims, metrics["acc1"], predicted=None, measured=measured,
-                            conditions=conditions, device=run.device)  # fmt: skip
+    result = results.stage(
+        run.full,
+        run.model.dims,
+        metrics["acc1"],
+        predicted=None,
+        measured=measured,
+        conditions=conditions,
+        device=run.device,
+    )
     write_json(run.folder / "dims.json", run.model.dims.to_dict())
     write_json(run.folder / "summary.json", dict(finetuned=result))
     results.say_where(run.folder, *results.after_training(run.folder))

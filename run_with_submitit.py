@@ -2,6 +2,7 @@
 
 example: python run_with_submitit.py --nodes 4 --ngpus 8 --partition gpu finetune_dense.py --finetune RUN
 """
+
 from __future__ import annotations
 
 import argparse
@@ -20,28 +21,48 @@ from runtime import elastic
 from runtime.errors import BadArguments
 from runtime.script import run_script
 
-SCRIPTS = ("main_full_global_latency.py", "finetune_dense.py", "revit_scratch.py", "main_savit.py",
-           "main_savit_deploy.py", "main_pm_vit.py")  # fmt: skip
+SCRIPTS = (
+    "main_full_global_latency.py",
+    "finetune_dense.py",
+    "revit_scratch.py",
+    "main_savit.py",
+    "main_savit_deploy.py",
+    "main_pm_vit.py",
+)
 ROOT = Path(__file__).resolve().parent
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(__doc__)
     group = parser.add_argument_group("cluster")
-    group.add_argument("--cluster", default=None, choices=("slurm", "local", "debug"),
-                        help="where jobs run (default: slurm where it is installed, else local)")
+    group.add_argument(
+        "--cluster",
+        default=None,
+        choices=("slurm", "local", "debug"),
+        help="where jobs run (default: slurm where it is installed, else local)",
+    )
     group.add_argument("--ngpus", metavar="N", type=int, default=8, help="processes, and GPUs, per node (default: 8)")
     group.add_argument("--nodes", metavar="N", type=int, default=1, help="nodes (default: 1)")
-    group.add_argument("--timeout", metavar="MINUTES", type=int, default=2800,
-                        help="time limit, after which the job is queued again (default: 2800)")
+    group.add_argument(
+        "--timeout",
+        metavar="MINUTES",
+        type=int,
+        default=2800,
+        help="time limit, after which the job is queued again (default: 2800)",
+    )
     group.add_argument("--partition", metavar="NAME", default=None, help="SLURM partition (default: the cluster's)")
     group.add_argument("--constraint", metavar="FEATURE", default=None, help="e.g. volta32gb (default: none)")
     group.add_argument("--comment", metavar="TEXT", default=None, help="SLURM comment (default: none)")
     group.add_argument("--cpus", metavar="N", type=int, default=10, help="CPU cores per process (default: 10)")
-    group.add_argument("--mem_gb", metavar="N", type=int, default=None,
-                        help="memory per node in GB (default: 40 per process)")
-    group.add_argument("--job_dir", metavar="DIR", default="submitit/%j",
-                        help="submitit's logs, %%j is the job's number (default: submitit/%%j)")
+    group.add_argument(
+        "--mem_gb", metavar="N", type=int, default=None, help="memory per node in GB (default: 40 per process)"
+    )
+    group.add_argument(
+        "--job_dir",
+        metavar="DIR",
+        default="submitit/%j",
+        help="submitit's logs, %%j is the job's number (default: submitit/%%j)",
+    )
     parser.add_argument("script", choices=SCRIPTS, help="what to run")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its flags")
     return parser
@@ -87,10 +108,15 @@ def main(args: argparse.Namespace) -> None:
     executor = submitit.AutoExecutor(folder=args.job_dir, cluster=args.cluster, slurm_max_num_timeout=30)
     slurm = dict(partition=args.partition, constraint=args.constraint, comment=args.comment, signal_delay_s=120)
     executor.update_parameters(
-        name=Path(args.script).stem, nodes=args.nodes, tasks_per_node=args.ngpus, gpus_per_node=args.ngpus,
-        cpus_per_task=args.cpus, mem_gb=args.mem_gb or 40 * args.ngpus, timeout_min=args.timeout,
+        name=Path(args.script).stem,
+        nodes=args.nodes,
+        tasks_per_node=args.ngpus,
+        gpus_per_node=args.ngpus,
+        cpus_per_task=args.cpus,
+        mem_gb=args.mem_gb or 40 * args.ngpus,
+        timeout_min=args.timeout,
         **{f"slurm_{key}": value for key, value in slurm.items() if value is not None},
-    )  # fmt: skip
+    )
     job = executor.submit(Job(args.script, args.arguments))
     print(f"job {job.job_id} submitted, logs in {job.paths.folder}", flush=True)
     if executor.cluster != "slurm":

@@ -35,8 +35,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--measured", action="store_true", help="meet measured ratios, not the table's")
     parser.add_argument("--rows", type=Path, default=Path("runs/accuracy_rows.jsonl"), help="results, one row a line")
     usual = [method for method in METHODS if "tokens" not in method]
-    parser.add_argument("--methods", nargs="+", default=usual, choices=METHODS, metavar="METHOD",
-                        help=f"of {', '.join(METHODS)} (default: all but those of tokens, which need a table of them)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=usual,
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"of {', '.join(METHODS)} (default: all but those of tokens, which need a table of them)",
+    )
     parser.add_argument("--targets", nargs="+", type=float, default=[0.7, 0.5, 0.3], help="latency ratios")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="rows of each method")
     parser.add_argument("--calib", type=int, default=1024, help="calibration images")
@@ -115,8 +121,15 @@ def plot(rows: list[dict[str, Any]], dense: float, path: Path) -> None:
             targets = sorted({row["target"] for row in mine})
             points = [[row for row in mine if row["target"] == target] for target in targets]
             x, y = ([statistics.mean(row[name] for row in point) for point in points] for name in ("latency", key))
-            panel.plot(x, y, marker="o", markersize=4, linestyle="--" if method in PEERS else "-",
-                       color=plt.cm.tab20(2 * k % 20 + k // 10 % 2), label=method)  # fmt: skip
+            panel.plot(
+                x,
+                y,
+                marker="o",
+                markersize=4,
+                linestyle="--" if method in PEERS else "-",
+                color=plt.cm.tab20(2 * k % 20 + k // 10 % 2),
+                label=method,
+            )
         panel.set(xlabel="latency, share of the dense model's", title=title)
         panel.grid(alpha=0.25)
     panels[0, 0].set_ylabel(f"top-1 (%), dense {dense:.2f}")

@@ -6,6 +6,7 @@ Prints milliseconds per call of every route, interleaved in one process, the ker
 error of each against float64, and `<` at the route that the rule takes. q, k and v are slices of one fused product, as
 in the model.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -18,8 +19,21 @@ from models.attention import ROUTES, attend, route
 from runtime.console import table
 from runtime.device import device_name
 
-WIDTHS = [(64, 64), (32, 32), (16, 16), (8, 8), (20, 20), (12, 12), (32, 64), (64, 32), (8, 64), (64, 8), (24, 40),
-          (20, 28), (4, 32)]  # fmt: skip
+WIDTHS = [
+    (64, 64),
+    (32, 32),
+    (16, 16),
+    (8, 8),
+    (20, 20),
+    (12, 12),
+    (32, 64),
+    (64, 32),
+    (8, 64),
+    (64, 8),
+    (24, 40),
+    (20, 28),
+    (4, 32),
+]
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 Times the saves of one finetuning epoch (the newest and the best, each with optimizer and moving average, its checksum
 and the flush to disk) against the updates of that epoch, of which --steps are measured, and prints the share.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -60,16 +61,22 @@ def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=".") as folder:
         path = Path(folder) / "ft_checkpoint.pth"
         content = dict(
-            arch=dict(name=arch, kwargs=kwargs), dims=model.dims.to_dict(), model=model.state_dict(),
-            model_ema=model.state_dict(), optimizer=optimizer.state_dict(), rng=rng_state(),
-        )  # fmt: skip
+            arch=dict(name=arch, kwargs=kwargs),
+            dims=model.dims.to_dict(),
+            model=model.state_dict(),
+            model_ema=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            rng=rng_state(),
+        )
         save = timed(lambda: checkpoint.save(path, keep_older=True, **content), args.saves)
         plain = timed(lambda: torch.save(content, path), args.saves)
         size = path.stat().st_size
     epoch = step * (args.images // args.batch_size)
     print(f"one save of {size / 2**20:.1f} MiB: {1e3 * save:.0f} ms (torch.save alone {1e3 * plain:.0f} ms)")
-    print(f"an epoch of {args.images:,} images: {epoch:.1f} s without reading them; two saves are "
-          f"{200 * save / epoch:.2f} % of it")
+    print(
+        f"an epoch of {args.images:,} images: {epoch:.1f} s without reading them; two saves are "
+        f"{200 * save / epoch:.2f} % of it"
+    )
 
 
 if __name__ == "__main__":

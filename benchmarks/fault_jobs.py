@@ -1,4 +1,5 @@
 """The jobs of `benchmarks/faults.py`: what they are made from, their processes, and what they have written."""
+
 from __future__ import annotations
 
 import contextlib
@@ -19,10 +20,38 @@ from files import checkpoint
 from runtime.errors import RunFailed
 from runtime.script import run_script
 
-MODEL = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", "img_size=16", "patch_size=4", "embed_dim=32",
-         "depth=2", "num_heads=4"]  # fmt: skip
-PLAIN = ["--num_workers", "0", "--device", "cpu", "--mixup", "0", "--cutmix", "0", "--aa", "", "--color-jitter", "0",
-         "--reprob", "0", "--lr", "4e-3", "--kl_loss_coeff", "10000", "--original_loss_coeff", "1"]  # fmt: skip
+MODEL = [
+    "--model",
+    "deit_tiny_distilled_patch16_224",
+    "--model-kwargs",
+    "img_size=16",
+    "patch_size=4",
+    "embed_dim=32",
+    "depth=2",
+    "num_heads=4",
+]
+PLAIN = [
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--aa",
+    "",
+    "--color-jitter",
+    "0",
+    "--reprob",
+    "0",
+    "--lr",
+    "4e-3",
+    "--kl_loss_coeff",
+    "10000",
+    "--original_loss_coeff",
+    "1",
+]
 COMPARED = ("model", "model_ema", "masks", "optimizer", "lr_scheduler", "pruner", "epoch", "step", "rng", "dims")
 PER_CLASS = 24  # images of the job that reads files
 
@@ -30,8 +59,9 @@ PER_CLASS = 24  # images of the job that reads files
 class Process:
     """A forked process that runs a script's main, in a session of its own."""
 
-    def __init__(self, script: Any, flags: list[str], log: Path, patch: Callable[[], None] | None,
-                 environment: dict[str, str]) -> None:  # fmt: skip
+    def __init__(
+        self, script: Any, flags: list[str], log: Path, patch: Callable[[], None] | None, environment: dict[str, str]
+    ) -> None:
         self.log, self.code = log, None
         sys.stdout.flush()
         sys.stderr.flush()
@@ -39,8 +69,9 @@ class Process:
         if self.pid == 0:
             self._become(script, flags, patch, environment)
 
-    def _become(self, script: Any, flags: list[str], patch: Callable[[], None] | None,
-                environment: dict[str, str]) -> None:  # fmt: skip
+    def _become(
+        self, script: Any, flags: list[str], patch: Callable[[], None] | None, environment: dict[str, str]
+    ) -> None:
         code = 1
         try:
             os.setsid()
@@ -100,17 +131,35 @@ class Process:
 class Material:
     """What the jobs are made from, in a folder: dense weights, others, a table, a pruned model, images."""
 
-    def __init__(self, root: Path, epochs: int, prune: Any, tune: Any, dense: Path | None = None,
-                 pruned: Path | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, root: Path, epochs: int, prune: Any, tune: Any, dense: Path | None = None, pruned: Path | None = None
+    ) -> None:
         """dense, pruned: checkpoints that are there already (default: they are made)."""
         self.root, self.epochs, self.prune, self.tune = root, epochs, prune, tune
         self.table, self.images = root / "table.json", root / "images"
         self.table.write_text(json.dumps(_table()))
-        self.dense = dense or self._made(tune, "dense/*/ft_checkpoint.pth", [
-            "--scratch", *MODEL, "--data-set", "DIGITS", *PLAIN, "--kl_loss_coeff", "0", "--lr", "1e-2",
-            "--epochs", "2", "--output_dir", str(root / "dense")])  # fmt: skip
-        self.pruned = pruned or self._made(prune, "global_prune_*/pruned_checkpoint.pth",
-                                           [*self.prune_flags(4), "--output_dir", str(root)])  # fmt: skip
+        self.dense = dense or self._made(
+            tune,
+            "dense/*/ft_checkpoint.pth",
+            [
+                "--scratch",
+                *MODEL,
+                "--data-set",
+                "DIGITS",
+                *PLAIN,
+                "--kl_loss_coeff",
+                "0",
+                "--lr",
+                "1e-2",
+                "--epochs",
+                "2",
+                "--output_dir",
+                str(root / "dense"),
+            ],
+        )
+        self.pruned = pruned or self._made(
+            prune, "global_prune_*/pruned_checkpoint.pth", [*self.prune_flags(4), "--output_dir", str(root)]
+        )
         for split, train in (("train", True), ("val", False)):
             _write_images(self.images / split, Digits(train), PER_CLASS if train else PER_CLASS // 4)
 
@@ -121,11 +170,27 @@ class Material:
         return next(self.root.glob(result))
 
     def prune_flags(self, epochs: int) -> list[str]:
-        return ["--data-set", "DIGITS", *PLAIN, "--initial-checkpoint", str(self.dense), "--pruning",
-                "--latency_look_up_table", str(self.table), "--latency_target", "0.6",
-                "--latency_regularization", "1e-4",
-                "--prune_per_iter", "16", "--interval_prune", "3", "--student_eval=True",
-                "--epochs", str(4 * epochs)]  # fmt: skip
+        return [
+            "--data-set",
+            "DIGITS",
+            *PLAIN,
+            "--initial-checkpoint",
+            str(self.dense),
+            "--pruning",
+            "--latency_look_up_table",
+            str(self.table),
+            "--latency_target",
+            "0.6",
+            "--latency_regularization",
+            "1e-4",
+            "--prune_per_iter",
+            "16",
+            "--interval_prune",
+            "3",
+            "--student_eval=True",
+            "--epochs",
+            str(4 * epochs),
+        ]
 
     def other(self, path: Path) -> bytes:
         """The checkpoint with other weights."""
@@ -178,8 +243,13 @@ class Job:
         if self.name == "images":
             data = ["--data-set", "IMNET", "--data-path", str(self.images)]
         if self.name == "prune":
-            own = [*self.material.prune_flags(self.material.epochs), "--output_dir", str(self.folder),
-                   "--batch-size", "64"]  # fmt: skip
+            own = [
+                *self.material.prune_flags(self.material.epochs),
+                "--output_dir",
+                str(self.folder),
+                "--batch-size",
+                "64",
+            ]
         else:
             own = [*data, *PLAIN, "--finetune", str(self.folder), "--epochs", str(self.material.epochs)]
         batch = dict(prune="64", tune="64", ranks="32", images="16")[self.name]
@@ -191,8 +261,9 @@ class Job:
         found = [*self.folder.glob(f"*/{newest}"), *self.folder.glob(f"*/{newest.replace('.pth', '.older.pth')}")]
         return found
 
-    def start(self, patch: Callable[[], None] | None = None, more: list[str] | None = None,
-              **environment: str) -> Process:  # fmt: skip
+    def start(
+        self, patch: Callable[[], None] | None = None, more: list[str] | None = None, **environment: str
+    ) -> Process:
         self.started += 1
         log = self.root / f"log_{self.started}"
         return Process(self.script, [*self.flags(), *(more or [])], log, patch, environment)
@@ -253,5 +324,5 @@ class Job:
     def tracebacks(self) -> str:
         for log in sorted(self.root.glob("log_*")):
             if "Traceback (most recent call last)" in (text := log.read_text(errors="replace")):
-                return f"{log.name}: {text[text.index('Traceback'):][-300:]}"
+                return f"{log.name}: {text[text.index('Traceback') :][-300:]}"
         return ""

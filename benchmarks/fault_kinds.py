@@ -3,6 +3,7 @@
 A fault is a function (job, rng) -> what it did, in words. It may start the job any number of times; what it leaves
 behind is then gone on with, undisturbed, and compared with what an undisturbed run writes.
 """
+
 from __future__ import annotations
 
 import itertools

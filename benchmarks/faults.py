@@ -8,6 +8,7 @@ written yet, to its end; weights, masks, optimizer, generators and log are then 
 traceback anywhere is a failure, and so is a run that ends well with another result. Rows that --rows holds are not
 repeated.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -120,8 +121,11 @@ def main(args: argparse.Namespace) -> None:
             name = OF_KIND.get(kind, TURNS[(number + list(KINDS).index(kind)) % 2])
             if name not in references:
                 references[name] = undisturbed(material, name)
-                print(f"{name}: {references[name].seconds:.1f} s undisturbed, {references[name].operations} steps of "
-                      "saves", flush=True)  # fmt: skip
+                print(
+                    f"{name}: {references[name].seconds:.1f} s undisturbed, {references[name].operations} steps of "
+                    "saves",
+                    flush=True,
+                )
             rows.append(inject(references[name], kind, number, args.seed))
             with open(args.rows, "a") as file:
                 file.write(json.dumps(rows[-1]) + "\n")

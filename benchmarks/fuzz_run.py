@@ -3,6 +3,7 @@
 With atheris, where it is installed, guided by the coverage of this project's modules and begun at valid inputs; else
 with hypothesis, on valid inputs with something odd in them. What fails is printed, and the exit code is not 0.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,8 +24,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=NAMES, help="what reads the inputs")
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: 10)")
-    parser.add_argument("--with", dest="engine", choices=("atheris", "hypothesis"), default=None,
-                        help="(default: atheris where it is installed)")
+    parser.add_argument(
+        "--with",
+        dest="engine",
+        choices=("atheris", "hypothesis"),
+        default=None,
+        help="(default: atheris where it is installed)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of hypothesis (default: 0)")
     return parser
 
@@ -51,8 +57,13 @@ def with_hypothesis(name: str, minutes: float, start: int) -> int:
     while time.monotonic() < end:
 
         @seed(start + done)
-        @settings(max_examples=BATCH, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-                  phases=(Phase.generate, Phase.shrink))  # fmt: skip
+        @settings(
+            max_examples=BATCH,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            phases=(Phase.generate, Phase.shrink),
+        )
         @given(STRATEGIES[name])
         def batch(data: object) -> None:
             TARGETS[name](data)
@@ -65,8 +76,10 @@ def with_hypothesis(name: str, minutes: float, start: int) -> int:
 def main(args: argparse.Namespace) -> None:
     installed = importlib.util.find_spec("atheris") is not None
     if args.engine == "atheris" and not installed:
-        print("error: atheris is not installed (pip install atheris); --with hypothesis needs nothing more",
-              file=sys.stderr)  # fmt: skip
+        print(
+            "error: atheris is not installed (pip install atheris); --with hypothesis needs nothing more",
+            file=sys.stderr,
+        )
         sys.exit(2)
     if args.engine != "hypothesis" and installed:
         with_atheris(args.target, args.minutes)

@@ -3,6 +3,7 @@
 A target takes bytes (or a list of arguments) and returns; the errors that users see as one line are its normal end.
 Whatever else comes out of it is a bug. `STRATEGIES` makes inputs for hypothesis: valid ones, with something odd inside.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -30,9 +31,17 @@ from pruning.config import PruningConfig, load_config
 from recipes import pm_vit_options
 from runtime.errors import Problems
 
-SCRIPTS = {name: importlib.import_module(name) for name in (
-    "main_full_global_latency", "finetune_dense", "revit_scratch", "main_savit", "main_savit_deploy", "main_pm_vit",
-)}  # fmt: skip
+SCRIPTS = {
+    name: importlib.import_module(name)
+    for name in (
+        "main_full_global_latency",
+        "finetune_dense",
+        "revit_scratch",
+        "main_savit",
+        "main_savit_deploy",
+        "main_pm_vit",
+    )
+}
 ARCH = "deit_tiny_distilled_patch16_224"
 KWARGS = dict(img_size=8, patch_size=4, embed_dim=8, depth=1, num_heads=2, num_classes=3)
 
@@ -103,20 +112,51 @@ TARGETS = dict(table=table, dims=dims, config=config, checkpoint=checkpoints, ar
 DIMS = dict(embed=8, blocks=[dict(heads=2, qk=4, v=4, mlp=32, tokens=6)])
 DIM = dict(EMB=8, head=[2], QK=[4], V=[4], MLP=[32])
 STAGES = dict(stages=[DIMS | dict(blocks=2 * DIMS["blocks"]), DIMS])
-TABLE = {"EMB_4": {"QK_1_1": {"V_1": {"MLP_1": 1e-6, "MLP_32": 2e-6}, "V_4": {"MLP_1": 1e-6, "MLP_32": 2e-6}}},
-         "EMB_8": {"QK_1_1": {"V_1": {"MLP_1": 1e-6, "MLP_32": 2e-6}, "V_4": {"MLP_1": 1e-6, "MLP_32": 2e-6}}},
-         "_meta": dict(device="x", batch=4, tokens=6), "_overhead": {"EMB_8": 1e-6}}  # fmt: skip
+TABLE = {
+    "EMB_4": {"QK_1_1": {"V_1": {"MLP_1": 1e-6, "MLP_32": 2e-6}, "V_4": {"MLP_1": 1e-6, "MLP_32": 2e-6}}},
+    "EMB_8": {"QK_1_1": {"V_1": {"MLP_1": 1e-6, "MLP_32": 2e-6}, "V_4": {"MLP_1": 1e-6, "MLP_32": 2e-6}}},
+    "_meta": dict(device="x", batch=4, tokens=6),
+    "_overhead": {"EMB_8": 1e-6},
+}
 TOKENS = {"TOK_4": {"EMB_8": TABLE["EMB_8"]}, "TOK_6": {"EMB_8": TABLE["EMB_8"]}}
-WORDS = st.sampled_from(["", "x", "nan", "inf", "-1", "0", "1", "1e999", "9" * 30, "9" * 5000, "True", "{", '{"G":1}',
-                         "\0", "a=b", "=", "4.2G", "K", "heads", "é", "--"])  # fmt: skip
+WORDS = st.sampled_from(
+    [
+        "",
+        "x",
+        "nan",
+        "inf",
+        "-1",
+        "0",
+        "1",
+        "1e999",
+        "9" * 30,
+        "9" * 5000,
+        "True",
+        "{",
+        '{"G":1}',
+        "\0",
+        "a=b",
+        "=",
+        "4.2G",
+        "K",
+        "heads",
+        "é",
+        "--",
+    ]
+)
 LEAVES = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=6),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=6),
     st.sampled_from([0, -1, 1, 10**6, 10**9, 10**30, 2**63, -(2**63), math.nan, math.inf, 1e308, "", "EMB_8", [], {}]),
-)  # fmt: skip
+)
 VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 @st.composite
@@ -175,11 +215,18 @@ def valid_checkpoint() -> dict[str, Any]:
     torch.manual_seed(0)
     model = build_vit(ARCH, **KWARGS)
     return dict.fromkeys(checkpoint.KEYS) | dict(
-        format=dict(checkpoint.FORMAT), arch=dict(name=ARCH, kwargs=KWARGS), dims=model.dims.to_dict(),
-        dim=model.dims.to_dim(), model=dict(model.state_dict()), epoch=1, step=9, metrics=dict(acc1=50.0),
+        format=dict(checkpoint.FORMAT),
+        arch=dict(name=ARCH, kwargs=KWARGS),
+        dims=model.dims.to_dict(),
+        dim=model.dims.to_dim(),
+        model=dict(model.state_dict()),
+        epoch=1,
+        step=9,
+        metrics=dict(acc1=50.0),
         masks={axis: torch.ones(n, dtype=torch.bool) for axis, n in model.dims.sizes().items()},
-        args=dict(lr=0.1, initial_checkpoint="x.pth"), optimizer=dict(state={0: dict(step=1)}, param_groups=[]),
-    )  # fmt: skip
+        args=dict(lr=0.1, initial_checkpoint="x.pth"),
+        optimizer=dict(state={0: dict(step=1)}, param_groups=[]),
+    )
 
 
 def _bytes(content: Any) -> bytes:
@@ -222,8 +269,15 @@ def _signed(content: Any) -> Any:
 
 @cache
 def _flags() -> list[str]:
-    return sorted({flag for script in SCRIPTS.values() for action in script.get_args_parser()._actions
-                   for flag in action.option_strings if flag not in ("-h", "--help")})  # fmt: skip
+    return sorted(
+        {
+            flag
+            for script in SCRIPTS.values()
+            for action in script.get_args_parser()._actions
+            for flag in action.option_strings
+            if flag not in ("-h", "--help")
+        }
+    )
 
 
 @st.composite
@@ -237,10 +291,15 @@ def lists(draw: Any) -> list[str]:
     return words
 
 
-CONFIGS = [dict(criterion="taylor_sq", momentum=0.9, group_size=PruningConfig().group_size),
-           dict(method=23, pruning_momentum=0.9, group_size=16)]  # fmt: skip
+CONFIGS = [
+    dict(criterion="taylor_sq", momentum=0.9, group_size=PruningConfig().group_size),
+    dict(method=23, pruning_momentum=0.9, group_size=16),
+]
 STRATEGIES = dict(
-    table=texts([TABLE, TOKENS]), dims=texts([DIMS, DIM, STAGES]), config=texts(CONFIGS), checkpoint=files(),
+    table=texts([TABLE, TOKENS]),
+    dims=texts([DIMS, DIM, STAGES]),
+    config=texts(CONFIGS),
+    checkpoint=files(),
     arguments=lists(),
 )
 

@@ -6,6 +6,7 @@ The model by hand is a plain timm-style ViT of fixed widths without options. Its
 kernel as called, the same padded to equal widths, and plain matrix products, chosen per block by a measurement when it
 is built. Prints the paired ratio of throughputs, ours over by hand, and of the compact model over the dense one.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -29,10 +30,14 @@ BUILDS = 3
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="deit_small_patch16_224",
-                        help="timm name of the dense model (default: deit_small_patch16_224)")
-    parser.add_argument("--model-kwargs", nargs="*", default=[], metavar="K=V",
-                        help="timm arguments of it (default: none)")
+    parser.add_argument(
+        "--model",
+        default="deit_small_patch16_224",
+        help="timm name of the dense model (default: deit_small_patch16_224)",
+    )
+    parser.add_argument(
+        "--model-kwargs", nargs="*", default=[], metavar="K=V", help="timm arguments of it (default: none)"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="images per call (default: 8)")
     parser.add_argument("--random", type=int, default=10, help="architectures")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")

@@ -5,6 +5,7 @@
 The table says model, batch, dtype and whether it is compiled. Widths come from a pruning run without training: saliency
 of freshly initialised weights on random images, λ as published, groups removed until each target is met.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,8 +32,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", help="a table of this device")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.54, 0.50, 0.39, 0.19], help="ratios to dense")
-    parser.add_argument("--latency_regularization", type=float, default=5e-4,
-                        help="lambda of saliency - lambda x latency (default: 5e-4)")
+    parser.add_argument(
+        "--latency_regularization",
+        type=float,
+        default=5e-4,
+        help="lambda of saliency - lambda x latency (default: 5e-4)",
+    )
     parser.add_argument("--prune_per_event", type=int, default=2, help="groups")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"measurements of each (default: {ROUNDS})")
     parser.add_argument("--builds", type=int, default=BUILDS, help=f"fresh builds of every model (default: {BUILDS})")
@@ -54,13 +59,18 @@ def saliency(arch: str, kwargs: dict, device: torch.device) -> dict[str, torch.T
     return scores.close_window()
 
 
-def choose(lut: LatencyTable, dense: ViTDims, scores: dict[str, torch.Tensor], target: float,
-           args: argparse.Namespace) -> tuple[ViTDims, float]:  # fmt: skip
+def choose(
+    lut: LatencyTable, dense: ViTDims, scores: dict[str, torch.Tensor], target: float, args: argparse.Namespace
+) -> tuple[ViTDims, float]:
     """(widths that meet the target, seconds that the selection took)."""
     pruner = GlobalPruner(
-        Masks(dense), lut, PruningConfig().group_sizes(dense), regularization=args.latency_regularization,
-        target=target, per_event=args.prune_per_event,
-    )  # fmt: skip
+        Masks(dense),
+        lut,
+        PruningConfig().group_sizes(dense),
+        regularization=args.latency_regularization,
+        target=target,
+        per_event=args.prune_per_event,
+    )
     begin = time.perf_counter()
     while not pruner.reached and pruner.event(scores).groups:
         pass
@@ -83,15 +93,42 @@ def main(args: argparse.Namespace) -> None:
     rows = []
     for target, dims, measured in zip(args.targets, chosen, ratios, strict=True):
         predicted = lut.ratio(dims, dense)
-        rows.append([f"{target:g}", f"{predicted:.4f}", f"{measured:.4f}", f"{predicted / measured - 1:+.1%}",
-                     f"{1 / predicted:.2f}x", f"{1 / measured:.2f}x", f"{batch / (seconds * measured):,.0f}",
-                     f"{macs(arch, dims, **kwargs) / 1e9:.2f}", f"{params(arch, dims, **kwargs) / 1e6:.1f}",
-                     str(dims.embed)])  # fmt: skip
+        rows.append(
+            [
+                f"{target:g}",
+                f"{predicted:.4f}",
+                f"{measured:.4f}",
+                f"{predicted / measured - 1:+.1%}",
+                f"{1 / predicted:.2f}x",
+                f"{1 / measured:.2f}x",
+                f"{batch / (seconds * measured):,.0f}",
+                f"{macs(arch, dims, **kwargs) / 1e9:.2f}",
+                f"{params(arch, dims, **kwargs) / 1e6:.1f}",
+                str(dims.embed),
+            ]
+        )
     how = f", compiled ({compiled})" if compiled else ""
-    print(f"{arch}, {device_name(device)}, batch {batch}, {dtype}{how}, torch {torch.__version__}; dense "
-          f"{1e3 * seconds:.2f} ms, {batch / seconds:,.0f} images/s")  # fmt: skip
-    print(table(["target", "predicted", "measured", "error", "predicted speed-up", "measured", "images/s", "GMACs",
-                 "M params", "embed"], rows))  # fmt: skip
+    print(
+        f"{arch}, {device_name(device)}, batch {batch}, {dtype}{how}, torch {torch.__version__}; dense "
+        f"{1e3 * seconds:.2f} ms, {batch / seconds:,.0f} images/s"
+    )
+    print(
+        table(
+            [
+                "target",
+                "predicted",
+                "measured",
+                "error",
+                "predicted speed-up",
+                "measured",
+                "images/s",
+                "GMACs",
+                "M params",
+                "embed",
+            ],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

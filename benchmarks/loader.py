@@ -5,6 +5,7 @@
 The flags of data, augmentation and model are the training scripts'. The first batches, with which loader processes
 start and kernels are chosen, do not count.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -94,12 +95,16 @@ def main(args: argparse.Namespace) -> None:
         raise BadArguments([f"--batches must be at least 1, not {args.batches}"])
     images, targets = (t.to(device) for t in next(iter(data.train)))
     model = full.build(**drop_rate_kwargs(args)).to(device).train()
-    rates = dict(loader=loading(data.train, args.batches),
-                 step=stepping(model, images, targets, make_precision(args, device), args.batches))  # fmt: skip
+    rates = dict(
+        loader=loading(data.train, args.batches),
+        step=stepping(model, images, targets, make_precision(args, device), args.batches),
+    )
     say(table(["", "images/s"], [[name, f"{rate:,.0f}"] for name, rate in rates.items()]))
     verdict = "keeps up with" if rates["loader"] >= rates["step"] else "is slower than"
-    say(f"{args.data_set}, batch {args.batch_size}, {args.num_workers} loader processes, {device_name(device)}: the "
-        f"loader {verdict} the model")  # fmt: skip
+    say(
+        f"{args.data_set}, batch {args.batch_size}, {args.num_workers} loader processes, {device_name(device)}: the "
+        f"loader {verdict} the model"
+    )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,11 @@ from runtime.device import device_name
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="deit_small_patch16_224",
-                        help="timm name of the dense model (default: deit_small_patch16_224)")
+    parser.add_argument(
+        "--model",
+        default="deit_small_patch16_224",
+        help="timm name of the dense model (default: deit_small_patch16_224)",
+    )
     parser.add_argument("--images", type=int, default=256, help="calibration images (default: 256)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per call (default: 32)")
     parser.add_argument("--target", type=float, default=0.5, help="ratio of the dense model's seconds (default: 0.5)")
@@ -39,8 +42,10 @@ def table_of_macs(dims: ViTDims) -> LatencyTable:
     """A table whose seconds follow the widths."""
     block, tokens = dims.blocks[0], dims.blocks[0].tokens
     points = dict(e=(1, dims.embed), h=(1, block.heads), q=(1, block.qk), v=(1, block.v), m=(1, block.mlp))
-    seconds = {f"attention/EMB_{e}/QK_{h}_{q}/V_{v}": 1e-9 * h * (q + v) * (2 * e + tokens)
-               for e, h, q, v in product(*(points[k] for k in "ehqv"))}  # fmt: skip
+    seconds = {
+        f"attention/EMB_{e}/QK_{h}_{q}/V_{v}": 1e-9 * h * (q + v) * (2 * e + tokens)
+        for e, h, q, v in product(*(points[k] for k in "ehqv"))
+    }
     seconds |= {f"mlp/EMB_{e}/MLP_{m}": 2e-9 * e * m for e, m in product(points["e"], points["m"])}
     return LatencyTable.of_parts(seconds | {f"overhead/EMB_{e}": 1e-9 * e for e in points["e"]}, {})
 

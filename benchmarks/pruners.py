@@ -47,8 +47,9 @@ GRADIENT = {  # what each changes of the published rule
     "value-compensate": dict(selection=ValuePruner, compensate=True),
     "value-gate-samples-compensate": dict(selection=ValuePruner, saliency="gate_samples", compensate=True),
     "gradient-all": dict(selection=ValuePruner, saliency="gate_samples", teacher=True, align="all", compensate=True),
-    "gradient-all-blocks": dict(selection=ValuePruner, saliency="gate_samples", teacher=True, align="blocks",
-                                compensate=True),
+    "gradient-all-blocks": dict(
+        selection=ValuePruner, saliency="gate_samples", teacher=True, align="blocks", compensate=True
+    ),
     "gradient-all-published-selection": dict(saliency="gate_samples", teacher=True, align="all", compensate=True),
     "random": dict(saliency="random"),
 }
@@ -145,8 +146,17 @@ def _scores(model: nn.Module, saliency: EventMean, images: Tensor, labels: Tenso
 class Gradient:
     """Scores by gradients, and a cut by them: the published rule with the changes of a row of GRADIENT."""
 
-    def __init__(self, bench: Bench, seed: int, *, align: str = "", compensate: bool = False, teacher: bool = False,
-                 saliency: str = "weights", selection: type[GlobalPruner] = GlobalPruner) -> None:  # fmt: skip
+    def __init__(
+        self,
+        bench: Bench,
+        seed: int,
+        *,
+        align: str = "",
+        compensate: bool = False,
+        teacher: bool = False,
+        saliency: str = "weights",
+        selection: type[GlobalPruner] = GlobalPruner,
+    ) -> None:
         torch.manual_seed(seed)
         self.bench, self.compensate, self.selection = bench, compensate, selection
         images, labels = bench.calibration(seed)
@@ -157,8 +167,10 @@ class Gradient:
         self.groups = config.group_sizes(self.dense.dims)
         self.regularization = 0.0 if saliency == "random" or selection is ValuePruner else LAMBDA
         if saliency == "random":
-            self.scores = {axis: torch.rand(n, dtype=torch.float64) / self.groups[axis]
-                           for axis, n in self.dense.dims.sizes().items()}  # fmt: skip
+            self.scores = {
+                axis: torch.rand(n, dtype=torch.float64) / self.groups[axis]
+                for axis, n in self.dense.dims.sizes().items()
+            }
             return
         scored = copy.deepcopy(self.dense)
         if saliency == "weights":
@@ -172,8 +184,14 @@ class Gradient:
     @torch.no_grad()
     def __call__(self, target: float) -> nn.Module:
         masks = Masks(self.dense.dims)
-        pruner = self.selection(masks, self.bench.table, self.groups, regularization=self.regularization,
-                                target=target, per_event=GROUPS_AT_ONCE)  # fmt: skip
+        pruner = self.selection(
+            masks,
+            self.bench.table,
+            self.groups,
+            regularization=self.regularization,
+            target=target,
+            per_event=GROUPS_AT_ONCE,
+        )
         while not (event := pruner.event(self.scores)).reached and event.groups:
             pass
         if not event.reached:
@@ -195,8 +213,15 @@ class OneShot:
     """This project's one-shot pruning: aligned, priced, allocated, and refitted or not; of widths, tokens or both,
     tokens merged by place or by content."""
 
-    def __init__(self, bench: Bench, seed: int, refit: bool = True, widths: bool = True, tokens: bool = False,
-                 content: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        bench: Bench,
+        seed: int,
+        refit: bool = True,
+        widths: bool = True,
+        tokens: bool = False,
+        content: bool = False,
+    ) -> None:
         self.bench, self.refit = bench, refit
         self.dense = bench.model(**merging_of(tokens, content)).requires_grad_(False)
         self.images = bench.ef.normalise(bench.calibration(seed)[0])
@@ -207,8 +232,9 @@ class OneShot:
         self.prices = prices(self.dense, self.images, self.groups, BATCH)
 
     def __call__(self, target: float) -> nn.Module:
-        (dims, _), *_ = allocate(self.bench.table, self.dense.dims, self.groups, *self.prices, target,
-                                self.dense.blocks[-1].read)  # fmt: skip
+        (dims, _), *_ = allocate(
+            self.bench.table, self.dense.dims, self.groups, *self.prices, target, self.dense.blocks[-1].read
+        )
         masks = Masks.first(self.dense.dims, dims, grid=self.grid)
         small = compact(self.dense, masks)
         if self.refit:

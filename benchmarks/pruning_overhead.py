@@ -5,6 +5,7 @@
 Both kinds of step run interleaved in one process; prints the median of the paired ratios with its quartiles, before any
 embedding channel is masked and after a quarter of every axis is; then the cost of a selection, spread over --interval.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -26,8 +27,10 @@ from pruning.saliency import Saliency
 from runtime.device import device_name
 from training.full_model import freeze
 
-DIGITS = ("deit_tiny_distilled_patch16_224",
-          dict(img_size=16, patch_size=2, embed_dim=96, depth=6, num_heads=3, num_classes=10))  # fmt: skip
+DIGITS = (
+    "deit_tiny_distilled_patch16_224",
+    dict(img_size=16, patch_size=2, embed_dim=96, depth=6, num_heads=3, num_classes=10),
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -75,7 +78,6 @@ class Step:
         synchronise(self.images.device)
         return time.perf_counter() - begin
 
-
     def peak_bytes(self, extra: bool) -> int:
         """GPU memory that this step alone needs at most."""
         before = memory(self.images.device)
@@ -100,8 +102,10 @@ def report(label: str, step: Step, plain: Step, rounds: int) -> None:
     ratios = sorted(a / b for a, b in pairs)
     low, middle, high = ratios[rounds // 4], statistics.median(ratios), ratios[-1 - rounds // 4]
     milliseconds = 1e3 * statistics.median(b for _, b in pairs)
-    print(f"{label}: {middle:.3f} x a step without pruning (quartiles {low:.3f} to {high:.3f}); that one takes "
-          f"{milliseconds:.1f} ms")  # fmt: skip
+    print(
+        f"{label}: {middle:.3f} x a step without pruning (quartiles {low:.3f} to {high:.3f}); that one takes "
+        f"{milliseconds:.1f} ms"
+    )
     if step.images.device.type == "cuda":
         own, without = step.peak_bytes(True), plain.peak_bytes(False)
         print(f"{label}: peak memory {own / 2**30:.2f} GiB, {own / without:.3f} x that without pruning")
@@ -113,16 +117,29 @@ def report_selection(step: Step, plain: Step, interval: int, rounds: int) -> Non
     widths = [dict(e=dims.embed, h=b.heads, q=b.qk, v=b.v, m=b.mlp) for b in dims.blocks]
     top = {axis: max(w[axis] for w in widths) for axis in "ehqvm"}
     grid = {axis: (1, size) if size > 1 else (1,) for axis, size in top.items()}
-    table = LatencyTable({
-        f"EMB_{e}": {
-            f"QK_{h}_{q}": {f"V_{v}": {f"MLP_{m}": 1e-9 * e * (h * (2 * q + 2 * v) + 2 * m) for m in grid["m"]}
-                            for v in grid["v"]} for h in grid["h"] for q in grid["q"]
-        } for e in grid["e"]
-    })  # fmt: skip
+    table = LatencyTable(
+        {
+            f"EMB_{e}": {
+                f"QK_{h}_{q}": {
+                    f"V_{v}": {f"MLP_{m}": 1e-9 * e * (h * (2 * q + 2 * v) + 2 * m) for m in grid["m"]}
+                    for v in grid["v"]
+                }
+                for h in grid["h"]
+                for q in grid["q"]
+            }
+            for e in grid["e"]
+        }
+    )
     seconds = []
     for _ in range(rounds):
-        pruner = GlobalPruner(Masks(dims, step.images.device), table, PruningConfig().group_sizes(dims),
-                              regularization=5e-4, target=None, per_event=2)  # fmt: skip
+        pruner = GlobalPruner(
+            Masks(dims, step.images.device),
+            table,
+            PruningConfig().group_sizes(dims),
+            regularization=5e-4,
+            target=None,
+            per_event=2,
+        )
         step.saliency.step()
         begin = time.perf_counter()
         pruner.event(step.saliency.close_window())
@@ -130,8 +147,10 @@ def report_selection(step: Step, plain: Step, interval: int, rounds: int) -> Non
         synchronise(step.images.device)
         seconds.append(time.perf_counter() - begin)
     share = statistics.median(seconds) / interval / statistics.median(plain(False) for _ in range(rounds))
-    print(f"one selection: {1e3 * statistics.median(seconds):.1f} ms, {share:.3f} x a step when one comes every "
-          f"{interval} steps")  # fmt: skip
+    print(
+        f"one selection: {1e3 * statistics.median(seconds):.1f} ms, {share:.3f} x a step when one comes every "
+        f"{interval} steps"
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,4 +1,5 @@
 """Results one row a line, so that a benchmark that is broken off goes on where it was."""
+
 from __future__ import annotations
 
 import json

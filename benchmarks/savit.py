@@ -8,6 +8,7 @@ gate gradients only, which spares it the weights' gradients that it also took) a
 of the interactions. `accuracy` prunes to half of the MACs, one-shot and after the shared recovery recipe of the folder
 --bench (equal_footing.py, torch_pruning_baseline.py); rows that --rows holds already are not repeated.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -54,14 +55,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm name, where there is no checkpoint")
     parser.add_argument("--batch-size", type=int, default=32, help="images per call (default: 32)")
     parser.add_argument("--batches", type=int, default=156, help="of the scoring pass")
-    parser.add_argument("--hessian_error", type=float, default=0.1,
-                        help="relative error of every interaction (default: 0.1)")
+    parser.add_argument(
+        "--hessian_error", type=float, default=0.1, help="relative error of every interaction (default: 0.1)"
+    )
     parser.add_argument("--data-path", default="", help="CIFAR-10 as train/ and val/ class folders")
     parser.add_argument("--bench", type=Path, default=Path("../shared/bench"), help="folder of equal_footing.py")
     parser.add_argument("--rows", type=Path, default=Path("runs/savit_rows.jsonl"), help="results, one row a line")
-    parser.add_argument("--methods", nargs="+", default=["interactions", "without", "torch-pruning"],
-                        choices=(*FLAGS, "torch-pruning"),
-                        help="what is compared (default: interactions without torch-pruning)")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["interactions", "without", "torch-pruning"],
+        choices=(*FLAGS, "torch-pruning"),
+        help="what is compared (default: interactions without torch-pruning)",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the runs (default: 0 1 2)")
     parser.add_argument("--epochs", type=int, default=3, help="of recovery")
     parser.add_argument("--per-class", type=int, default=1000, help="training images a class for recovery")
@@ -85,8 +91,9 @@ def published_batch(gates: Gates, loss: Callable[[], Tensor]) -> None:
     gates.values = {axis: torch.ones(1, sizes[axis], requires_grad=True) for group in axes for axis in group}
     names = list(gates.values)
     with sdpa_kernel(SDPBackend.MATH):
-        gradients = dict(zip(names, torch.autograd.grad(loss(), list(gates.values.values()), create_graph=True),
-                             strict=True))  # fmt: skip
+        gradients = dict(
+            zip(names, torch.autograd.grad(loss(), list(gates.values.values()), create_graph=True), strict=True)
+        )
         last = int(torch.randint(len(model.blocks), ()))
         for i, j in ((i, j) for i in range(3) for j in range(3)):
             row = axes[i][0 if i == 2 else last]
@@ -125,8 +132,10 @@ def scoring(args: argparse.Namespace) -> None:
             ours += time.perf_counter() - begin
     theirs = statistics.mean(published) * args.batches
     print(f"{args.batches} batches of {args.batch_size}, {device_name(torch.device('cpu'))}, fp32")
-    print(f"published schedule {theirs:.1f} s ({len(published)} batches timed), ours {ours:.1f} s: {ours / theirs:.3f} "
-          f"of it; interactions from {sampled.count} batches, largest error {sampled.largest_error:.3f}")
+    print(
+        f"published schedule {theirs:.1f} s ({len(published)} batches timed), ours {ours:.1f} s: {ours / theirs:.3f} "
+        f"of it; interactions from {sampled.count} batches, largest error {sampled.largest_error:.3f}"
+    )
     peaks = {form: _peak(args, form) for form in ("published", "exact", "finite", "scores")}
     for form, peak in peaks.items():
         share = peak / max(peaks["published"], 1)
@@ -179,14 +188,31 @@ def torch_macs(model: nn.Module, images: Tensor) -> int:
 def pruned_by_savit(args: argparse.Namespace, method: str, seed: int) -> nn.Module:
     """Half of the MACs removed by main_savit.py; one scoring pass per seed serves all methods."""
     folder = args.rows.parent / f"savit_{seed}"
-    command = [sys.executable, "main_savit.py", "--finetune", args.initial_checkpoint, "--data-path", args.data_path,
-               "--data-set", "IMNET", "--batch-size", str(args.batch_size), "--seed", str(seed), *PLAIN,
-               "--hessian_error", str(args.hessian_error), "--device", "cpu"]  # fmt: skip
+    command = [
+        sys.executable,
+        "main_savit.py",
+        "--finetune",
+        args.initial_checkpoint,
+        "--data-path",
+        args.data_path,
+        "--data-set",
+        "IMNET",
+        "--batch-size",
+        str(args.batch_size),
+        "--seed",
+        str(seed),
+        *PLAIN,
+        "--hessian_error",
+        str(args.hessian_error),
+        "--device",
+        "cpu",
+    ]
     if not (folder / "importance.json").exists():
         subprocess.run([*command, "--need_hessian", "--output_dir", str(folder)], check=True)
     output = args.rows.parent / f"savit_{seed}_{method}"
-    subprocess.run([*command, *FLAGS[method], "--pruning_pickle_from", str(folder), "--output_dir", str(output)],
-                   check=True)  # fmt: skip
+    subprocess.run(
+        [*command, *FLAGS[method], "--pruning_pickle_from", str(folder), "--output_dir", str(output)], check=True
+    )
     return load_dense(output / "pruned_checkpoint.pth")
 
 
@@ -229,8 +255,12 @@ def accuracy(args: argparse.Namespace) -> None:
             else:
                 model = pruned_by_savit(args, method, seed)
             sample = torch.randn(1, 3, 32, 32)
-            row = dict(method=method, seed=seed, macs=torch_macs(model, sample) / torch_macs(base, sample),
-                       oneshot=ef.top1(model, *val))  # fmt: skip
+            row = dict(
+                method=method,
+                seed=seed,
+                macs=torch_macs(model, sample) / torch_macs(base, sample),
+                oneshot=ef.top1(model, *val),
+            )
             ef.finetune(model.requires_grad_(True), base, *train, args.epochs, seed=seed)
             row |= dict(epochs=args.epochs, per_class=args.per_class, finetuned=ef.top1(model, *val))
             rows.append(row)

@@ -25,8 +25,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def seconds(flags: list[str], interval: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "main_full_global_latency.py", *flags, "--shrink_interval", str(interval),
-                   "--output_dir", folder]  # fmt: skip
+        command = [
+            sys.executable,
+            "main_full_global_latency.py",
+            *flags,
+            "--shrink_interval",
+            str(interval),
+            "--output_dir",
+            folder,
+        ]
         begin = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - begin

@@ -8,6 +8,7 @@
 (equal_footing.py); rows that --rows holds already are not repeated. `tome` is bipartite matching written from the paper
 (Bolya et al., arXiv 2210.09461), with as many merged as come nearest to the latency of --equal_to.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -57,8 +58,12 @@ METHODS = {  # mode of scoring, then how patches are merged
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "accuracy"), help="what to measure")
-    parser.add_argument("--models", nargs="+", default=["deit_tiny_patch16_224", "deit_small_patch16_224"],
-                        help="timm names, of `speed`")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["deit_tiny_patch16_224", "deit_small_patch16_224"],
+        help="timm names, of `speed`",
+    )
     parser.add_argument("--keep_rates", type=float, nargs="+", default=KEEP, help="of `speed`")
     parser.add_argument("--batch-size", type=int, default=16, help="images (default: 16)")
     parser.add_argument("--rounds", type=int, default=7, help="of interleaved measurements (default: 7)")
@@ -68,8 +73,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bench", type=Path, help="folder of equal_footing.py")
     parser.add_argument("--rows", type=Path, help="results, one row a line")
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="rows of the table")
-    parser.add_argument("--equal_to", choices=[m for m in METHODS if m != "tome"], metavar="METHOD",
-                        help="whose latency tome takes (default: that of the first of --methods)")
+    parser.add_argument(
+        "--equal_to",
+        choices=[m for m in METHODS if m != "tome"],
+        metavar="METHOD",
+        help="whose latency tome takes (default: that of the first of --methods)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="rows of each method")
     parser.add_argument("--keep_rate", type=float, default=0.6, help="share of patches that stay (default: 0.6)")
     parser.add_argument("--prune_rate", type=float, default=0.1, help="share that is skipped (default: 0.1)")
@@ -118,8 +127,14 @@ def speed(args: argparse.Namespace) -> None:
         lines = []
         for name in models:
             found = ratio(timings["dense"], timings[name])
-            lines.append([name, f"{args.batch_size / timings[name].median:,.0f}", f"{found.median:.2f}x",
-                          f"{found.q1:.2f} to {found.q3:.2f}"])  # fmt: skip
+            lines.append(
+                [
+                    name,
+                    f"{args.batch_size / timings[name].median:,.0f}",
+                    f"{found.median:.2f}x",
+                    f"{found.q1:.2f} to {found.q3:.2f}",
+                ]
+            )
         print(f"{arch}: dense {args.batch_size / timings['dense'].median:,.0f} images/s")
         print(table(["keep rate", "images/s", "speed-up", "quartiles"], lines), flush=True)
 
@@ -180,8 +195,9 @@ def tome(model: nn.Module, merged: list[int | None]) -> nn.Module:
 
 
 # ------------------------------------------------------------------------------------------------------------ accuracy
-def compressed(args: argparse.Namespace, method: str, seed: int, base: nn.Module, data: tuple[Tensor, Tensor],
-               normalise: Any) -> nn.Module:  # fmt: skip
+def compressed(
+    args: argparse.Namespace, method: str, seed: int, base: nn.Module, data: tuple[Tensor, Tensor], normalise: Any
+) -> nn.Module:
     """The base compressed by one of our methods, scored on images that the seed chooses."""
     mode, merging = METHODS[method]
     content = merging.where == pm_vit.CONTENT

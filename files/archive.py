@@ -3,6 +3,7 @@
 `header` walks a file's pickle with stand-ins: tensors come out on the meta device, and a size that the file itself does
 not have is refused. `torch.load(weights_only=True)` then reads what was found in order.
 """
+
 from __future__ import annotations
 
 import math
@@ -20,10 +21,18 @@ MAX_PICKLE = 64_000_000  # bytes of structure, beside the tensors; a DeiT-B with
 MAX_RECORDS = 200_000
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 DTYPES = dict(
-    FloatStorage=torch.float32, DoubleStorage=torch.float64, HalfStorage=torch.float16, BFloat16Storage=torch.bfloat16,
-    LongStorage=torch.int64, IntStorage=torch.int32, ShortStorage=torch.int16, CharStorage=torch.int8,
-    ByteStorage=torch.uint8, BoolStorage=torch.bool, UntypedStorage=torch.uint8,
-)  # fmt: skip
+    FloatStorage=torch.float32,
+    DoubleStorage=torch.float64,
+    HalfStorage=torch.float16,
+    BFloat16Storage=torch.bfloat16,
+    LongStorage=torch.int64,
+    IntStorage=torch.int32,
+    ShortStorage=torch.int16,
+    CharStorage=torch.int8,
+    ByteStorage=torch.uint8,
+    BoolStorage=torch.bool,
+    UntypedStorage=torch.uint8,
+)
 
 
 class ArchiveError(ValueError):
@@ -75,11 +84,16 @@ def _subclass(rebuild: Any, _type: Any, arguments: Any, *_: Any) -> Any:
 
 
 KNOWN = {
-    ("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-    ("torch._utils", "_rebuild_parameter"): _same, ("torch._tensor", "_rebuild_from_type_v2"): _subclass,
-    ("torch.nn.parameter", "Parameter"): "Parameter", ("torch", "Size"): tuple, ("torch", "device"): _same,
-    ("builtins", "set"): list, ("__builtin__", "set"): list,
-}  # fmt: skip
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _same,
+    ("torch._tensor", "_rebuild_from_type_v2"): _subclass,
+    ("torch.nn.parameter", "Parameter"): "Parameter",
+    ("torch", "Size"): tuple,
+    ("torch", "device"): _same,
+    ("builtins", "set"): list,
+    ("__builtin__", "set"): list,
+}
 
 
 class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and every instruction can be looked at
@@ -98,8 +112,10 @@ class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and 
         for allowed in torch.serialization.get_safe_globals():
             if isinstance(allowed, type) and (allowed.__module__, allowed.__name__) == (module, name):
                 return _Opaque
-        raise NeedsCode(f"needs unpickling of code ({module[:60]}.{name[:60]}), which could run anything: only tensors "
-                        "and plain values are read")  # fmt: skip
+        raise NeedsCode(
+            f"needs unpickling of code ({module[:60]}.{name[:60]}), which could run anything: only tensors "
+            "and plain values are read"
+        )
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, numel = pid[:5]
@@ -149,8 +165,11 @@ def _records(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, int]]:
         parts = info.filename.split("/")
         if parts[0] != root or not root or len(parts) < 2 or {"", ".", ".."} & set(parts) or "\\" in info.filename:
             raise Damaged(f"is no torch file: it holds {info.filename[:80]!r}")
-    sizes = {info.filename.removeprefix(f"{root}/data/"): info.file_size for info in found
-             if info.filename.startswith(f"{root}/data/")}  # fmt: skip
+    sizes = {
+        info.filename.removeprefix(f"{root}/data/"): info.file_size
+        for info in found
+        if info.filename.startswith(f"{root}/data/")
+    }
     return f"{root}/data.pkl", sizes
 
 

@@ -19,11 +19,23 @@ from files.atomic import write_atomically
 
 FORMAT = {"name": "vit-compression", "version": 1}
 KEYS = (
-    "format", "arch", "dims", "dim", "masks", "model", "model_ema", "optimizer", "lr_scheduler", "scaler", "pruner",
-    "epoch", "step", "rng", "metrics", "args",
-)  # fmt: skip
-
-
+    "format",
+    "arch",
+    "dims",
+    "dim",
+    "masks",
+    "model",
+    "model_ema",
+    "optimizer",
+    "lr_scheduler",
+    "scaler",
+    "pruner",
+    "epoch",
+    "step",
+    "rng",
+    "metrics",
+    "args",
+)
 
 
 class CheckpointError(ValueError):
@@ -32,18 +44,6 @@ class CheckpointError(ValueError):
 
 class DamagedError(CheckpointError):
     """One that is missing or not whole: the one before it may be."""
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def _canonical(value: Any, place: str = "it") -> Any:
@@ -204,7 +204,3 @@ def _with_absolute_origin(args: dict[str, Any] | None, folder: Path) -> dict[str
     if not isinstance(origin, str) or not origin:
         return args
     return args | dict(initial_checkpoint=os.path.normpath(folder.resolve() / origin))
-
-
-
-

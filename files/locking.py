@@ -1,4 +1,5 @@
 """One run per folder: the second is told which process has it."""
+
 from __future__ import annotations
 
 import contextlib
@@ -29,8 +30,16 @@ def locked(folder: Path) -> Iterator[str]:
         left = _holder(file.read())
         file.seek(0)
         file.truncate()
-        file.write(json.dumps(dict(pid=os.getpid(), host=socket.gethostname(),
-                                   since=time.strftime("%Y-%m-%d %H:%M:%S"), command=sys.argv)))  # fmt: skip
+        file.write(
+            json.dumps(
+                dict(
+                    pid=os.getpid(),
+                    host=socket.gethostname(),
+                    since=time.strftime("%Y-%m-%d %H:%M:%S"),
+                    command=sys.argv,
+                )
+            )
+        )
         file.flush()
         try:
             yield f"{folder}: taken over from {left}, which ended without finishing" if left else ""
@@ -48,8 +57,9 @@ def _open_locked(folder: Path) -> int | None:
         except (BlockingIOError, PermissionError):
             with os.fdopen(handle) as file:
                 holder = _holder(file.read()) or "another process"
-            raise ValueError(f"output folder {folder} is in use by {holder}: wait for it, stop it, or choose another"
-                             ) from None  # fmt: skip
+            raise ValueError(
+                f"output folder {folder} is in use by {holder}: wait for it, stop it, or choose another"
+            ) from None
         except OSError:
             os.close(handle)
             return None

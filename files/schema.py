@@ -1,6 +1,7 @@
 """What files may hold, checked before anything is built or allocated from them: JSON of a bounded size, plain values,
 and the keys of a checkpoint. Knows no model: widths are `models.dims`' business, tables `latency`'s.
 """
+
 from __future__ import annotations
 
 import json
@@ -134,8 +135,21 @@ def _check_position(content: dict[str, Any]) -> None:
             raise SchemaError(f"{key} must be a whole number, not {str(value)[:40]!r}")
 
 
-DICTS = ("arch", "dims", "dim", "masks", "model", "model_ema", "optimizer", "lr_scheduler", "scaler", "pruner", "rng",
-         "metrics", "args")  # fmt: skip
+DICTS = (
+    "arch",
+    "dims",
+    "dim",
+    "masks",
+    "model",
+    "model_ema",
+    "optimizer",
+    "lr_scheduler",
+    "scaler",
+    "pruner",
+    "rng",
+    "metrics",
+    "args",
+)
 
 
 def check_checkpoint(content: dict[str, Any]) -> None:

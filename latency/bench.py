@@ -54,8 +54,16 @@ class Bench:
     grid: points of embed, heads, qk, v, mlp and maybe tokens; kwargs: timm's, of the model `arch`.
     """
 
-    def __init__(self, arch: str, kwargs: dict[str, Any], grid: dict[str, list[int]], batch: int, device: str,
-                 dtype: str, compiled: bool) -> None:  # fmt: skip
+    def __init__(
+        self,
+        arch: str,
+        kwargs: dict[str, Any],
+        grid: dict[str, list[int]],
+        batch: int,
+        device: str,
+        dtype: str,
+        compiled: bool,
+    ) -> None:
         parent = skeleton(arch, **kwargs)
         self._begin(parent, batch, device, dtype, compiled)
         self.arch, self.kwargs, self.dims = arch, kwargs, (dims := ViTDims.of(parent))

@@ -5,6 +5,7 @@ Measured are the parts a block is made of, through the modules that the compact 
 over embed. A few whole models, dense and compact, then set the scale. `--runtime` measures the same parts elsewhere,
 as ONNX files: in onnxruntime, or by any command that prints milliseconds.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -56,8 +57,11 @@ SHOWN_KEYS = 10
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
-        __doc__, "example: python -m latency.build_table --initial-checkpoint dense.pth --batch-size 8 "
-                 "--dtype fp32\n  --output table.json", "latency.build_table")  # fmt: skip
+        __doc__,
+        "example: python -m latency.build_table --initial-checkpoint dense.pth --batch-size 8 "
+        "--dtype fp32\n  --output table.json",
+        "latency.build_table",
+    )
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="NAME", help="timm model, the upper end of the table (default: that of the checkpoint)")
     add("--model-kwargs", nargs="*", default=[], metavar="KEY=VALUE", help="timm's, e.g. img_size=16 embed_dim=96")
@@ -70,15 +74,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     available = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=available, help="cpu or cuda (default: cuda where there is one)")
     add("--compile", action="store_true", help="measure under torch.compile, on fewer points")
-    add("--runtime", nargs="+", default=[], metavar="WORD",
-        help="onnxruntime, or command 'CMD {onnx}', which prints milliseconds (default: torch)")  # fmt: skip
+    add(
+        "--runtime",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="onnxruntime, or command 'CMD {onnx}', which prints milliseconds (default: torch)",
+    )
     add = parser.add_argument_group("measurement").add_argument
     add("--rounds", type=int, default=3, metavar="N", help="measurements of each point, at least 2 (default: 3)")
     add("--points", nargs="*", default=[], metavar="AXIS=N", help="points per axis, e.g. embed=5 heads=4 qk=5 v=5")
-    add("--tokens", nargs="*", type=int, default=[], metavar="N",
-        help="also measure blocks of fewer tokens, for models that compress them (default: the model's alone)")
-    add("--merge", choices=("place", "content"), default="place",
-        help="how those blocks merge tokens (default: place)")
+    add(
+        "--tokens",
+        nargs="*",
+        type=int,
+        default=[],
+        metavar="N",
+        help="also measure blocks of fewer tokens, for models that compress them (default: the model's alone)",
+    )
+    add("--merge", choices=("place", "content"), default="place", help="how those blocks merge tokens (default: place)")
     add("--output", required=True, metavar="FILE", help="the table to write (JSON)")
     return parser
 
@@ -98,8 +112,9 @@ def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], Dims]:
     return arch, kwargs, dims_of(skeleton(arch, **kwargs))
 
 
-def grid_for(args: argparse.Namespace, dims: Dims | None, fixed: Collection[str] = (),
-             prefix: int = 0) -> dict[str, Any]:  # fmt: skip
+def grid_for(
+    args: argparse.Namespace, dims: Dims | None, fixed: Collection[str] = (), prefix: int = 0
+) -> dict[str, Any]:
     """The points of every axis, of a Swin Transformer by stage; only their number is checked where there are no `dims`.
 
     Raises ValueError.
@@ -189,12 +204,22 @@ def settings_of(args: argparse.Namespace, arch: str, kwargs: dict[str, Any], gri
     parent = skeleton(arch, **kwargs)
     tokens, where = [stage.blocks[0].tokens for stage in dims_of(parent).stages], runtime_of(args)
     return dict(
-        model=arch, model_kwargs=kwargs, batch=args.batch_size, img_size=list(parent.patch_embed.img_size),
-        tokens=tokens if is_swin(arch) else tokens[0], dtype=args.dtype,
-        device=where.device if where else device_name(args.device), runtime=where.name if where else "torch",
-        threads=torch.get_num_threads(), compile=compile_mode(args.device) if args.compile else None,
-        torch=torch.__version__, timm=timm.__version__, rounds=args.rounds, grid=grid, unit="seconds per block",
-    )  # fmt: skip
+        model=arch,
+        model_kwargs=kwargs,
+        batch=args.batch_size,
+        img_size=list(parent.patch_embed.img_size),
+        tokens=tokens if is_swin(arch) else tokens[0],
+        dtype=args.dtype,
+        device=where.device if where else device_name(args.device),
+        runtime=where.name if where else "torch",
+        threads=torch.get_num_threads(),
+        compile=compile_mode(args.device) if args.compile else None,
+        torch=torch.__version__,
+        timm=timm.__version__,
+        rounds=args.rounds,
+        grid=grid,
+        unit="seconds per block",
+    )
 
 
 def warn_of_noise(spreads: dict[str, float]) -> None:
@@ -202,8 +227,11 @@ def warn_of_noise(spreads: dict[str, float]) -> None:
     if noisy := sorted((k for k in spreads if spreads[k] > NOISY), key=lambda k: -spreads[k]):
         keys = ", ".join(f"{key} ({_share(spreads[key])})" for key in noisy[:SHOWN_KEYS])
         more = f" and {len(noisy) - SHOWN_KEYS} more" if len(noisy) > SHOWN_KEYS else ""
-        complain("warning", f"{len(noisy)} of {len(spreads)} points vary by more than {NOISY:.0%} between rounds: "
-                            f"{keys}{more}; is the machine in use by others?")  # fmt: skip
+        complain(
+            "warning",
+            f"{len(noisy)} of {len(spreads)} points vary by more than {NOISY:.0%} between rounds: "
+            f"{keys}{more}; is the machine in use by others?",
+        )
 
 
 def _share(spread: float) -> str:
@@ -225,9 +253,17 @@ def build(args: argparse.Namespace) -> tuple[LatencyTable | SwinTable, int]:
 
         def measure(chosen: Sequence[Dims]) -> tuple[np.ndarray, float]:
             return measured_ratios(
-                arch, kwargs, chosen, args.batch_size, bench.device, args.dtype, args.compile, rounds=FIT_ROUNDS,
-                builds=FIT_BUILDS, progress=partial(tqdm, desc="whole models", leave=False, disable=None),
-            )  # fmt: skip
+                arch,
+                kwargs,
+                chosen,
+                args.batch_size,
+                bench.device,
+                args.dtype,
+                args.compile,
+                rounds=FIT_ROUNDS,
+                builds=FIT_BUILDS,
+                progress=partial(tqdm, desc="whole models", leave=False, disable=None),
+            )
 
     sample_all(bench, progress, args.rounds)
     spreads = {key: progress.spread(key) for key in progress.samples}
@@ -235,10 +271,14 @@ def build(args: argparse.Namespace) -> tuple[LatencyTable | SwinTable, int]:
     table = (SwinTable if is_swin(arch) else LatencyTable).of_parts(progress.seconds(), settings)
     factor, constant = fit(table, dims, chosen_for_fit(dims, fixed), measure)
     table = corrected(
-        table, factor, constant, date=time.strftime("%Y-%m-%dT%H:%M:%S%z"), complete=True,
+        table,
+        factor,
+        constant,
+        date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        complete=True,
         noise=float(np.median([s for s in spreads.values() if s < math.inf] or [1])),
         fit=dict(factor=factor, constant=constant),
-    )  # fmt: skip
+    )
     table.save(args.output)
     progress.path.unlink()
     return table, len(progress.samples)
@@ -278,18 +318,27 @@ def main(args: argparse.Namespace) -> int:
 
 def say_end(args: argparse.Namespace, table: LatencyTable, points: int, seconds: float) -> None:
     """What was measured, and what it is for."""
-    model = ["--initial-checkpoint", args.initial_checkpoint] if args.initial_checkpoint else [
-        "--model", args.model, "--pretrained"]  # fmt: skip
+    model = (
+        ["--initial-checkpoint", args.initial_checkpoint]
+        if args.initial_checkpoint
+        else ["--model", args.model, "--pretrained"]
+    )
     model += ["--model-kwargs", *args.model_kwargs] if args.model_kwargs else []
     model += ["--input-size", str(args.input_size)] if args.input_size else []
-    how = "--one_shot --tokens content" if args.merge == "content" else (
-        "--pruning --latency_regularization 5e-4 --original_loss_coeff 1")  # fmt: skip
-    say_next(f"-m latency.validate {shlex.quote(args.output)}",
-             f"main_full_global_latency.py {shlex.join(model)} --data-path IMAGES {how} "
-             f"--latency_look_up_table {shlex.quote(args.output)} --latency_target 0.5 --output_dir runs")  # fmt: skip
+    how = (
+        "--one_shot --tokens content"
+        if args.merge == "content"
+        else ("--pruning --latency_regularization 5e-4 --original_loss_coeff 1")
+    )
+    say_next(
+        f"-m latency.validate {shlex.quote(args.output)}",
+        f"main_full_global_latency.py {shlex.join(model)} --data-path IMAGES {how} "
+        f"--latency_look_up_table {shlex.quote(args.output)} --latency_target 0.5 --output_dir runs",
+    )
     dense = 1e3 * table.model_seconds(parent_of(args)[2])
-    say_result(f"{args.output}: {points} points in {seconds:.0f} s; dense model {dense:.2f} ms per batch of "
-               f"{args.batch_size}")  # fmt: skip
+    say_result(
+        f"{args.output}: {points} points in {seconds:.0f} s; dense model {dense:.2f} ms per batch of {args.batch_size}"
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ one's architecture; the first is the baseline. All run interleaved in one proces
 where there is CUDA), from several copies in memory; printed are median and quartiles, images per second, the speed-up
 over the first from paired rounds, and which attention kernel runs in each.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -35,16 +36,23 @@ THROUGHPUT_BATCH = dict(cpu=64, cuda=256)
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
-        __doc__, "example: python -m latency.compare deit_small_patch16_224 runs/pruned_run/dims.json",
+        __doc__,
+        "example: python -m latency.compare deit_small_patch16_224 runs/pruned_run/dims.json",
         "latency.compare",
     )
     available = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("models", nargs="+", metavar="MODEL",
-                        help="checkpoints, timm names, dims.json; the first is the baseline")  # fmt: skip
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="checkpoints, timm names, dims.json; the first is the baseline"
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     add = parser.add_argument_group("measurement").add_argument
-    add("--batch-size", type=int, nargs="+", metavar="N",
-        help=f"batches to measure (default: 1 and {THROUGHPUT_BATCH['cpu']}, on a GPU {THROUGHPUT_BATCH['cuda']})")
+    add(
+        "--batch-size",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help=f"batches to measure (default: 1 and {THROUGHPUT_BATCH['cpu']}, on a GPU {THROUGHPUT_BATCH['cuda']})",
+    )
     add("--dtype", default="fp32", choices=tuple(DTYPES), help="weights and images (default: fp32)")
     add("--device", default=available, help="cpu or cuda (default: cuda where there is one)")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="(default: eager compiled)")
@@ -124,13 +132,34 @@ def report(args: argparse.Namespace, models: dict[str, nn.Module], batch: int, m
     base, rows, figures = timings[args.models[0]], [], []
     for name, t in timings.items():
         times = ratio(base, t)
-        figures.append(dict(
-            model=name, batch=batch, mode=mode, dtype=args.dtype, device=device_name(args.device), seconds=t.median,
-            q1=t.q1, q3=t.q3, n=t.n, images_per_second=batch / t.median, speed_up=times.median,
-            speed_up_quartiles=[times.q1, times.q3], attention=used[name],
-        ))  # fmt: skip
-        rows.append([name, f"{1e3 * t.median:.3f}", f"{1e3 * t.q1:.3f} to {1e3 * t.q3:.3f}", f"{batch / t.median:,.0f}",
-                     f"{times.median:.3f}x", f"{times.q1:.3f} to {times.q3:.3f}", used[name]])
+        figures.append(
+            dict(
+                model=name,
+                batch=batch,
+                mode=mode,
+                dtype=args.dtype,
+                device=device_name(args.device),
+                seconds=t.median,
+                q1=t.q1,
+                q3=t.q3,
+                n=t.n,
+                images_per_second=batch / t.median,
+                speed_up=times.median,
+                speed_up_quartiles=[times.q1, times.q3],
+                attention=used[name],
+            )
+        )
+        rows.append(
+            [
+                name,
+                f"{1e3 * t.median:.3f}",
+                f"{1e3 * t.q1:.3f} to {1e3 * t.q3:.3f}",
+                f"{batch / t.median:,.0f}",
+                f"{times.median:.3f}x",
+                f"{times.q1:.3f} to {times.q3:.3f}",
+                used[name],
+            ]
+        )
     how = f"compiled ({compile_mode(args.device)})" if mode == "compiled" else mode
     say(f"\nbatch {batch}, {args.dtype}, {how}, {device_name(args.device)}, torch {torch.__version__}, n {base.n}")
     say(table(["model", "median ms", "quartiles", "images/s", "speed-up", "quartiles", "attention (eager)"], rows))

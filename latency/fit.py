@@ -1,4 +1,5 @@
 """What whole models cost beyond the sum of their parts: a factor and a constant, from a few measured models."""
+
 from __future__ import annotations
 
 import random
@@ -29,9 +30,15 @@ def chosen_for_fit(dims: Dims, fixed: Collection[str] = (), seed: int = 0, count
         group = group_of("embed", full)
         return min(full, round(np.linspace(group, full, count)[i] / group) * group)
 
-    return [dims.with_stages([replace(stage, embed=embed(full.embed, i)) for stage, full in
-                              zip(random_dims(dims, rng, fixed).stages, dims.stages, strict=True)])
-            for i in range(count)]  # fmt: skip
+    return [
+        dims.with_stages(
+            [
+                replace(stage, embed=embed(full.embed, i))
+                for stage, full in zip(random_dims(dims, rng, fixed).stages, dims.stages, strict=True)
+            ]
+        )
+        for i in range(count)
+    ]
 
 
 def fit(table: LatencyTable | SwinTable, dense: Dims, chosen: Sequence[Dims], measure: Measure) -> tuple[float, float]:
@@ -52,8 +59,7 @@ def fit(table: LatencyTable | SwinTable, dense: Dims, chosen: Sequence[Dims], me
     return float(found.x[0] * common), float(found.x[1] * most)
 
 
-def corrected(table: LatencyTable | SwinTable, factor: float, constant: float,
-              **meta: Any) -> LatencyTable | SwinTable:  # fmt: skip
+def corrected(table: LatencyTable | SwinTable, factor: float, constant: float, **meta: Any) -> LatencyTable | SwinTable:
     """The table with every value multiplied by `factor`, and `constant` seconds added outside the blocks."""
 
     def scaled(node: Any, add: float = 0.0) -> Any:

@@ -2,6 +2,7 @@
 
 Grid points come from the keys. Widths below the grid are extrapolated linearly, widths above it are refused.
 """
+
 from __future__ import annotations
 
 import math
@@ -15,14 +16,23 @@ import numpy as np
 MAX_LEAVES = 2_000_000
 COLUMNS = ("embed", "heads", "qk", "v", "mlp", "tokens")  # of a row of widths
 LEVELS = dict(
-    EMB=("embed",), QK=("heads", "qk"), V=("v",), MLP=("mlp",), N=("tokens",), TOK=("tokens",), OUT=("out",),
-)  # fmt: skip
+    EMB=("embed",),
+    QK=("heads", "qk"),
+    V=("v",),
+    MLP=("mlp",),
+    N=("tokens",),
+    TOK=("tokens",),
+    OUT=("out",),
+)
 GRAMMARS = dict(
-    block=("EMB", "QK", "V", "MLP"), attention=("EMB", "QK", "V"), mlp=("EMB", "MLP"), tokens=("EMB",),
-    overhead=("EMB",), merging=("EMB", "OUT"),
-)  # fmt: skip
-SHOWN = dict(embed="EMB_{}", heads="QK_{}_*", qk="QK_*_{}", v="V_{}", mlp="MLP_{}", tokens="N_{}",
-             out="OUT_{}")  # fmt: skip
+    block=("EMB", "QK", "V", "MLP"),
+    attention=("EMB", "QK", "V"),
+    mlp=("EMB", "MLP"),
+    tokens=("EMB",),
+    overhead=("EMB",),
+    merging=("EMB", "OUT"),
+)
+SHOWN = dict(embed="EMB_{}", heads="QK_{}_*", qk="QK_*_{}", v="V_{}", mlp="MLP_{}", tokens="N_{}", out="OUT_{}")
 _KEY = {level: re.compile(level + r"_(0|[1-9]\d{0,8})" * len(widths)) for level, widths in LEVELS.items()}
 
 

@@ -1,4 +1,5 @@
 """Which attention kernel a model really runs."""
+
 from __future__ import annotations
 
 from collections import Counter

@@ -2,6 +2,7 @@
 
 Legend: B batch, N tokens, E embed, H heads.
 """
+
 from __future__ import annotations
 
 import copy
@@ -115,8 +116,14 @@ def caller(module: nn.Module, x: Tensor, compiled: bool) -> Callable[[], object]
     return lambda: call(x)
 
 
-def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int = 15, min_seconds: float = 0.02,
-                dtype: str = "fp32", compiled: bool = False) -> dict[str, Timing]:  # fmt: skip
+def interleaved(
+    models: dict[str, nn.Module],
+    images: Tensor,
+    rounds: int = 15,
+    min_seconds: float = 0.02,
+    dtype: str = "fp32",
+    compiled: bool = False,
+) -> dict[str, Timing]:
     """Seconds per batch of every model on `images` (B, 3, H, W), measured in turn A B A B ... on the images' device.
 
     dtype: fp32, or bf16 / fp16, for which weights and images are cast (no autocast: this is how a model is deployed);
@@ -142,11 +149,3 @@ def interleaved(models: dict[str, nn.Module], images: Tensor, rounds: int = 15, 
             for name, call in passes.items():
                 samples[name].append(stopwatch(call, repeats[name], device))
     return {name: Timing.of(s) for name, s in samples.items()}
-
-
-
-
-
-
-
-

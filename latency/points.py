@@ -1,4 +1,5 @@
 """Which widths a table is measured at, and random architectures to check one with."""
+
 from __future__ import annotations
 
 import random
@@ -66,5 +67,3 @@ def branches(grid: dict[str, list[int]], tokens: int) -> Iterator[tuple[tuple[st
             yield ("mlp", *level, f"MLP_{m}"), e, BlockDims(0, 0, 0, m, n)
         for h, q, v in product(grid["heads"], grid["qk"], grid["v"]):
             yield ("attention", *level, f"QK_{h}_{q}", f"V_{v}"), e, BlockDims(h, q, v, 0, n)
-
-

@@ -3,6 +3,7 @@
 A command gets the path of an ONNX file in place of {onnx} and prints milliseconds per call; the last number that it
 prints counts. That covers TensorRT's trtexec, OpenVINO's benchmark_app, or a script that asks a phone over a cable.
 """
+
 from __future__ import annotations
 
 import re
@@ -129,9 +130,14 @@ def export(module: nn.Module, x: Tensor, path: Path, dynamic_batch: bool = False
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     try:
         torch.onnx.export(
-            module, (x,), str(path), dynamo=True, verbose=False, external_data=size > PROTOBUF_BYTES,
+            module,
+            (x,),
+            str(path),
+            dynamo=True,
+            verbose=False,
+            external_data=size > PROTOBUF_BYTES,
             dynamic_shapes=({0: torch.export.Dim("batch")},) if dynamic_batch else None,
-        )  # fmt: skip
+        )
     except ImportError as error:
         raise RuntimeFailed(f"ONNX files need pip install onnx onnxscript ({error})") from None
 
@@ -141,8 +147,15 @@ class RuntimeBench:
 
     at_once = True
 
-    def __init__(self, arch: str, kwargs: dict[str, Any], grid: dict[str, list[int]], batch: int, dtype: str,
-                 runtime: OnnxRuntime | Command) -> None:  # fmt: skip
+    def __init__(
+        self,
+        arch: str,
+        kwargs: dict[str, Any],
+        grid: dict[str, list[int]],
+        batch: int,
+        dtype: str,
+        runtime: OnnxRuntime | Command,
+    ) -> None:
         self.arch, self.kwargs, self.batch, self.dtype, self.runtime = arch, kwargs, batch, DTYPES[dtype], runtime
         self.clock: list[float] = []
         self._folder, self._numbers = tempfile.TemporaryDirectory(), count()

@@ -1,4 +1,5 @@
 """Samples of every point of a table: taken in rounds and random order, judged by a reference."""
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """The parts of a Swin Transformer at a grid of widths, measured through the modules that the compact model uses."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -30,8 +31,16 @@ class SwinBench(Bench):
     of embed, heads, qk, v and mlp by stage ("STAGE_0").
     """
 
-    def __init__(self, arch: str, kwargs: dict[str, Any], grids: dict[str, dict[str, list[int]]], batch: int,
-                 device: str, dtype: str, compiled: bool) -> None:  # fmt: skip
+    def __init__(
+        self,
+        arch: str,
+        kwargs: dict[str, Any],
+        grids: dict[str, dict[str, list[int]]],
+        batch: int,
+        device: str,
+        dtype: str,
+        compiled: bool,
+    ) -> None:
         self.parent = parent = swin_skeleton(arch, **kwargs)
         self._begin(parent, batch, device, dtype, compiled)
         self.dims, self.norm = SwinDims.of(parent), partial(LayerNorm, eps=parent.norm.eps)

@@ -5,6 +5,7 @@ A file has `_meta` as every table, and `STAGE_0`, `STAGE_1`, …: each is a tabl
 last one the final norm and the classifier. `_merging` of the later stages, `EMB_{e}` -> `OUT_{o}` -> seconds, is the
 downsampling from `e` channels of the stage before to the stage's own `o`.
 """
+
 from __future__ import annotations
 
 import os
@@ -110,8 +111,10 @@ class SwinTable:
     def _check_kind(self, dims: Dims) -> None:
         if len(dims.stages) != len(self.stages) or not isinstance(dims, SwinDims):
             what = f"{len(dims.stages)} stages" if isinstance(dims, SwinDims) else "no stages"
-            raise LatencyTableError(f"{self.name}: measured on a Swin Transformer of {len(self.stages)} stages but the "
-                                    f"model has {what}; build a table for it with python -m latency.build_table")
+            raise LatencyTableError(
+                f"{self.name}: measured on a Swin Transformer of {len(self.stages)} stages but the "
+                f"model has {what}; build a table for it with python -m latency.build_table"
+            )
 
     def check_covers(self, dims: Dims) -> None:
         """Raises LatencyTableError when stages, widths or token counts are not the table's."""
@@ -122,5 +125,6 @@ class SwinTable:
     def monotone_report(self) -> MonotoneReport:
         """What `monotone=True` changes in the stages."""
         found = [table.monotone_report() for table in self.stages]
-        return MonotoneReport(sum(r.raised for r in found), sum(r.values for r in found),
-                              max(r.largest_change for r in found))  # fmt: skip
+        return MonotoneReport(
+            sum(r.raised for r in found), sum(r.values for r in found), max(r.largest_change for r in found)
+        )

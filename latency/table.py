@@ -7,6 +7,7 @@ the MLP branch by themselves, which lookups prefer; they may be given for severa
 `tokens`, what it takes to merge the model's tokens into fewer and to put them back). Everything about points and
 between them is in `grid`.
 """
+
 from __future__ import annotations
 
 import json
@@ -136,8 +137,9 @@ class LatencyTable:
         """Most tokens of a block, where the table was measured at several counts; else 0."""
         return int(self._tokens)
 
-    def blocks_seconds(self, widths: np.ndarray, *, monotone: bool = False,
-                       asking: int | np.ndarray | None = None) -> np.ndarray:  # fmt: skip
+    def blocks_seconds(
+        self, widths: np.ndarray, *, monotone: bool = False, asking: int | np.ndarray | None = None
+    ) -> np.ndarray:
         """Seconds of blocks: rows (embed, heads, qk, v, mlp), (…, 5) -> (…); or (…, 6), with tokens at the end.
 
         monotone looks up the cleaned table, in which no value decreases when a width grows. asking: only so many
@@ -193,8 +195,10 @@ class LatencyTable:
     def check_covers(self, dims: ViTDims) -> None:
         """Raises LatencyTableError when a width lies above the table, or the token count is not the table's."""
         if not isinstance(dims, ViTDims):
-            raise LatencyTableError(f"{self.name}: measured on a plain ViT but the model has {len(dims.stages)} stages;"
-                                    " build a table for it with python -m latency.build_table")  # fmt: skip
+            raise LatencyTableError(
+                f"{self.name}: measured on a plain ViT but the model has {len(dims.stages)} stages;"
+                " build a table for it with python -m latency.build_table"
+            )
         self.model_seconds(dims)
         tokens = None if self._tokens else self.meta.get("tokens")
         if odd := [b.tokens for b in dims.blocks if tokens is not None and b.tokens != tokens]:

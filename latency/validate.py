@@ -4,6 +4,7 @@ Measures random architectures, and any that are given, against the dense model o
 measured latency as ratios to it, the mean and the worst error, and draws them. --fit first measures a few other models,
 corrects the table's scale and what it misses outside the blocks, and writes it back with a note in `_meta`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -93,9 +94,17 @@ class Check:
     def measure(self, chosen: list[Dims]) -> tuple[np.ndarray, float]:
         """(measured ratios to dense, seconds of the dense model)."""
         return measured_ratios(
-            self.arch, self.kwargs, chosen, self.batch, self.device, self.dtype, self.compiled, rounds=self.rounds,
-            builds=self.builds, progress=partial(tqdm, desc="models", unit="group", leave=False, disable=None),
-        )  # fmt: skip
+            self.arch,
+            self.kwargs,
+            chosen,
+            self.batch,
+            self.device,
+            self.dtype,
+            self.compiled,
+            rounds=self.rounds,
+            builds=self.builds,
+            progress=partial(tqdm, desc="models", unit="group", leave=False, disable=None),
+        )
 
     def fit(self) -> LatencyTable:
         """The corrected table; `_meta` says by how much, and when."""
@@ -149,9 +158,11 @@ def report(check: Check, names: list[str], chosen: list[Dims], plot: str | Path)
     ]
     say(table(["architecture", "embed", "predicted", "measured", "error"], rows))
     conditions = f"{device_name(check.device)}, batch {check.batch}, {check.dtype}{', compiled' * check.compiled}"
-    say(f"{len(chosen)} models: mean error {abs(errors).mean():.1%}, worst {abs(errors).max():.1%}, bias "
+    say(
+        f"{len(chosen)} models: mean error {abs(errors).mean():.1%}, worst {abs(errors).max():.1%}, bias "
         f"{errors.mean():+.1%}; dense model predicted {1e3 * check.lut.model_seconds(check.dense):.2f} ms, measured "
-        f"{1e3 * dense_seconds:.2f} ms; {conditions}")  # fmt: skip
+        f"{1e3 * dense_seconds:.2f} ms; {conditions}"
+    )
     draw(predicted, measured, f"{check.arch}\n{conditions}", plot)
     say(f"plot: {plot}")
 

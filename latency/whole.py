@@ -3,6 +3,7 @@
 Latency does not depend on weights, so models are freshly built; on a CPU it does depend, by a few per cent, on where in
 memory they lie, so every one is built several times.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -38,9 +39,19 @@ def images_for(arch: str, kwargs: dict[str, Any], batch: int, device: torch.devi
     return torch.randn(batch, stem.proj.in_channels, *stem.img_size, device=device)
 
 
-def measured_ratios(arch: str, kwargs: dict[str, Any], chosen: Sequence[Dims], batch: int, device: torch.device,
-                    dtype: str = "fp32", compiled: bool = False, *, rounds: int = ROUNDS, builds: int = BUILDS,
-                    progress: Callable = iter) -> tuple[np.ndarray, float]:  # fmt: skip
+def measured_ratios(
+    arch: str,
+    kwargs: dict[str, Any],
+    chosen: Sequence[Dims],
+    batch: int,
+    device: torch.device,
+    dtype: str = "fp32",
+    compiled: bool = False,
+    *,
+    rounds: int = ROUNDS,
+    builds: int = BUILDS,
+    progress: Callable = iter,
+) -> tuple[np.ndarray, float]:
     """(latency of every architecture of `chosen` over the dense model's, seconds per batch of the dense model).
 
     Where builds disagree by more than `AGREE`, the architecture is measured in up to as many more. `progress` wraps the

@@ -63,8 +63,11 @@ class Skipping(Dataset):
         """A line for the run's end, '' where every image could be read."""
         paths = [self.dataset.samples[i][0] for i in self.unreadable.nonzero().flatten().tolist()]
         what = "another stood in for each" if self.stand_in else "evaluation left them out"
-        return (f"{len(paths)} of {len(self)} images of {self.dataset.root} could not be read, {what}: {_some(paths)}"
-                if paths else "")  # fmt: skip
+        return (
+            f"{len(paths)} of {len(self)} images of {self.dataset.root} could not be read, {what}: {_some(paths)}"
+            if paths
+            else ""
+        )
 
 
 def _some(names: list[str]) -> str:

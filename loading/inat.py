@@ -1,4 +1,5 @@
 """iNaturalist 2018 and 2019 as they are delivered, with classes at any level of the taxonomy, as in DeiT."""
+
 from __future__ import annotations
 
 import json
@@ -19,8 +20,9 @@ class INaturalist(Dataset):
     Raises ValueError for a folder that does not.
     """
 
-    def __init__(self, root: Path, is_train: bool, year: int, category: str, transform: Callable,
-                 read: Callable[[str], Any]) -> None:  # fmt: skip
+    def __init__(
+        self, root: Path, is_train: bool, year: int, category: str, transform: Callable, read: Callable[[str], Any]
+    ) -> None:
         split = _read(root / f"{'train' if is_train else 'val'}{year}.json")
         training = split if is_train else _read(root / f"train{year}.json")
         try:
@@ -28,8 +30,9 @@ class INaturalist(Dataset):
             category_of = {entry["image_id"]: level[entry["category_id"]] for entry in split["annotations"]}
             self.classes = sorted({level[entry["category_id"]] for entry in training["annotations"]})
             index = {name: i for i, name in enumerate(self.classes)}
-            self.samples = [(str(root / image["file_name"]), index[category_of[image["id"]]])
-                            for image in split["images"]]  # fmt: skip
+            self.samples = [
+                (str(root / image["file_name"]), index[category_of[image["id"]]]) for image in split["images"]
+            ]
         except (KeyError, TypeError) as error:
             raise ValueError(f"the iNaturalist files of {root} do not fit together: {error!r} is missing") from None
         self.targets = [target for _, target in self.samples]

@@ -1,4 +1,5 @@
 """Batches for one process of many: what it reads in which order, and what that may depend on."""
+
 from __future__ import annotations
 
 import os
@@ -113,8 +114,10 @@ def build_loader(
     batch = args.batch_size if is_train else int(1.5 * args.batch_size)
     sampler = (_train_sampler if is_train else _val_sampler)(dataset, args, rank, world_size)
     if is_train and len(sampler) < batch:
-        raise DataError(f"{len(sampler)} training images per process are fewer than one batch of {batch}; "
-                        f"--batch-size can be at most {len(sampler)}")  # fmt: skip
+        raise DataError(
+            f"{len(sampler)} training images per process are fewer than one batch of {batch}; "
+            f"--batch-size can be at most {len(sampler)}"
+        )
     return DataLoader(
         Reproducible(dataset, args.seed) if is_train else dataset,
         batch_size=batch,

@@ -3,6 +3,7 @@
 A folder of shards has _info.json as timm reads it (`splits`: `train` and `val`, each with num_samples, filenames and
 shard_lengths) and in it also `classes`, their names; `python -m tools.to_shards` writes such a folder.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -43,8 +44,9 @@ def read_info(root: Path) -> dict[str, Any]:
         for split in info["splits"].values():
             lengths = dict(zip(split["filenames"], split["shard_lengths"], strict=True))
             if sum(lengths.values()) != split["num_samples"]:
-                raise ShardError(f"{root / INFO}: {split['num_samples']} samples, but its shards have "
-                                 f"{sum(lengths.values())}")  # fmt: skip
+                raise ShardError(
+                    f"{root / INFO}: {split['num_samples']} samples, but its shards have {sum(lengths.values())}"
+                )
             if gone := [name for name in lengths if not (root / name).is_file()]:
                 raise ShardError(f"{root / INFO} names {gone[0]}, which is not there")
         return info | dict(classes=list(info["classes"]))
@@ -68,8 +70,15 @@ def build(is_train: bool, args: Any, transform: Callable) -> IterableDataset:
     info = read_info(root)
     if split not in info["splits"]:
         raise ShardError(f"{root / INFO} has no split {split}, only {', '.join(info['splits'])}")
-    dataset = create_dataset(args.data_set, root=str(root), split=split, is_training=is_train, seed=args.seed,
-                             batch_size=args.batch_size, input_key=KEYS)  # fmt: skip
+    dataset = create_dataset(
+        args.data_set,
+        root=str(root),
+        split=split,
+        is_training=is_train,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        input_key=KEYS,
+    )
     dataset.transform, dataset.classes = transform, info["classes"]
     names = hashlib.sha256(repr((info["splits"][split], info["classes"])).encode()).hexdigest()
     dataset.fingerprint = dict(images=info["splits"][split]["num_samples"], names=names)
@@ -91,25 +100,34 @@ class ShardLoader:
         reader = dataset.reader
         names, sharers = list(reader.split_info.filenames), world_size if is_train or args.dist_eval else 1
         if len(names) < sharers:
-            raise ShardError(f"{len(names)} shards of {reader.split_info.name} for {sharers} processes: write more "
-                             "(tools.to_shards --images-per-shard)")  # fmt: skip
+            raise ShardError(
+                f"{len(names)} shards of {reader.split_info.name} for {sharers} processes: write more "
+                "(tools.to_shards --images-per-shard)"
+            )
         workers = min(args.num_workers, len(names) // sharers)
         if workers < args.num_workers:
-            warn(f"{len(names)} shards of {reader.split_info.name}: {workers} loader processes instead of "
-                 f"{args.num_workers}")  # fmt: skip
+            warn(
+                f"{len(names)} shards of {reader.split_info.name}: {workers} loader processes instead of "
+                f"{args.num_workers}"
+            )
         if is_train:
             reader.dist_rank, reader.dist_num_replicas = rank, world_size
         else:
             self._keep_own(names, rank if sharers > 1 else 0, sharers)
         dataset.set_loader_cfg(num_workers=workers)
         self.loader = DataLoader(
-            dataset, batch_size=self.batch_size, num_workers=workers, drop_last=is_train,
-            pin_memory=args.pin_mem and torch.cuda.is_available(), generator=torch.Generator(),
-        )  # fmt: skip
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=workers,
+            drop_last=is_train,
+            pin_memory=args.pin_mem and torch.cuda.is_available(),
+            generator=torch.Generator(),
+        )
         self.samples = len(dataset)
         if is_train and not len(self):
-            raise ShardError(f"{self.samples} training images per process are fewer than one batch of "
-                             f"{self.batch_size}")  # fmt: skip
+            raise ShardError(
+                f"{self.samples} training images per process are fewer than one batch of {self.batch_size}"
+            )
 
     def _keep_own(self, names: list[str], rank: int, sharers: int) -> None:
         """Validation on this process: timm's own sharing repeats images to make processes equal."""
@@ -137,5 +155,7 @@ class ShardLoader:
             seen += len(targets)
             yield images, targets
         if seen != self.samples:
-            raise RunFailed(f"{seen} of {self.samples} validation images could be read from the shards of "
-                            f"{self.dataset.reader.root}")  # fmt: skip
+            raise RunFailed(
+                f"{seen} of {self.samples} validation images could be read from the shards of "
+                f"{self.dataset.reader.root}"
+            )

@@ -1,4 +1,5 @@
 """Vision Transformers, plain and Swin, with free widths: architecture as a value, masks, compaction, counts."""
+
 from models.arch import build_vit, dims_of, is_swin, left_alone, skeleton
 from models.compact import compact
 from models.count import macs, params
@@ -10,7 +11,23 @@ from models.swin_dims import SwinDims, dims_from_dict
 from models.vit import ModelError, TokenLogits
 
 __all__ = [
-    "BlockDims", "DimsError", "FeaturePyramid", "Masks", "ModelError", "SwinDims", "TokenLogits", "ViTDims", "backbone",
-    "build_vit", "compact", "dims_from_dict", "dims_of", "is_swin", "left_alone", "load_dense", "macs", "params",
+    "BlockDims",
+    "DimsError",
+    "FeaturePyramid",
+    "Masks",
+    "ModelError",
+    "SwinDims",
+    "TokenLogits",
+    "ViTDims",
+    "backbone",
+    "build_vit",
+    "compact",
+    "dims_from_dict",
+    "dims_of",
+    "is_swin",
+    "left_alone",
+    "load_dense",
+    "macs",
+    "params",
     "skeleton",
-]  # fmt: skip
+]

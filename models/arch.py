@@ -1,4 +1,5 @@
 """Plain Vision Transformers and Swin Transformers under one name each for what both have."""
+
 from __future__ import annotations
 
 from typing import Any

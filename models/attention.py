@@ -9,6 +9,7 @@ explicit  two matrix products and a softmax, a few images at a time so that thei
 The rule of `route` comes from `python -m benchmarks.attention_routes`, whose figures stand in benchmarks/RESULTS.md.
 Legend: B batch, N tokens, H heads, d channels per head.
 """
+
 from __future__ import annotations
 
 import torch
@@ -36,8 +37,15 @@ def route(qk: int, v: int, device: torch.device, dtype: torch.dtype) -> str:
     return "fused" if qk == v and qk % TENSOR_CORES == 0 else "padded"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, way: str | None = None,
-           bias: Tensor | None = None) -> Tensor:  # fmt: skip
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    way: str | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """softmax(scale q k^T + bias) v: q (B, H, N, qk), k (B, H, M, qk), v (B, H, M, v) -> (B, N, H v).
 
     way: a route, None for the rule's; bias: of the keys, (B, 1, 1, M), None for none.
@@ -52,8 +60,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, 
     return out.transpose(1, 2).reshape(B, N, H * v.shape[-1])
 
 
-def by_kernel(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, bias: Tensor | None = None,
-              padded: bool = True) -> Tensor:  # fmt: skip
+def by_kernel(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float = 0.0, bias: Tensor | None = None, padded: bool = True
+) -> Tensor:
     """softmax(scale q k^T + bias) v by torch's kernel, as it is or padded: shapes of `attend` -> (B, H, N, v).
 
     bias: of the scores, (B, H, N, M) or 1 where they share it.

@@ -8,6 +8,7 @@ with none is never cut.
 A Swin Transformer has these axes in every stage, `layers.2.embed` and `layers.2.blocks.0.qk`, as timm names parameters.
 The downsampling that begins a stage reads four patches side by side: four times the embedding of the stage before.
 """
+
 from __future__ import annotations
 
 import re

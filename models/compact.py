@@ -1,4 +1,5 @@
 """From a masked full-size model to the dense model of the widths that are left, and back."""
+
 from __future__ import annotations
 
 import torch

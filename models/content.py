@@ -11,6 +11,7 @@ merged patches for the rest of the network, every block groups all of them anew,
 attention, so that attention computes on fewer tokens too.
 Legend: B batch, T tokens of the model, P of them prefix, N = T - P patches, K tokens of the block, A anchors, E embed.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple

@@ -92,8 +92,9 @@ class MacsFormula:
             compression = int(tokens[merged].sum() + tokens[rebuilt].sum()) * (patches + prefix)
         return cls(patches * patch, heads * parent.num_classes, tokens, asking, compression)
 
-    def parts(self, embed: np.ndarray, heads: np.ndarray, qk: np.ndarray, v: np.ndarray,
-              mlp: np.ndarray) -> dict[str, np.ndarray]:  # fmt: skip
+    def parts(
+        self, embed: np.ndarray, heads: np.ndarray, qk: np.ndarray, v: np.ndarray, mlp: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """By part of the model. embed: (…,); heads, qk, v, mlp: (…, L), all int64; each result (…,)."""
         e = np.asarray(embed)[..., None]
         each = e * heads * (qk + v)  # queries and proj of those that ask, keys and values of all

@@ -1,4 +1,5 @@
 """The architecture of a Vision Transformer as a value: every width of every block, and nothing else."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """A compact model as the backbone of a dense prediction: feature maps of some of its blocks, or a pyramid of scales."""
+
 from __future__ import annotations
 
 import copy
@@ -51,9 +52,7 @@ class FeaturePyramid(nn.Module):
     stages are a pyramid already: `backbone`.
     """
 
-    def __init__(
-        self, model: VisionTransformer, channels: int = 256, scales: Sequence[float] = (4, 2, 1, 0.5)
-    ) -> None:
+    def __init__(self, model: VisionTransformer, channels: int = 256, scales: Sequence[float] = (4, 2, 1, 0.5)) -> None:
         super().__init__()
         if isinstance(model.dims, SwinDims):
             raise ValueError("a Swin Transformer's stages are a pyramid already: models.backbone gives its maps")
@@ -64,8 +63,10 @@ class FeaturePyramid(nn.Module):
         (embed,), (stride,) = self.body.feature_info.channels(), self.body.feature_info.reduction()
         self.levels = nn.ModuleList(_level(embed, scale, channels) for scale in scales)
         strides = [stride / scale for scale in scales]
-        info = [dict(num_chs=channels, reduction=int(s) if s == int(s) else s, module=f"levels.{i}")
-                for i, s in enumerate(strides)]  # fmt: skip
+        info = [
+            dict(num_chs=channels, reduction=int(s) if s == int(s) else s, module=f"levels.{i}")
+            for i, s in enumerate(strides)
+        ]
         self.feature_info = FeatureInfo(info, tuple(range(len(info))))
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -83,6 +84,10 @@ def _level(embed: int, scale: float, channels: int) -> nn.Sequential:
         layers.append(nn.ConvTranspose2d(embed, narrower, kernel_size=2, stride=2))
         embed = narrower
     layers += [nn.MaxPool2d(2, ceil_mode=True) for _ in range(int(-math.log2(scale)))]
-    project = [nn.Conv2d(embed, channels, 1, bias=False), LayerNorm2d(channels),
-               nn.Conv2d(channels, channels, 3, padding=1, bias=False), LayerNorm2d(channels)]  # fmt: skip
+    project = [
+        nn.Conv2d(embed, channels, 1, bias=False),
+        LayerNorm2d(channels),
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        LayerNorm2d(channels),
+    ]
     return nn.Sequential(*layers, *project)

@@ -3,6 +3,7 @@
 config.json holds what checkpoints hold under `arch` and `dims`, and what a reader without this project needs besides:
 the parent's softmax scale, the norms' epsilon, the tokens of an image, and how images are prepared.
 """
+
 from __future__ import annotations
 
 import json
@@ -34,9 +35,11 @@ def config_of(model: Model, **more: Any) -> dict[str, Any]:
     parent = skeleton(model.arch, **model.arch_kwargs)
     block, prefix = parent.blocks[0], parent.num_prefix_tokens
     return common | dict(
-        scale=block.attn.head_dim**-0.5, norm_eps=block.norm1.eps, tokens=parent.patch_embed.num_patches + prefix,
+        scale=block.attn.head_dim**-0.5,
+        norm_eps=block.norm1.eps,
+        tokens=parent.patch_embed.num_patches + prefix,
         prefix_tokens=prefix,
-    )  # fmt: skip
+    )
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -67,8 +70,9 @@ def read_folder(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         found = sorted(p.name for p in folder.glob("*.pth") if ".older" not in p.name)
         hint = f"; for a checkpoint name the file: {', '.join(found)}" if found else ""
-        raise CheckpointError(f"folder {path} is none that tools.export has written: no {_name(error)} in it{hint}"
-                              ) from None  # fmt: skip
+        raise CheckpointError(
+            f"folder {path} is none that tools.export has written: no {_name(error)} in it{hint}"
+        ) from None
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder / CONFIG} describes no model of this project: {error!r}") from None
     except (SafetensorError, OSError) as error:

@@ -1,4 +1,5 @@
 """Which units of a model survive. In every mask, True is keep and False is remove."""
+
 from __future__ import annotations
 
 import torch
@@ -38,8 +39,9 @@ class Masks:
         return {axis: len(keep) for axis, keep in self.keep.items()}
 
     @classmethod
-    def first(cls, full: Dims, dims: Dims, device: torch.device | str = "cpu",
-              grid: tuple[int, int] | None = None) -> Masks:  # fmt: skip
+    def first(
+        cls, full: Dims, dims: Dims, device: torch.device | str = "cpu", grid: tuple[int, int] | None = None
+    ) -> Masks:
         """Keep the first units of every axis: for a model whose units are sorted by importance.
 
         Of patches, those that are spread evenly over the grid.

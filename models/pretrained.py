@@ -1,4 +1,5 @@
 """From files to models: this project's checkpoints, and the dense weights a run starts from."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -32,8 +33,9 @@ def _fill(model: Model, state: dict[str, torch.Tensor], path: str | Path) -> Non
 def _check_size(weights: dict[str, torch.Tensor], expected: int, path: str | Path) -> None:
     """Raises CheckpointError where a described model is larger than the weights: it must not be built first."""
     if (found := sum(t.numel() for t in weights.values())) < expected:
-        raise CheckpointError(f"the weights of {path} do not fit its architecture: it has {expected:,} parameters, "
-                              f"they are {found:,}")  # fmt: skip
+        raise CheckpointError(
+            f"the weights of {path} do not fit its architecture: it has {expected:,} parameters, they are {found:,}"
+        )
 
 
 def full_dims(dims: Dims, masks: dict[str, torch.Tensor], total: int) -> Dims:
@@ -50,9 +52,7 @@ def has_tokens(masks: dict[str, torch.Tensor]) -> bool:
     return any(axis.endswith(".tokens") for axis in masks)
 
 
-def from_checkpoint(
-    content: dict[str, Any], path: str | Path, ema: bool = False, **overrides: Any
-) -> Model:
+def from_checkpoint(content: dict[str, Any], path: str | Path, ema: bool = False, **overrides: Any) -> Model:
     """The compact model of a loaded checkpoint; ema: its moving average; `overrides` are timm kwargs (drop rates)."""
     weights = content["model_ema" if ema else "model"]
     if weights is None:
@@ -134,7 +134,6 @@ def load_initial_(model: Model, state: dict[str, torch.Tensor], path: str | Path
     fresh = [k for k in state if k.startswith("head") and k in own and own[k].shape != state[k].shape]
     _fill(model, {k: own[k] if k in fresh else v for k, v in state.items()}, path)
     return fresh
-
 
 
 def read_dims(path: str) -> Dims:

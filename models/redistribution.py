@@ -2,6 +2,7 @@
 
 V stays 64 per head. The published code and the paper disagree; both are here under their names.
 """
+
 from __future__ import annotations
 
 from models.dims import BlockDims, ViTDims

@@ -3,6 +3,7 @@
 Mishra et al., arXiv 2104.08378, as NViT applies it after finetuning. GPUs from compute capability 8.0 on skip the zeros
 in half precision, through torch's semi-structured tensors; elsewhere they are zeros and no more.
 """
+
 from __future__ import annotations
 
 import copy

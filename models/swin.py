@@ -4,6 +4,7 @@ timm builds the model; its blocks, LayerNorms and the layers between stages are 
 names and the fused qkv row order are timm's. Legend: B images, n windows of an image, N tokens of a window, E embed,
 H heads.
 """
+
 from __future__ import annotations
 
 import copy
@@ -38,8 +39,9 @@ class ShiftedAttention(Attention):
     """Attention inside windows with a bias by relative position, of independent query/key and value widths."""
 
     def __init__(self, embed: int, dims: BlockDims, parent: WindowAttention) -> None:
-        super().__init__(embed, dims, parent.scale, parent.qkv.bias is not None, True, parent.attn_drop.p,
-                         parent.proj_drop.p)  # fmt: skip
+        super().__init__(
+            embed, dims, parent.scale, parent.qkv.bias is not None, True, parent.attn_drop.p, parent.proj_drop.p
+        )
         self.window_size = height, width = parent.window_size
         table = torch.empty((2 * height - 1) * (2 * width - 1), dims.heads)
         self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
@@ -83,8 +85,16 @@ class Block(SwinTransformerBlock):
 
     def __init__(self, embed: int, dims: BlockDims, parent: SwinTransformerBlock) -> None:
         nn.Module.__init__(self)
-        for name in ("input_resolution", "target_shift_size", "always_partition", "dynamic_mask", "window_size",
-                     "shift_size", "window_area", "mlp_ratio"):  # fmt: skip
+        for name in (
+            "input_resolution",
+            "target_shift_size",
+            "always_partition",
+            "dynamic_mask",
+            "window_size",
+            "shift_size",
+            "window_area",
+            "mlp_ratio",
+        ):
             setattr(self, name, getattr(parent, name))
         self.dim, self.dims = embed, dims
         norm = partial(LayerNorm, eps=parent.norm1.eps)
@@ -155,8 +165,10 @@ def swin_skeleton(arch: str, **kwargs: Any) -> SwinTransformer:
     depths = kwargs.get("depths", ())
     whole = isinstance(depths, list | tuple) and all(isinstance(n, int) for n in depths)
     if not whole or len(depths) > MOST_STAGES or sum(depths) > MOST_BLOCKS:  # before timm builds them
-        raise ModelError(f"{arch}: depths must be up to {MOST_STAGES} whole numbers, of {MOST_BLOCKS:,} blocks in all, "
-                         f"not {str(depths)[:60]}")  # fmt: skip
+        raise ModelError(
+            f"{arch}: depths must be up to {MOST_STAGES} whole numbers, of {MOST_BLOCKS:,} blocks in all, "
+            f"not {str(depths)[:60]}"
+        )
     try:
         return _skeleton(arch, json.dumps(_timm(kwargs), sort_keys=True))
     except TypeError as error:
@@ -196,8 +208,13 @@ def stem_of(parent: SwinTransformer, embed: int) -> nn.Module:
 
 def tail_of(parent: SwinTransformer, embed: int) -> tuple[nn.Module, nn.Module]:
     """The last norm and the classifier of a full-width model at another width: (B, height, width, E) -> logits."""
-    head = ClassifierHead(embed, parent.num_classes, pool_type=parent.global_pool, drop_rate=parent.head.drop.p,
-                          input_fmt=parent.output_fmt)  # fmt: skip
+    head = ClassifierHead(
+        embed,
+        parent.num_classes,
+        pool_type=parent.global_pool,
+        drop_rate=parent.head.drop.p,
+        input_fmt=parent.output_fmt,
+    )
     return LayerNorm(embed, eps=parent.norm.eps), head
 
 

@@ -1,4 +1,5 @@
 """The architecture of a Swin Transformer as a value: stages, each with the widths of a plain ViT."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

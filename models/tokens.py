@@ -10,6 +10,7 @@ Beyond the paper, s may also be 1 for patches that are merged: they keep what te
 out = x + R (block(z) - z), where the paper rebuilds them from the group alone.
 Legend: B batch, T tokens of the model, P of them prefix, N = T - P patches, K tokens of the block, E embed.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -68,8 +69,11 @@ class TokenMerge(nn.Module):
     def set(self, owner: Tensor, merge: Tensor, reconstruct: Tensor, shortcut: Tensor) -> None:
         """The structure, all (N,). Raises ValueError for a token without patches, and where groups are divided about
         their shortcut."""
-        for own, value in zip((self.owner, self.merge, self.reconstruct, self.shortcut),
-                              (owner, merge, reconstruct, shortcut), strict=True):  # fmt: skip
+        for own, value in zip(
+            (self.owner, self.merge, self.reconstruct, self.shortcut),
+            (owner, merge, reconstruct, shortcut),
+            strict=True,
+        ):
             own.copy_(value)
         self._plan()
 
@@ -89,11 +93,18 @@ class TokenMerge(nn.Module):
         source = owner.index_copy(0, passing, self.tokens + torch.arange(len(passing)))
         prefix = torch.arange(P)
         plan = dict(
-            first=first, firsts=torch.cat([prefix, P + first]), rest=rest, others=P + rest, belongs=member[rest].T,
-            passing=P + passing, source=torch.cat([prefix, source]), weightless=skipped,
-            divided=(shortcuts > 0)[:, None], shortcuts=torch.cat([prefix > P, shortcut]),
+            first=first,
+            firsts=torch.cat([prefix, P + first]),
+            rest=rest,
+            others=P + rest,
+            belongs=member[rest].T,
+            passing=P + passing,
+            source=torch.cat([prefix, source]),
+            weightless=skipped,
+            divided=(shortcuts > 0)[:, None],
+            shortcuts=torch.cat([prefix > P, shortcut]),
             belated=torch.cat([prefix > P, shortcut & ~skipped])[:, None],
-        )  # fmt: skip
+        )
         for name, index in plan.items():
             self.register_buffer(f"_{name}", index.to(self.owner.device), persistent=False)
         self.pulls_back = bool(shortcuts.any())
@@ -204,12 +215,6 @@ class DenseTokenMerge(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             R, s = self.reconstruct_matrix.to(x.dtype), self.skip.to(x.dtype)
             return torch.baddbmm(s[:, None] * x, R.expand(x.shape[0], -1, -1), out.to(x.dtype))
-
-
-
-
-
-
 
 
 def around(centres: Tensor, grid: tuple[int, int], prefix: int) -> TokenMerge:

@@ -3,6 +3,7 @@
 timm builds the model; only its blocks and LayerNorms are ours. Parameter names and the fused qkv row order are timm's,
 so a timm state dict loads unchanged at full width. Legend: B batch, N tokens, E embed, H heads, d channels per head.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -76,8 +77,17 @@ class Attention(nn.Module):
 
     way: str | None = None
 
-    def __init__(self, embed: int, dims: BlockDims, scale: float, qkv_bias: bool, proj_bias: bool,
-                 attn_drop: float, proj_drop: float, head_norm: Any = nn.Identity) -> None:  # fmt: skip
+    def __init__(
+        self,
+        embed: int,
+        dims: BlockDims,
+        scale: float,
+        qkv_bias: bool,
+        proj_bias: bool,
+        attn_drop: float,
+        proj_drop: float,
+        head_norm: Any = nn.Identity,
+    ) -> None:
         super().__init__()
         self.num_heads, self.qk, self.v, self.scale = dims.heads, dims.qk, dims.v, scale
         self.qkv = nn.Linear(embed, dims.heads * (2 * dims.qk + dims.v), bias=qkv_bias)
@@ -124,10 +134,24 @@ class Block(nn.Module):
     read: int | None = None
     alone: bool = False
 
-    def __init__(self, *, dims: BlockDims, scale: float, dim: int, norm_layer: Any, qkv_bias: bool = False,
-                 proj_bias: bool = True, init_values: float | None = None, proj_drop: float = 0.0,
-                 attn_drop: float = 0.0, drop_path: float = 0.0, act_layer: Any = nn.GELU, qk_norm: bool = False,
-                 tokens: nn.Module | None = None, **_: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        dims: BlockDims,
+        scale: float,
+        dim: int,
+        norm_layer: Any,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        init_values: float | None = None,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        act_layer: Any = nn.GELU,
+        qk_norm: bool = False,
+        tokens: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
         super().__init__()
         self.dims, self.tokens = dims, tokens
         if dims.heads:
@@ -284,8 +308,10 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
         return Block(dims=dims, scale=scale, tokens=tokens, **timm_kwargs)
 
     if odd := [b.tokens for b in dims.blocks if not prefix < b.tokens <= total]:
-        raise ModelError(f"a block computes on {odd[0]} tokens, but {arch} has {total}, of which {prefix} are never "
-                         f"merged: {prefix + 1} to {total} are possible")  # fmt: skip
+        raise ModelError(
+            f"a block computes on {odd[0]} tokens, but {arch} has {total}, of which {prefix} are never "
+            f"merged: {prefix + 1} to {total} are possible"
+        )
     model = timm.create_model(
         arch,
         pretrained=pretrained,

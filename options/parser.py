@@ -25,8 +25,6 @@ def key_values(items: list[str], flag: str) -> dict[str, Any]:
     return pairs
 
 
-
-
 class Parser(argparse.ArgumentParser):
     """argparse's, with one line for a mistake, the closest flag for one that is unknown, and no abbreviations."""
 
@@ -47,8 +45,6 @@ class Parser(argparse.ArgumentParser):
         """One line instead of a page of usage; exit code 2."""
         complain("error", f"{message} (--help lists all)")
         self.exit(2)
-
-
 
 
 def boolean(text: str) -> bool:

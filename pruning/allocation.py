@@ -115,8 +115,15 @@ def knapsack(options: list[Options], budget: float) -> tuple[list[int], float]:
     return chosen[::-1], float(best[-1])
 
 
-def allocate(table: LatencyTable, full: ViTDims, groups: dict[str, int], curves: list[dict[str, Curve]], embed: Curve,
-             target: float, asking: int | None = None) -> list[tuple[ViTDims, float]]:  # fmt: skip
+def allocate(
+    table: LatencyTable,
+    full: ViTDims,
+    groups: dict[str, int],
+    curves: list[dict[str, Curve]],
+    embed: Curve,
+    target: float,
+    asking: int | None = None,
+) -> list[tuple[ViTDims, float]]:
     """For every embedding width the best widths at a predicted ratio of at most `target` to the dense model's latency.
 
     groups: units per group, by axis; curves, embed: prices from `pruning.probe`; asking: tokens that ask in the last
@@ -131,8 +138,10 @@ def allocate(table: LatencyTable, full: ViTDims, groups: dict[str, int], curves:
     widths, asked = _widths(full.embed, groups["embed"]), [None] * (len(rows) - 1) + [asking]
     found = []
     for E, price in zip(widths, interpolated(embed, widths), strict=True):
-        options = [undominated(w, table.blocks_seconds(np.column_stack([np.full(len(w), E), w]), asking=a), c)
-                   for (w, c), a in zip(rows, asked, strict=True)]  # fmt: skip
+        options = [
+            undominated(w, table.blocks_seconds(np.column_stack([np.full(len(w), E), w]), asking=a), c)
+            for (w, c), a in zip(rows, asked, strict=True)
+        ]
         try:
             chosen, cost = knapsack(options, budget - table.overhead_seconds(int(E)))
         except ValueError:

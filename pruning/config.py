@@ -1,4 +1,5 @@
 """`pruning_configs/*.json` as a value: what is scored, how it is averaged, in what groups units go."""
+
 from __future__ import annotations
 
 from collections.abc import Collection

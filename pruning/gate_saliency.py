@@ -28,8 +28,15 @@ class GateSaliency(EventMean):
     teacher agree. With several processes, scores are averaged over them at every step.
     """
 
-    def __init__(self, model: nn.Module, masks: Masks, kind: str, momentum: float, scaler: torch.amp.GradScaler,
-                 teacher: nn.Module | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Masks,
+        kind: str,
+        momentum: float,
+        scaler: torch.amp.GradScaler,
+        teacher: nn.Module | None = None,
+    ) -> None:
         super().__init__(model.dims.sizes(), momentum, next(model.parameters()).device)
         self.kind, self.masks, self.scaler, self.teacher = kind, masks, scaler, teacher
         self._leaves: list[dict[str, Tensor]] = []

@@ -5,6 +5,7 @@ it also loses that branch's last bias). So there is one gate per unit and reader
 residual stream 25 times by the same gate and leaves LayerNorm's statistics and bias ungated, and every axis of
 `models.axes` can have gates. Legend: B batch, N tokens, E embed, H heads.
 """
+
 from __future__ import annotations
 
 import contextlib

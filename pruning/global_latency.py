@@ -5,6 +5,7 @@ removes the number of groups it was asked for, differences of latency are monoto
 keeping), widths are fresh in the stop test, and the last group is chosen so that the result lands as close below the
 target as the lowest-ranked groups allow.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -76,8 +77,9 @@ def _per_unit_of_stages(table: SwinTable, dims: SwinDims, group_sizes: dict[str,
     return costs
 
 
-def latency_per_unit(table: LatencyTable | SwinTable, dims: Dims, group_sizes: dict[str, int],
-                     asking: int | None = None) -> dict[str, float]:  # fmt: skip
+def latency_per_unit(
+    table: LatencyTable | SwinTable, dims: Dims, group_sizes: dict[str, int], asking: int | None = None
+) -> dict[str, float]:
     """Seconds of model latency that one unit of each axis costs at `dims`, never negative.
 
     The finite difference over the group that would go next, per unit (published: over one unit; on a grid no finer than
@@ -117,10 +119,20 @@ class GlobalPruner:
     None for all.
     """
 
-    def __init__(self, masks: Masks, table: LatencyTable | SwinTable, group_sizes: dict[str, int], *,
-                 regularization: float, target: float | None, per_event: int, cap: int | None = None,
-                 targets: Sequence[Target] = (), dense: Dims | None = None,
-                 asking: int | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        masks: Masks,
+        table: LatencyTable | SwinTable,
+        group_sizes: dict[str, int],
+        *,
+        regularization: float,
+        target: float | None,
+        per_event: int,
+        cap: int | None = None,
+        targets: Sequence[Target] = (),
+        dense: Dims | None = None,
+        asking: int | None = None,
+    ) -> None:
         self.masks, self.table, self.dense, self.asking = masks, table, dense or masks.full, asking
         self.group_sizes, self.regularization = group_sizes, regularization
         self.per_event, self.cap = per_event, cap
@@ -144,8 +156,11 @@ class GlobalPruner:
     def progress(self) -> str:
         """Every target that is not met, beside where it stands."""
         now = self.masks.dims
-        return ", ".join(f"{t.flag} {t.limit:g} not reached, now {t.show(t.measure(now))}"
-                         for t in self.targets if t.measure(now) > t.limit)  # fmt: skip
+        return ", ".join(
+            f"{t.flag} {t.limit:g} not reached, now {t.show(t.measure(now))}"
+            for t in self.targets
+            if t.measure(now) > t.limit
+        )
 
     def floor(self) -> Dims:
         """The smallest architecture that pruning may reach: one group of every axis."""

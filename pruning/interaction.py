@@ -5,6 +5,7 @@ with unit gates w = 1: S_kl = 1' H_kl 1. That is the Hessian of the loss in K nu
 component, so one Hessian-vector product per component gives a whole row over all pairs of blocks. The published code
 draws one pair of blocks, l_j <= l_i, per entry and batch, and reads the upper triangle of nine products.
 """
+
 from __future__ import annotations
 
 import math
@@ -33,8 +34,9 @@ def _set_common_gates(gates: Gates, components: tuple[str, ...], alpha: Tensor) 
     }
 
 
-def component_hessian(gates: Gates, components: tuple[str, ...], loss: Callable[[], Tensor],
-                      form: str = "exact") -> Tensor:  # fmt: skip
+def component_hessian(
+    gates: Gates, components: tuple[str, ...], loss: Callable[[], Tensor], form: str = "exact"
+) -> Tensor:
     """S_kl of one batch, (K, K) float64 on the CPU.
 
     loss: the batch's loss in a forward pass of the model that `gates` is attached to. `exact` differentiates twice
@@ -57,9 +59,7 @@ def component_hessian(gates: Gates, components: tuple[str, ...], loss: Callable[
         with sdpa_kernel(SDPBackend.MATH):
             (gradient,) = torch.autograd.grad(loss(), alpha, create_graph=True)
             last = len(components) - 1
-            rows = [
-                torch.autograd.grad(g, alpha, retain_graph=k < last)[0].double() for k, g in enumerate(gradient)
-            ]
+            rows = [torch.autograd.grad(g, alpha, retain_graph=k < last)[0].double() for k, g in enumerate(gradient)]
     hessian = torch.stack(rows).cpu()
     return (hessian + hessian.T) / 2
 

@@ -4,6 +4,7 @@ A component's units go in the order of its `Ranking`, so a choice is K counts. M
 with the units of every block where the ranking puts them. Published SAViT excludes stem and classifier from its budget,
 keeps individuals that miss it, and cuts one unit more than it counted.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -68,8 +69,9 @@ class Objective:
 class Problem:
     """Counts of removed units, their MACs and their predicted loss. budget: MACs of one image that may stay."""
 
-    def __init__(self, formula: MacsFormula, dims: ViTDims, rankings: list[Ranking], objective: Objective,
-                 budget: int) -> None:  # fmt: skip
+    def __init__(
+        self, formula: MacsFormula, dims: ViTDims, rankings: list[Ranking], objective: Objective, budget: int
+    ) -> None:
         self.formula, self.rankings, self.objective, self.budget = formula, rankings, objective, budget
         self.most = np.array([len(r.axis) for r in rankings], dtype=np.int64)
         self._full = {w: np.array([getattr(b, w) for b in dims.blocks], dtype=np.int64) for w in WIDTHS[1:]}
@@ -204,8 +206,9 @@ def put_back(problem: Problem, counts: np.ndarray) -> list[np.ndarray]:
         gains = problem.objective(counts) - problem.objective(fewer)
         fitting = [
             (gains[k] / max(now - slack, 1), position, k)
-            for (k, position), slack in zip(candidates, then, strict=True) if slack >= 0
-        ]  # fmt: skip
+            for (k, position), slack in zip(candidates, then, strict=True)
+            if slack >= 0
+        ]
         if not fitting:
             return removed
         _, position, k = max(fitting)

@@ -4,6 +4,7 @@ One pass over training images scores every patch of every layer; two global thre
 its own), *merged* into a centre near it, or *skipped* by the block. Weights do not move while scoring.
 Legend: L layers, N patches, B batch, H heads, T tokens, P of them prefix, K tokens of a compressed block.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,9 +97,14 @@ def on_patches(block: Block, scores: Tensor) -> Tensor:
     return scores @ R[prefix:, prefix:].T.to(scores)
 
 
-def measured(model: VisionTransformer, layers: Sequence[int], batches: Iterable[tuple[Tensor, Tensor]],
-             loss: Callable[[Tensor, Tensor], Tensor], mode: str = "attn",
-             per_image: bool = False) -> Tensor:  # fmt: skip
+def measured(
+    model: VisionTransformer,
+    layers: Sequence[int],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    mode: str = "attn",
+    per_image: bool = False,
+) -> Tensor:
     """Scores of every patch of `layers`, (L, N) float64, summed over batches and processes: S_l[j] of the paper.
 
     loss(images, targets) runs the model, which must be in eval mode. As published the absolute value is taken of each
@@ -149,13 +155,15 @@ def budget(layers: int, patches: int, prune_rate: float, keep_rate: float) -> tu
         raise CompressionError(f"prune rate {prune_rate:g} and keep rate {keep_rate:g} sum to more than 1")
     keep, prune = (int(patches * rate + 1e-9) for rate in (keep_rate, prune_rate))
     if not keep:
-        raise CompressionError(f"keep rate {keep_rate:g} of {patches} patches leaves a layer no centre: "
-                               f"{1 / patches:.3g} is the least")  # fmt: skip
+        raise CompressionError(
+            f"keep rate {keep_rate:g} of {patches} patches leaves a layer no centre: {1 / patches:.3g} is the least"
+        )
     return layers * keep, layers * prune
 
 
-def chosen(ranks: Tensor, layers: Sequence[int], prune_rate: float, keep_rate: float,
-           passing: Tensor | None = None) -> Structure:  # fmt: skip
+def chosen(
+    ranks: Tensor, layers: Sequence[int], prune_rate: float, keep_rate: float, passing: Tensor | None = None
+) -> Structure:
     """Centres are the L floor(N keep_rate) highest ranks of all layers, skipped the L floor(N prune_rate) lowest.
 
     ranks: (L, N); equal ranks go by layer and place. passing: (L, N) bool, patches that are skipped already and stay
@@ -224,8 +232,9 @@ class Merging:
     shortcut: bool = True
 
 
-def assigned(structure: Structure, row: int, grid: tuple[int, int], prefix: int,
-             merging: Merging) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def assigned(
+    structure: Structure, row: int, grid: tuple[int, int], prefix: int, merging: Merging
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(owner, merge, reconstruct, shortcut) of one layer, as `TokenMerge.set` takes them.
 
     M[k, j] is proportional to the patch's score, and R the pseudo-inverse of M, which disjoint rows give in closed
@@ -261,8 +270,9 @@ def uniform(dims: ViTDims, keep_rate: float, prefix: int) -> ViTDims:
 
 
 @torch.no_grad()
-def compressed(model: VisionTransformer, structure: Structure, merging: Merging,
-               dense_merge: bool = False) -> VisionTransformer:  # fmt: skip
+def compressed(
+    model: VisionTransformer, structure: Structure, merging: Merging, dense_merge: bool = False
+) -> VisionTransformer:
     """`model` with its tokens compressed as `structure` says, its weights unchanged, on its device and in its mode.
 
     Layers that `structure` does not name keep theirs. dense_merge: M and R as full matrices, as a model that has such

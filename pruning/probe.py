@@ -42,8 +42,15 @@ class _Probe:
     rest: what the rest of the dense model makes of the stream after the branch.
     """
 
-    def __init__(self, branch: Branch, fit: list[Tensor], judge: list[Tensor], read: slice,
-                 rest: Callable[[Tensor], Tensor], logits: list[Tensor]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        branch: Branch,
+        fit: list[Tensor],
+        judge: list[Tensor],
+        read: slice,
+        rest: Callable[[Tensor], Tensor],
+        logits: list[Tensor],
+    ) -> None:
         self.branch, self.read, self.rest, self.logits = branch, read, rest, logits
         self.fit = [branch.first(branch.norm(x)) for x in fit]
         self.fitted = [branch.mix(first) for first in self.fit]
@@ -115,8 +122,7 @@ def judged(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     return max(0.0, float(torch.divide(*all_reduced(total))))
 
 
-def _token_curve(model: VisionTransformer, index: int, judge: list[Tensor], logits: list[Tensor],
-                 group: int) -> Curve:  # fmt: skip
+def _token_curve(model: VisionTransformer, index: int, judge: list[Tensor], logits: list[Tensor], group: int) -> Curve:
     """Prices of the token counts of a block, its patches merged around survivors that are spread evenly, or by
     content where the model does that.
 
@@ -134,8 +140,9 @@ def _token_curve(model: VisionTransformer, index: int, judge: list[Tensor], logi
 
 
 @torch.no_grad()
-def block_curves(model: VisionTransformer, fit: Tensor, judge: Tensor, groups: dict[str, int],
-                 batch: int) -> list[dict[str, Curve]]:  # fmt: skip
+def block_curves(
+    model: VisionTransformer, fit: Tensor, judge: Tensor, groups: dict[str, int], batch: int
+) -> list[dict[str, Curve]]:
     """Per block, prices of the widths of heads, qk, v and mlp; width 0 of heads or mlp is the branch's absence.
 
     Where `groups` has them, of token counts too. model: aligned, full-size, in eval mode; fit, judge: images (n, 3, H,
@@ -181,8 +188,9 @@ def embed_curve(model: VisionTransformer, images: Tensor, group: int, batch: int
     return curve
 
 
-def prices(model: VisionTransformer, images: Tensor, groups: dict[str, int],
-           batch: int) -> tuple[list[dict[str, Curve]], Curve]:  # fmt: skip
+def prices(
+    model: VisionTransformer, images: Tensor, groups: dict[str, int], batch: int
+) -> tuple[list[dict[str, Curve]], Curve]:
     """`block_curves` and `embed_curve` from a part of the calibration images, which is enough to compare widths."""
     fit, judge = images.split([len(images) // FITTED, len(images) - len(images) // FITTED])
     curves = block_curves(model, fit, judge[: max(1, len(images) // JUDGED)], groups, batch)

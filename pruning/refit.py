@@ -56,9 +56,16 @@ class _Streams:
         correct_(layer, *(moments.all_reduce() for moments in sets))
 
 
-def _refit_branch(big: Branch, small: Branch, rows: Tensor, kept: Tensor, s: _Streams, read: slice,
-                  merged: Sequence[Callable[[Tensor], Tensor]],
-                  biases: Sequence[tuple[Tensor, ...]]) -> None:  # fmt: skip
+def _refit_branch(
+    big: Branch,
+    small: Branch,
+    rows: Tensor,
+    kept: Tensor,
+    s: _Streams,
+    read: slice,
+    merged: Sequence[Callable[[Tensor], Tensor]],
+    biases: Sequence[tuple[Tensor, ...]],
+) -> None:
     """Refit both layers of a branch, and move both streams past it.
 
     rows: of the dense first layer that survive; kept: embedding channels that survive; read: tokens that count in what

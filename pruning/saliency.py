@@ -4,6 +4,7 @@ NViT (arXiv 2110.04869) section 3.2, Eq. 1-6: the gate criterion of a group S co
 w dL/dw)^2. Both factors are taken before the optimizer step; the published code multiplies the weight after it with the
 gradient before it.
 """
+
 from __future__ import annotations
 
 from typing import Any

@@ -5,6 +5,7 @@ predicted loss of removing shares rho_k of all components at once (Eq. 2-12), un
 published code: protected units keep their identity and really stay, the budget is met and used to the last unit, every
 pair of blocks counts in the interactions, and with no interactions the individual scores decide.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -51,7 +52,6 @@ class Importance:
             for name, value in dict(hessian=self.hessian, error=self.error).items()
         }
         return replace(self, components=components, **parts)
-
 
     def without_interactions(self) -> Importance:
         return replace(self, hessian=None, error=None)
@@ -120,10 +120,16 @@ def floor_of(component: str, units: int, share: float | None) -> int:
 def floor_dims(dims: ViTDims, components: tuple[str, ...], share: float | None) -> ViTDims:
     """The smallest architecture that the floors leave."""
     blocks = [
-        replace(b, **{c: floor_of(c, getattr(b, c), share) for c in components
-                      if c != "embed" and (b.mlp if c == "mlp" else b.heads)})
+        replace(
+            b,
+            **{
+                c: floor_of(c, getattr(b, c), share)
+                for c in components
+                if c != "embed" and (b.mlp if c == "mlp" else b.heads)
+            },
+        )
         for b in dims.blocks
-    ]  # fmt: skip
+    ]
     return ViTDims(floor_of("embed", dims.embed, share) if "embed" in components else dims.embed, tuple(blocks))
 
 
@@ -172,8 +178,15 @@ def _running(values: np.ndarray) -> np.ndarray:
     return np.concatenate([[0.0], values.cumsum()])
 
 
-def objective(importance: Importance, rankings: list[Ranking], dims: ViTDims, *, formula: str = "joint",
-              linear: bool = False, hessian_embed: float = 6.0) -> Objective:  # fmt: skip
+def objective(
+    importance: Importance,
+    rankings: list[Ranking],
+    dims: ViTDims,
+    *,
+    formula: str = "joint",
+    linear: bool = False,
+    hessian_embed: float = 6.0,
+) -> Objective:
     """Predicted loss of removing m_k units of every component, to second order: 1/2 dw'H dw, with `linear` + g'dw.
 
     paper: 1/2 sum_kl S_kl rho_k rho_l with rho_k = m_k / N_k, as if the removed units were a random sample (Eq. 8-12).
@@ -207,8 +220,9 @@ def objective(importance: Importance, rankings: list[Ranking], dims: ViTDims, *,
     return Objective([_running(s) for s in separate], shares, quadratic)
 
 
-def choose(problem: Problem, dims: ViTDims, search: str = "grid", seed: int = 0,
-           device: torch.device | str = "cpu") -> Masks:  # fmt: skip
+def choose(
+    problem: Problem, dims: ViTDims, search: str = "grid", seed: int = 0, device: torch.device | str = "cpu"
+) -> Masks:
     """Masks of the searched counts, with every unit put back that still fits into the budget.
 
     Raises ValueError where the search finds nothing.

@@ -38,8 +38,9 @@ def _converted(state: dict[str, Any], parameter: Tensor, convert: Callable[[Tens
     for name, value in state.items():
         of_weights = isinstance(value, Tensor) and value.dim() > 0
         if of_weights and value.shape != parameter.shape:
-            raise ValueError(f"the optimizer's {name} has not the shape of the weights: a smaller student cannot take "
-                             "it over")  # fmt: skip
+            raise ValueError(
+                f"the optimizer's {name} has not the shape of the weights: a smaller student cannot take it over"
+            )
         found[name] = convert(value) if of_weights else value
     return found
 
@@ -113,8 +114,11 @@ class Shrunk:
             for name in names:
                 if (p := parameters.get(name)) is not None and p in self.optimizer.state:
                     like = p.new_zeros(self._shapes[name])
-                    state[index] = _converted(self.optimizer.state[p], p, lambda value, name=name, like=like:
-                                              self.outer.paste(name, value, like))  # fmt: skip
+                    state[index] = _converted(
+                        self.optimizer.state[p],
+                        p,
+                        lambda value, name=name, like=like: self.outer.paste(name, value, like),
+                    )
                 index += 1
         return dict(state=state, param_groups=groups)
 

@@ -1,4 +1,5 @@
 """Budgets that pruning must come down to: latency as a share or in milliseconds, MACs, parameters."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -27,8 +28,9 @@ class Target:
     def check_reachable(self, floor: Dims) -> None:
         """Raises ValueError when even `floor`, the smallest that may be reached, lies above the limit."""
         if self.limit < (lowest := self.measure(floor)):
-            raise ValueError(f"{self.flag} {self.limit:g} is below {self.show(lowest)}, the least that the group sizes "
-                             "allow")  # fmt: skip
+            raise ValueError(
+                f"{self.flag} {self.limit:g} is below {self.show(lowest)}, the least that the group sizes allow"
+            )
 
 
 def latency_share(predicted: Callable[[Dims], float], limit: float) -> Target:
@@ -36,9 +38,17 @@ def latency_share(predicted: Callable[[Dims], float], limit: float) -> Target:
     return Target("--latency_target", limit, "of the dense latency", predicted)
 
 
-def targets_of(dense: Dims, table: LatencyTable | SwinTable, arch: str, kwargs: dict[str, Any], *,
-               latency_ms: float | None = None, macs_: float | None = None,
-               params_: float | None = None, asking: int | None = None) -> list[Target]:  # fmt: skip
+def targets_of(
+    dense: Dims,
+    table: LatencyTable | SwinTable,
+    arch: str,
+    kwargs: dict[str, Any],
+    *,
+    latency_ms: float | None = None,
+    macs_: float | None = None,
+    params_: float | None = None,
+    asking: int | None = None,
+) -> list[Target]:
     """The targets beside the published one that are not None.
 
     latency_ms: milliseconds per batch of the table; macs_, params_: a share of the dense model's up to 1, above it the

@@ -5,6 +5,7 @@ Patches merge around survivors that are spread evenly over the grid, or by conte
 the predictions to the dense ones while the other blocks are at the counts found so far; an exact dynamic programme then
 shares out the total. No labels, no gradients.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -91,8 +92,9 @@ def shared_out(curves: list[dict[int, float]], patches: int, total: int) -> list
 
 
 @torch.no_grad()
-def probed(model: VisionTransformer, layers: Sequence[int], images: Tensor, total: int, batch: int,
-           content: bool = False) -> Structure:  # fmt: skip
+def probed(
+    model: VisionTransformer, layers: Sequence[int], images: Tensor, total: int, batch: int, content: bool = False
+) -> Structure:
     """The structure of `layers` with `total` centres in all; nothing is skipped, all patches weigh the same.
 
     model: in eval mode, left as it is; images: this process's calibration images (n, 3, H, W), read `batch` at a time;

@@ -10,6 +10,7 @@ of NViT (arXiv 2110.04869, Eq. 5) for what changes. Squares are taken image by i
 directions, so that their sum tells little.
 Legend: B batch, T tokens of the model, P of them prefix, K tokens of a block, E embed.
 """
+
 from __future__ import annotations
 
 import torch

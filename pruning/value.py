@@ -136,5 +136,7 @@ class ValuePruner(GlobalPruner):
         if not found:
             return {}
         kept = self.masks.units(found[0][0])
-        return {axis: kept[axis] if kept[axis] or axis.rsplit(".", 1)[-1] in BRANCHES else len(orders[axis])
-                for axis in orders}  # fmt: skip
+        return {
+            axis: kept[axis] if kept[axis] or axis.rsplit(".", 1)[-1] in BRANCHES else len(orders[axis])
+            for axis in orders
+        }

@@ -41,8 +41,12 @@ def images_of(args: Any, full: FullModel) -> Tensor:
     dataset, _ = build_dataset(True, sized, augment=False)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
     chosen = order[rank() : args.calib_images : world_size()][: args.calib_images // world_size()]
-    loader = DataLoader(Subset(dataset, chosen.tolist()), batch_size=args.batch_size, num_workers=args.num_workers,
-                        generator=torch.Generator())  # fmt: skip
+    loader = DataLoader(
+        Subset(dataset, chosen.tolist()),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        generator=torch.Generator(),
+    )
     return torch.cat([images for images, _ in loader])
 
 

@@ -1,4 +1,5 @@
 """--dry-run: what a pruning run would do, and what it would take, without training or writing anything."""
+
 from __future__ import annotations
 
 import copy
@@ -29,8 +30,10 @@ def plan(pruner: GlobalPruner, seed: int) -> list[tuple[float, Any]]:
     """
     generator, events = torch.Generator().manual_seed(seed), []
     pruner.regularization = 0.0
-    scores = {axis: torch.rand(n, generator=generator, dtype=torch.float64) / pruner.group_sizes[axis]
-              for axis, n in pruner.masks.sizes().items()}  # fmt: skip
+    scores = {
+        axis: torch.rand(n, generator=generator, dtype=torch.float64) / pruner.group_sizes[axis]
+        for axis, n in pruner.masks.sizes().items()
+    }
     while len(events) < MOST_EVENTS and not pruner.reached and pruner.event(scores).groups:
         events.append((pruner.ratio, pruner.masks.dims))
     return events
@@ -90,8 +93,16 @@ def report(args: Any, setup: Setup) -> None:
     for i in sorted({round(i * (len(events) - 1) / (SHOWN_EVENTS - 1)) for i in range(SHOWN_EVENTS)} if events else ()):
         ratio, dims = events[i]
         step, counts = (i + 1) * interval, [count(full.arch, dims, **full.kwargs) for count in (macs, params)]
-        rows.append([str(i + 1), str(step), f"{step / per_epoch:.2f}", f"{ratio:.4f}", f"{counts[0] / 1e6:,.1f}",
-                     f"{counts[1]:,}"])  # fmt: skip
+        rows.append(
+            [
+                str(i + 1),
+                str(step),
+                f"{step / per_epoch:.2f}",
+                f"{ratio:.4f}",
+                f"{counts[0] / 1e6:,.1f}",
+                f"{counts[1]:,}",
+            ]
+        )
     say(table(["event", "step", "epoch", "predicted latency", "M MACs", "params"], rows))
     end = "every target met" if pruner.reached else "no target" if not limits else "targets not met"
     steps = min(len(events) * interval, args.epochs * per_epoch)
@@ -99,5 +110,7 @@ def report(args: Any, setup: Setup) -> None:
     if len(events) * interval > args.epochs * per_epoch:
         say(f"--epochs {args.epochs} end after {steps} steps, before the last event")
     seconds, memory = trial(args, setup)
-    say(f"estimate: {seconds:.2f} s a step, {seconds * steps / 3600:.2f} h for {steps} steps without data loading and "
-        f"evaluation, {memory / 2**30:.2f} GiB of memory per process, on {device_name(setup.device)}")  # fmt: skip
+    say(
+        f"estimate: {seconds:.2f} s a step, {seconds * steps / 3600:.2f} h for {steps} steps without data loading and "
+        f"evaluation, {memory / 2**30:.2f} GiB of memory per process, on {device_name(setup.device)}"
+    )

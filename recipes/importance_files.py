@@ -34,8 +34,13 @@ def weights_digest(model: nn.Module) -> str:
 
 def model_record(model: nn.Module) -> dict[str, Any]:
     """What importance files must agree with: timm's name and arguments, widths, weights."""
-    return dict(arch=model.arch, kwargs=structural_kwargs(model.arch_kwargs), classes=model.num_classes,
-                dims=model.dims.to_dict(), weights=weights_digest(model))  # fmt: skip
+    return dict(
+        arch=model.arch,
+        kwargs=structural_kwargs(model.arch_kwargs),
+        classes=model.num_classes,
+        dims=model.dims.to_dict(),
+        weights=weights_digest(model),
+    )
 
 
 def save(folder: Path, importance: Importance, model: dict[str, Any], data: dict[str, Any]) -> None:
@@ -47,9 +52,10 @@ def save(folder: Path, importance: Importance, model: dict[str, Any], data: dict
         tensors |= dict(hessian=importance.hessian, hessian_error=importance.error)
     content = safetensors.torch.save({name: t.clone() for name, t in tensors.items()})
     write_atomically(folder / TENSORS, lambda file: file.write(content))
-    write_json(folder / DESCRIPTION, dict(
-        format=FORMAT, model=model, data=data, components=list(importance.components), method=importance.method
-    ))  # fmt: skip
+    write_json(
+        folder / DESCRIPTION,
+        dict(format=FORMAT, model=model, data=data, components=list(importance.components), method=importance.method),
+    )
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -121,8 +127,9 @@ def _interactions(tensors: dict[str, Tensor], name: str, count: int, folder: Pat
     if (found := tensors.get(name)) is None:
         return None
     if found.shape != (count, count):
-        raise ValueError(f"importance file {folder / TENSORS}: {name} has shape {tuple(found.shape)}, "
-                         f"not ({count}, {count})")  # fmt: skip
+        raise ValueError(
+            f"importance file {folder / TENSORS}: {name} has shape {tuple(found.shape)}, not ({count}, {count})"
+        )
     if name == "hessian_error" and found.is_floating_point() and found.isnan().all():
         return found  # converted files do not know it
     return _finite(found, name, folder)

@@ -1,4 +1,5 @@
 """What pruning does inside the training loop, what it holds, and how that is saved."""
+
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
@@ -53,20 +54,35 @@ class Setup:
     inputs: dict[str, str] = field(default_factory=dict)
 
 
-def make_pruner(args: Any, full: FullModel, masks: Masks, table: LatencyTable | SwinTable,
-                config: PruningConfig, cap: int) -> GlobalPruner:  # fmt: skip
+def make_pruner(
+    args: Any, full: FullModel, masks: Masks, table: LatencyTable | SwinTable, config: PruningConfig, cap: int
+) -> GlobalPruner:
     """What chooses the units, as --selection and the targets say."""
     dense = full.dims
     more = targets_of(
-        dense, table, full.arch, full.kwargs, latency_ms=args.latency_target_ms, macs_=args.macs_target,
-        params_=args.params_target, asking=full.asking,
-    )  # fmt: skip
+        dense,
+        table,
+        full.arch,
+        full.kwargs,
+        latency_ms=args.latency_target_ms,
+        macs_=args.macs_target,
+        params_=args.params_target,
+        asking=full.asking,
+    )
     sizes = config.group_sizes(masks, args.width_multiple, left_alone(full.arch, **full.kwargs))
     kind = ValuePruner if args.selection == "value" else GlobalPruner
     return kind(
-        masks, table, sizes, regularization=args.latency_regularization, cap=cap or None, target=args.latency_target,
-        targets=more, dense=dense, per_event=args.prune_per_iter // args.group_size, asking=full.asking,
-    )  # fmt: skip
+        masks,
+        table,
+        sizes,
+        regularization=args.latency_regularization,
+        cap=cap or None,
+        target=args.latency_target,
+        targets=more,
+        dense=dense,
+        per_event=args.prune_per_iter // args.group_size,
+        asking=full.asking,
+    )
 
 
 class PruningSteps:
@@ -75,8 +91,15 @@ class PruningSteps:
     precision: its scaler scales the loss; compensation: see there.
     """
 
-    def __init__(self, args: Any, setup: Setup, optimizer: torch.optim.Optimizer, criterion: NViTLoss,
-                 precision: Precision, compensation: Compensation) -> None:  # fmt: skip
+    def __init__(
+        self,
+        args: Any,
+        setup: Setup,
+        optimizer: torch.optim.Optimizer,
+        criterion: NViTLoss,
+        precision: Precision,
+        compensation: Compensation,
+    ) -> None:
         self.args, self.setup, self.optimizer, self.criterion = args, setup, optimizer, criterion
         self.interval, self.kl_coeff, self.scaler = args.interval_prune[0], criterion.kl_coeff, precision.scaler
         self.pruner, self.model, self.compensation = setup.pruner, setup.model, compensation
@@ -110,8 +133,7 @@ class PruningSteps:
         self.criterion.kl_coeff = self.kl_coeff if self.events else 0.0
         self.student.train(not (self.events and self.args.student_eval))
 
-    def loss(self, logits: tuple[Tensor, Tensor], images: Tensor,
-             targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    def loss(self, logits: tuple[Tensor, Tensor], images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss and its parts; the saliency may differentiate another."""
         self.saliency.see(logits, images)
         return self.criterion(logits, images, targets)
@@ -184,10 +206,15 @@ class PruningSteps:
         scores |= {name: self.shrunk.paste_scores(scores[name]) for name in ("accumulated", "average")}
         outer = None if self.shrunk.is_full else self.shrunk.outer.state_dict()
         return dict(
-            saliency=scores, tokens=self.tokens and self.tokens.state_dict(), steps=self.steps, events=self.events,
-            exhausted=self.exhausted, shrunk=outer, dense=self.compensation.state_dict(),
+            saliency=scores,
+            tokens=self.tokens and self.tokens.state_dict(),
+            steps=self.steps,
+            events=self.events,
+            exhausted=self.exhausted,
+            shrunk=outer,
+            dense=self.compensation.state_dict(),
             config=asdict(self.setup.config),
-        )  # fmt: skip
+        )
 
     def restore(self, state: dict[str, Any], masks: dict[str, Tensor]) -> None:
         """Go on from what `state_dict` and the masks of a checkpoint hold."""
@@ -225,20 +252,38 @@ def save(name: str, args: Any, setup: Setup, state: State) -> None:
     steps, progress = state.steps, state.progress.state_dict()
     model, masks = steps.shrunk.expanded(steps.model, steps.masks)
     checkpoint.save(
-        setup.folder / name, keep_older=name == CHECKPOINT, arch=setup.full.record, dims=masks.dims.to_dict(),
-        dim=masks.dims.to_dim(), masks=masks.state_dict(), model=model.state_dict(),
-        optimizer=steps.shrunk.optimizer_state(steps.model), scaler=state.precision.scaler.state_dict(),
-        pruner=steps.state_dict(), epoch=progress["epoch"], step=steps.steps, rng=rng_state(),
+        setup.folder / name,
+        keep_older=name == CHECKPOINT,
+        arch=setup.full.record,
+        dims=masks.dims.to_dict(),
+        dim=masks.dims.to_dim(),
+        masks=masks.state_dict(),
+        model=model.state_dict(),
+        optimizer=steps.shrunk.optimizer_state(steps.model),
+        scaler=state.precision.scaler.state_dict(),
+        pruner=steps.state_dict(),
+        epoch=progress["epoch"],
+        step=steps.steps,
+        rng=rng_state(),
         metrics=state.metrics | progress["metrics"],
         args=resuming.saved_args(args, setup.full.path, setup.inputs),
-    )  # fmt: skip
+    )
 
 
-def read_resumed(args: Any, full: FullModel, config: PruningConfig, folder: Path,
-                 inputs: dict[str, str]) -> dict[str, Any] | None:  # fmt: skip
+def read_resumed(
+    args: Any, full: FullModel, config: PruningConfig, folder: Path, inputs: dict[str, str]
+) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None. Raises ValueError where it does not fit the arguments."""
-    content = resuming.read(args, folder, CHECKPOINT, run="pruning", fitting=dict(arch=full.record), needed="pruner",
-                            inputs=inputs, may_differ={"epochs"})  # the learning rate is constant  # fmt: skip
+    content = resuming.read(
+        args,
+        folder,
+        CHECKPOINT,
+        run="pruning",
+        fitting=dict(arch=full.record),
+        needed="pruner",
+        inputs=inputs,
+        may_differ={"epochs"},
+    )  # the learning rate is constant
     if content is not None and content["pruner"]["config"] != asdict(config):
         raise ValueError(f"--resume: {args.pruning_config} is not the pruning config of that run")
     return content

@@ -15,18 +15,47 @@ def add_pruning_args(parser: Any) -> None:
     """How a pruning run chooses, scores and keeps what it can."""
     group = parser.add_argument_group("pruning")
     group.add_argument("--pruning", action="store_true", help="prune; without it the dense model is evaluated")
-    group.add_argument("--pruning_config", metavar="FILE", default="pruning_configs/group8_m23_m09.json",
-                       help="criterion, momentum, group sizes (default: pruning_configs/group8_m23_m09.json)")
-    group.add_argument("--prune_dict", metavar="JSON", default='{"Global":0}',
-                       help='label of the run and most units removed, 0 for no limit (default: {"Global":0})')
-    group.add_argument("--interval_prune", metavar="STEPS", type=int, nargs="+", default=[100],
-                       help="training steps between pruning events (default: 100)")
-    group.add_argument("--prune_per_iter", metavar="UNITS", type=int, default=1024,
-                       help="units per event: prune_per_iter / group_size groups go (default: 1024)")
-    group.add_argument("--group_size", metavar="UNITS", type=int, default=16,
-                       help="units that prune_per_iter counts as one group (default: 16)")
-    group.add_argument("--student_eval", metavar="BOOL", type=options.boolean, default=False,
-                       help="after the first event the student runs in eval mode (default: False)")
+    group.add_argument(
+        "--pruning_config",
+        metavar="FILE",
+        default="pruning_configs/group8_m23_m09.json",
+        help="criterion, momentum, group sizes (default: pruning_configs/group8_m23_m09.json)",
+    )
+    group.add_argument(
+        "--prune_dict",
+        metavar="JSON",
+        default='{"Global":0}',
+        help='label of the run and most units removed, 0 for no limit (default: {"Global":0})',
+    )
+    group.add_argument(
+        "--interval_prune",
+        metavar="STEPS",
+        type=int,
+        nargs="+",
+        default=[100],
+        help="training steps between pruning events (default: 100)",
+    )
+    group.add_argument(
+        "--prune_per_iter",
+        metavar="UNITS",
+        type=int,
+        default=1024,
+        help="units per event: prune_per_iter / group_size groups go (default: 1024)",
+    )
+    group.add_argument(
+        "--group_size",
+        metavar="UNITS",
+        type=int,
+        default=16,
+        help="units that prune_per_iter counts as one group (default: 16)",
+    )
+    group.add_argument(
+        "--student_eval",
+        metavar="BOOL",
+        type=options.boolean,
+        default=False,
+        help="after the first event the student runs in eval mode (default: False)",
+    )
     group.add_argument(
         "--latency_regularization",
         metavar="F",
@@ -34,46 +63,101 @@ def add_pruning_args(parser: Any) -> None:
         default=0.0,
         help="lambda of saliency - lambda x latency, in squared loss per second of the table (default: 0)",
     )
-    group.add_argument("--latency_target", metavar="RATIO", type=float, default=None,
-                       help="stop at this share of the dense model's predicted latency, in (0, 1] (default: none)")
-    group.add_argument("--selection", choices=("published", "value"), default="published",
-                       help="published: saliency - lambda x latency; value: saliency per second of latency, whole "
-                            "branches included, the last event exactly (default: published)")
-    group.add_argument("--saliency", choices=("weights", *KINDS), default="weights",
-                       help="weights: by weights and gradients, as --pruning_config says; gates: by a gate behind "
-                            "every unit; gate_samples: the same, squared image by image (default: weights)")
-    group.add_argument("--saliency_loss", choices=("training", "teacher"), default="training",
-                       help="what gates are differentiated for: the training loss, or the cross-entropy to labels "
-                            "drawn from the dense model's predictions (default: training)")
-    group.add_argument("--tokens", choices=("place", "content"), nargs="?", const="place", default=None,
-                       help="the patches that every block computes on are a sixth axis: those removed are merged into "
-                            "their neighbours, or, with --one_shot, by content; the table must know several token "
-                            "counts (default: off; place where no word follows)")
-    group.add_argument("--align", choices=("blocks", "all"), nargs="?", const="blocks", default=None,
-                       help="first rotate and sort heads and MLP units, or all: the embedding too, so that few units "
-                            "carry the most; the function stays (default: off; --align alone is blocks)")
-    group.add_argument("--compensate", choices=WHEN, default=None,
-                       help="refit the survivors on calibration images, at every event to the student before it, or "
-                            "at the end to the dense model (default: off)")
-    group.add_argument("--shrink_interval", metavar="EVENTS", type=int, default=0,
-                       help="compact the student that is trained every so many pruning events (default: 0, never)")
+    group.add_argument(
+        "--latency_target",
+        metavar="RATIO",
+        type=float,
+        default=None,
+        help="stop at this share of the dense model's predicted latency, in (0, 1] (default: none)",
+    )
+    group.add_argument(
+        "--selection",
+        choices=("published", "value"),
+        default="published",
+        help="published: saliency - lambda x latency; value: saliency per second of latency, whole "
+        "branches included, the last event exactly (default: published)",
+    )
+    group.add_argument(
+        "--saliency",
+        choices=("weights", *KINDS),
+        default="weights",
+        help="weights: by weights and gradients, as --pruning_config says; gates: by a gate behind "
+        "every unit; gate_samples: the same, squared image by image (default: weights)",
+    )
+    group.add_argument(
+        "--saliency_loss",
+        choices=("training", "teacher"),
+        default="training",
+        help="what gates are differentiated for: the training loss, or the cross-entropy to labels "
+        "drawn from the dense model's predictions (default: training)",
+    )
+    group.add_argument(
+        "--tokens",
+        choices=("place", "content"),
+        nargs="?",
+        const="place",
+        default=None,
+        help="the patches that every block computes on are a sixth axis: those removed are merged into "
+        "their neighbours, or, with --one_shot, by content; the table must know several token "
+        "counts (default: off; place where no word follows)",
+    )
+    group.add_argument(
+        "--align",
+        choices=("blocks", "all"),
+        nargs="?",
+        const="blocks",
+        default=None,
+        help="first rotate and sort heads and MLP units, or all: the embedding too, so that few units "
+        "carry the most; the function stays (default: off; --align alone is blocks)",
+    )
+    group.add_argument(
+        "--compensate",
+        choices=WHEN,
+        default=None,
+        help="refit the survivors on calibration images, at every event to the student before it, or "
+        "at the end to the dense model (default: off)",
+    )
+    group.add_argument(
+        "--shrink_interval",
+        metavar="EVENTS",
+        type=int,
+        default=0,
+        help="compact the student that is trained every so many pruning events (default: 0, never)",
+    )
     options.add_target_args(group)
-    group.add_argument("--latency_look_up_table", metavar="FILE", default="latency_head.json",
-                       help="from python -m latency.build_table (default: latency_head.json)")
-    group.add_argument("--dry-run", action="store_true",
-                       help="print the plan of events with an estimate of time and memory, and end (default: off)")
+    group.add_argument(
+        "--latency_look_up_table",
+        metavar="FILE",
+        default="latency_head.json",
+        help="from python -m latency.build_table (default: latency_head.json)",
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan of events with an estimate of time and memory, and end (default: off)",
+    )
 
 
 def add_one_shot_args(parser: Any) -> None:
     """Flags of --one_shot."""
     group = parser.add_argument_group("one-shot pruning")
-    group.add_argument("--one_shot", action="store_true",
-                       help="prune to --latency_target without labels, gradients or training (default: off)")
-    group.add_argument("--calib_images", metavar="N", type=int, default=1024,
-                       help="training images that --one_shot, --align and --compensate look at, over all processes "
-                            "(default: 1024)")
-    group.add_argument("--latency_measured", action="store_true",
-                       help="meet --latency_target as measured here, in a few rounds, not as predicted (default: off)")
+    group.add_argument(
+        "--one_shot",
+        action="store_true",
+        help="prune to --latency_target without labels, gradients or training (default: off)",
+    )
+    group.add_argument(
+        "--calib_images",
+        metavar="N",
+        type=int,
+        default=1024,
+        help="training images that --one_shot, --align and --compensate look at, over all processes (default: 1024)",
+    )
+    group.add_argument(
+        "--latency_measured",
+        action="store_true",
+        help="meet --latency_target as measured here, in a few rounds, not as predicted (default: off)",
+    )
 
 
 def check_start(args: Any, start: dict[str, Any] | None, problems: Problems) -> None:

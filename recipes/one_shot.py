@@ -109,9 +109,12 @@ def prune_(args: Any, setup: Setup, images: Tensor, measure: Callable[[ViTDims],
     expand_(model, masks, small)
     setup.pruner.masks = masks
     return dict(
-        calib_images=args.calib_images, divergence_predicted=predicted, divergence=found, seconds=clock.seconds,
+        calib_images=args.calib_images,
+        divergence_predicted=predicted,
+        divergence=found,
+        seconds=clock.seconds,
         latency=setup.pruner.ratio,
-    )  # fmt: skip
+    )
 
 
 def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
@@ -120,7 +123,15 @@ def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
         return
     masks = setup.pruner.masks
     checkpoint.save(
-        setup.folder / name, arch=setup.full.record, dims=masks.dims.to_dict(), dim=masks.dims.to_dim(),
-        masks=masks.state_dict(), model=setup.model.state_dict(), epoch=0, step=0, rng=rng_state(),
-        metrics=metrics, args=resuming.saved_args(args, setup.full.path),
-    )  # fmt: skip
+        setup.folder / name,
+        arch=setup.full.record,
+        dims=masks.dims.to_dict(),
+        dim=masks.dims.to_dim(),
+        masks=masks.state_dict(),
+        model=setup.model.state_dict(),
+        epoch=0,
+        step=0,
+        rng=rng_state(),
+        metrics=metrics,
+        args=resuming.saved_args(args, setup.full.path),
+    )

@@ -1,4 +1,5 @@
 """The parts of Prune and Merge between its command line and its method: which model, its scores, its teacher."""
+
 from __future__ import annotations
 
 import itertools
@@ -84,10 +85,15 @@ def read_model(args: Any) -> Model:
     size = skeleton(arch, **kwargs).patch_embed.img_size[0]
     if args.input_size not in (None, size):
         raise ValueError(f"--input-size is {args.input_size} but {args.resume} is for images of {size}")
-    full = read_full_model(SimpleNamespace(
-        model=arch, model_kwargs=structural_kwargs(kwargs) | args.model_kwargs, input_size=None,
-        initial_checkpoint="", pretrained=False,
-    ))  # fmt: skip
+    full = read_full_model(
+        SimpleNamespace(
+            model=arch,
+            model_kwargs=structural_kwargs(kwargs) | args.model_kwargs,
+            input_size=None,
+            initial_checkpoint="",
+            pretrained=False,
+        )
+    )
     full.kwargs["num_classes"] = kwargs.get("num_classes", skeleton(arch, **kwargs).num_classes)
     dense = content["masks"] is None and is_dense(full, dims_from_dict(content["dims"]))
     origin = str(Path(args.resume).resolve()) if dense else content["args"].get("initial_checkpoint", "")
@@ -156,8 +162,9 @@ def structure(args: Any, run: Run, images: Tensor | None) -> pm_vit.Structure:
     found = scores(args, run, layers)
     passing = pm_vit.skipped_patches(run.model, layers) if args.prune_mode == "clus" else None
     if args.prune_mode not in ("random", "seq"):
-        return pm_vit.chosen(pm_vit.comparable(found, layers, args.depth_factor), layers, args.prune_rate,
-                             args.keep_rate, passing)  # fmt: skip
+        return pm_vit.chosen(
+            pm_vit.comparable(found, layers, args.depth_factor), layers, args.prune_rate, args.keep_rate, passing
+        )
     chosen = pm_vit.chosen(found, layers, args.prune_rate, args.keep_rate)
     return replace(chosen, weights=torch.ones_like(chosen.weights))  # no patch matters more than another
 
@@ -202,8 +209,14 @@ def teacher(args: Any, run: Run) -> nn.Module:
     except ModelError:
         wanted = SimpleNamespace(distillation_type="soft", teacher_model=name, teacher_path=path)
         return freeze(load_cnn_teacher(wanted, run.data.classes, run.device), run.device)
-    full = read_full_model(SimpleNamespace(
-        model=name, model_kwargs=own, input_size=None, initial_checkpoint=path, pretrained=False,
-    ))  # fmt: skip
+    full = read_full_model(
+        SimpleNamespace(
+            model=name,
+            model_kwargs=own,
+            input_size=None,
+            initial_checkpoint=path,
+            pretrained=False,
+        )
+    )
     full.kwargs["num_classes"] = run.data.classes
     return load_full_teacher(SimpleNamespace(kl_loss_coeff=1.0), full, run.device)

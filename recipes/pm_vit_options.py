@@ -15,41 +15,85 @@ def add_token_args(parser: Any) -> None:
     """What is compressed, how patches are scored and merged, and how finetuning starts."""
     group = parser.add_argument_group("tokens")
     add = group.add_argument
-    add("--resume", metavar="FILE", default="",
+    add(
+        "--resume",
+        metavar="FILE",
+        default="",
         help="the model: dense weights or any checkpoint; a finetuning run's own ft_checkpoint.pth in --output_dir "
-             "goes on where it was broken off (default: --initial-checkpoint or --pretrained)")  # fmt: skip
+        "goes on where it was broken off (default: --initial-checkpoint or --pretrained)",
+    )
     add("--prune", action="store_true", help="score the patches and compress the model (default: off, finetune)")
     add("--eval", action="store_true", help="print counts and accuracy of a compressed model (default: off)")
-    add("--speed-only", action="store_true",
-        help="print images per second of the dense and the compressed model; needs no data (default: off)")
-    add("--prune_mode", choices=pm_vit.MODES, default="attn",
+    add(
+        "--speed-only",
+        action="store_true",
+        help="print images per second of the dense and the compressed model; needs no data (default: off)",
+    )
+    add(
+        "--prune_mode",
+        choices=pm_vit.MODES,
+        default="attn",
         help="scores: attn gradient x attention; head the same without cancellation between heads; head_entropy "
-             "attention received, no labels; random; seq evenly spread, no data; clus attn on a compressed model, "
-             "whose skipped patches stay skipped; probe evenly spread, as many in every block as the predictions need, "
-             "no labels (default: attn)")  # fmt: skip
-    add("--compensate", action="store_true",
-        help="refit the weights, after --prune, to the dense model's outputs, without labels (default: off)")
-    add("--calib_images", metavar="N", type=int, default=256,
-        help="training images that --prune_mode probe and --compensate look at, over all processes (default: 256)")
+        "attention received, no labels; random; seq evenly spread, no data; clus attn on a compressed model, "
+        "whose skipped patches stay skipped; probe evenly spread, as many in every block as the predictions need, "
+        "no labels (default: attn)",
+    )
+    add(
+        "--compensate",
+        action="store_true",
+        help="refit the weights, after --prune, to the dense model's outputs, without labels (default: off)",
+    )
+    add(
+        "--calib_images",
+        metavar="N",
+        type=int,
+        default=256,
+        help="training images that --prune_mode probe and --compensate look at, over all processes (default: 256)",
+    )
     add("--prune_iter", metavar="N", type=int, default=250, help="batches to score on, 0 for an epoch (default: 250)")
-    add("--prune_rate", metavar="F", type=float, default=None,
-        help="share of patches that skip a block (default: 0 with --merge content and --prune_mode probe, else 0.1)")
+    add(
+        "--prune_rate",
+        metavar="F",
+        type=float,
+        default=None,
+        help="share of patches that skip a block (default: 0 with --merge content and --prune_mode probe, else 0.1)",
+    )
     add("--keep_rate", metavar="F", type=float, default=0.6, help="share of patches that stay tokens (default: 0.6)")
     add("--merge_list", metavar="L", type=int, nargs="+", default=None, help="blocks to compress (default: all)")
-    add("--merge", choices=pm_vit.MERGES, default=None,
+    add(
+        "--merge",
+        choices=pm_vit.MERGES,
+        default=None,
         help="where merged patches go: content, image by image the patch that each is most like; or, the same for all "
-             "images, grid, the nearest centre, or raster, along the row as published (default: content; grid where "
-             "--prune_rate, --prune_mode clus or a flag of matrices asks for places)")  # fmt: skip
-    add("--merge_entries", choices=("mean", "published"), default="mean",
-        help="entries of the merge matrix: rows sum to 1, or the centre's is 1 (default: mean)")
-    add("--shortcut", choices=("merged", "skipped"), default="merged",
+        "images, grid, the nearest centre, or raster, along the row as published (default: content; grid where "
+        "--prune_rate, --prune_mode clus or a flag of matrices asks for places)",
+    )
+    add(
+        "--merge_entries",
+        choices=("mean", "published"),
+        default="mean",
+        help="entries of the merge matrix: rows sum to 1, or the centre's is 1 (default: mean)",
+    )
+    add(
+        "--shortcut",
+        choices=("merged", "skipped"),
+        default="merged",
         help="which patches keep their own values: also merged ones, as far as they differ from their group, or "
-             "skipped ones alone as published (default: merged)")  # fmt: skip
+        "skipped ones alone as published (default: merged)",
+    )
     add("--per_image", action="store_true", help="absolute scores of every image, not of a batch's mean (default: off)")
-    add("--depth_factor", metavar="F", type=float, default=pm_vit.DEPTH_FACTOR,
-        help=f"scores of block l are multiplied by 1 - F l (default: {pm_vit.DEPTH_FACTOR})")
-    add("--dense_merge", action="store_true",
-        help="store and train both matrices in full, as published, with --shortcut skipped (default: off)")
+    add(
+        "--depth_factor",
+        metavar="F",
+        type=float,
+        default=pm_vit.DEPTH_FACTOR,
+        help=f"scores of block l are multiplied by 1 - F l (default: {pm_vit.DEPTH_FACTOR})",
+    )
+    add(
+        "--dense_merge",
+        action="store_true",
+        help="store and train both matrices in full, as published, with --shortcut skipped (default: off)",
+    )
     add("--freeze_param", action="store_true", help="finetune the token matrices alone (default: off)")
     add("--freeze_matrix", action="store_true", help="finetune everything but the token matrices (default: off)")
     add("--final_finetune", metavar="N", type=int, dest="epochs", help="epochs of finetuning (default: 100)")
@@ -121,8 +165,10 @@ def check_model(args: Any, model: steps.Model) -> None:
         if args.prune and args.merge != pm_vit.CONTENT:
             raise ValueError(f"--merge {args.merge}: {args.resume} merges by content; --merge content goes on with it")
         if args.prune and args.prune_mode not in ("seq", "random", "probe"):
-            raise ValueError(f"--prune_mode {args.prune_mode} scores patches that have a place of their own; "
-                             f"{args.resume} merges by content: seq, random and probe compress it further")
+            raise ValueError(
+                f"--prune_mode {args.prune_mode} scores patches that have a place of their own; "
+                f"{args.resume} merges by content: seq, random and probe compress it further"
+            )
     if args.prune and args.prune_mode == "clus" and not compressed:
         raise ValueError("--prune_mode clus compresses a compressed model further; --resume holds none")
     if args.compensate and compressed:

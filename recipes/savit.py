@@ -61,8 +61,10 @@ def batches_needed(args: Any, images: int) -> int:
     needed = max(least, int(args.pruning_feed_percent * available))
     if available < needed:
         why = "--need_hessian states its error from at least 2 batches" if args.need_hessian else "scoring needs one"
-        raise ValueError(f"{why}, the {images} training images make {available} of {args.batch_size}: "
-                         f"--batch-size can be at most {images // least}")  # fmt: skip
+        raise ValueError(
+            f"{why}, the {images} training images make {available} of {args.batch_size}: "
+            f"--batch-size can be at most {images // least}"
+        )
     return needed
 
 
@@ -112,9 +114,12 @@ class Scoring:
         mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
         self.model, self.both, self.precision = model, TokenLogits(model), precision
         self.criterion = DistillationLoss(
-            base_criterion(mixing, args.smoothing), cnn, args.distillation_type, args.distillation_alpha,
+            base_criterion(mixing, args.smoothing),
+            cnn,
+            args.distillation_type,
+            args.distillation_alpha,
             args.distillation_tau,
-        )  # fmt: skip
+        )
         self.components, self.form, self.wanted_error = args.pruning_layers, args.hessian_form, args.hessian_error
         self.scores = Scores(model.dims, args.pruning_layers, args.pruning_method)
         self.interactions = SampledMean(len(args.pruning_layers)) if args.need_hessian else None
@@ -138,8 +143,10 @@ class Scoring:
         if worst >= AGREEMENT:
             say(f"scoring in {name}: it ranks the first batch's units as fp32 does (correlation {worst:.4f})")
         else:
-            warn(f"scoring in fp32: {name} ranks the first batch's units too differently (correlation {worst:.4f}, "
-                 f"needed {AGREEMENT})")  # fmt: skip
+            warn(
+                f"scoring in fp32: {name} ranks the first batch's units too differently (correlation {worst:.4f}, "
+                f"needed {AGREEMENT})"
+            )
             self.precision = full
 
     def see(self, gates: Gates, group: list[tuple[Tensor, Tensor]]) -> None:
@@ -165,8 +172,9 @@ class Scoring:
             raise RunFailed(str(error)) from None
 
 
-def measure(args: Any, model: nn.Module, dataset: Dataset, cnn: nn.Module | None,
-            device: torch.device) -> tuple[Importance, dict[str, Any]]:  # fmt: skip
+def measure(
+    args: Any, model: nn.Module, dataset: Dataset, cnn: nn.Module | None, device: torch.device
+) -> tuple[Importance, dict[str, Any]]:
     """Importance of the units of `model` (in eval mode, frozen), and the pass as a description. Raises RunFailed."""
     batches = batches_needed(args, len(dataset))
     scoring = Scoring(args, model, cnn, make_precision(args, device))
@@ -180,17 +188,25 @@ def measure(args: Any, model: nn.Module, dataset: Dataset, cnn: nn.Module | None
                 say(f"scored {seen} of {batches} batches of {args.batch_size}: loss {scoring.scores.loss:.4f}")
     importance = scoring.importance()
     data = dict(
-        data_set=args.data_set, images=batches * args.batch_size, batches=batches, batch_size=args.batch_size,
-        seed=args.seed, repeated_aug=args.repeated_aug, loss=scoring.scores.loss, hessian_batches=0,
-    )  # fmt: skip
+        data_set=args.data_set,
+        images=batches * args.batch_size,
+        batches=batches,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        repeated_aug=args.repeated_aug,
+        loss=scoring.scores.loss,
+        hessian_batches=0,
+    )
     if scoring.interactions is not None:
         used, error = scoring.interactions.count, scoring.interactions.largest_error
         data["hessian_batches"] = used
         say(f"interactions from {used} of {batches} batches, largest error {100 * error:.1f} %")
         say(interaction_table(importance))
         if error > args.hessian_error:
-            warn(f"the interactions' error is above --hessian_error {args.hessian_error} after all batches of "
-                 f"--pruning_feed_percent {args.pruning_feed_percent}")  # fmt: skip
+            warn(
+                f"the interactions' error is above --hessian_error {args.hessian_error} after all batches of "
+                f"--pruning_feed_percent {args.pruning_feed_percent}"
+            )
     return importance, data
 
 
@@ -198,7 +214,8 @@ def interaction_table(importance: Importance) -> str:
     """Every entry of the interactions with its standard error."""
     rows = [
         [name, *(f"{h:+.4g} ± {e:.1g}" for h, e in zip(row, errors, strict=True))]
-        for name, row, errors in zip(importance.components, importance.hessian.tolist(), importance.error.tolist(),
-                                     strict=True)
-    ]  # fmt: skip
+        for name, row, errors in zip(
+            importance.components, importance.hessian.tolist(), importance.error.tolist(), strict=True
+        )
+    ]
     return table(["1'H1", *importance.components], rows)

@@ -1,4 +1,5 @@
 """The logs folder of a SAViT run: what went from every block, and MACs by part before and after, as published."""
+
 from __future__ import annotations
 
 import json
@@ -17,8 +18,10 @@ def complexity(arch: str, dims: ViTDims, kwargs: dict[str, Any]) -> str:
     """Parameters and GMACs of one image. Published: Attention and FC without, total with stem and classifier."""
     parts = macs_by_part(arch, dims, **kwargs)
     giga = {name: count / 1e9 for name, count in parts.items()}
-    return (f"params {params(arch, dims, **kwargs):,}, Attention {giga['attention']:.5g}, FC {giga['mlp']:.5g}, "
-            f"total {sum(giga.values()):.5g} GMACs")  # fmt: skip
+    return (
+        f"params {params(arch, dims, **kwargs):,}, Attention {giga['attention']:.5g}, FC {giga['mlp']:.5g}, "
+        f"total {sum(giga.values()):.5g} GMACs"
+    )
 
 
 def summary(model: VisionTransformer, masks: Masks, problem: Problem) -> dict[str, Any]:
@@ -28,14 +31,21 @@ def summary(model: VisionTransformer, masks: Masks, problem: Problem) -> dict[st
     for ranking in problem.rankings:
         left = [masks.alive(axis) for axis in ranking.axes]
         components[ranking.component] = dict(
-            units=ranking.total, removed=ranking.total - sum(left), left_per_block=left,
+            units=ranking.total,
+            removed=ranking.total - sum(left),
+            left_per_block=left,
             removed_percent=round(100 * (1 - sum(left) / ranking.total), 3),
-        )  # fmt: skip
+        )
     before, after = (macs_by_part(arch, dims, **kwargs) for dims in (masks.full, masks.dims))
     removed = {name: round(100 * (1 - after[name] / count), 3) if count else 0.0 for name, count in before.items()}
     removed["total"] = round(100 * (1 - sum(after.values()) / sum(before.values())), 3)
-    return dict(components=components, macs_before=before, macs_after=after, macs_removed_percent=removed,
-                macs_budget=problem.budget)  # fmt: skip
+    return dict(
+        components=components,
+        macs_before=before,
+        macs_after=after,
+        macs_removed_percent=removed,
+        macs_budget=problem.budget,
+    )
 
 
 def lines(model: VisionTransformer, masks: Masks, problem: Problem) -> list[str]:
@@ -46,17 +56,21 @@ def lines(model: VisionTransformer, masks: Masks, problem: Problem) -> list[str]
     sizes = masks.full.sizes()
     for ranking in problem.rankings:
         component = told["components"][ranking.component]
-        text.append(f"component {ranking.component}: pruned_neurons {component['removed']} "
-                    f"({component['removed_percent']:.2f} %), neuron_units {len(ranking.unit)} that may go, "
-                    f"all_neuron_units {ranking.total}")  # fmt: skip
+        text.append(
+            f"component {ranking.component}: pruned_neurons {component['removed']} "
+            f"({component['removed_percent']:.2f} %), neuron_units {len(ranking.unit)} that may go, "
+            f"all_neuron_units {ranking.total}"
+        )
         text += [
             f"  {axis}: units {masks.alive(axis)}, pruned_perc:[{sizes[axis] - masks.alive(axis)}, {sizes[axis]}]"
             for axis in ranking.axes
         ]
     text.append(f"pruned model complexity: {complexity(arch, masks.dims, kwargs)}")
     removed = told["macs_removed_percent"]
-    text.append(f"removed: attn {removed['attention']:.3f} %, ffn {removed['mlp']:.3f} %, total {removed['total']:.3f} "
-                f"% of MACs; {problem.budget - sum(told['macs_after'].values()):,} below the budget")  # fmt: skip
+    text.append(
+        f"removed: attn {removed['attention']:.3f} %, ffn {removed['mlp']:.3f} %, total {removed['total']:.3f} "
+        f"% of MACs; {problem.budget - sum(told['macs_after'].values()):,} below the budget"
+    )
     return text
 
 

@@ -1,4 +1,5 @@
 """What a run says: lines on the main rank, warnings and errors, tables, and colour where a person sees it."""
+
 from __future__ import annotations
 
 import os
@@ -37,10 +38,6 @@ def complaint(kind: str, text: str) -> str:
 def complain(kind: str, text: str) -> None:
     """Say a warning or an error, at once."""
     print(complaint(kind, text), file=sys.stderr, flush=True)
-
-
-
-
 
 
 def say(line: str) -> None:

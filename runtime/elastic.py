@@ -2,6 +2,7 @@
 
 Knows torch.distributed and the console alone; `runtime.processes` starts it, training loops ask it.
 """
+
 from __future__ import annotations
 
 import contextlib

@@ -57,8 +57,6 @@ def explained(error: BaseException | None) -> str:
     return ""
 
 
-
-
 def first_line(error: BaseException) -> str:
     line = (str(error).splitlines() or [type(error).__name__])[0]
     return textwrap.shorten(line, 160, placeholder=" …")

@@ -43,15 +43,18 @@ def _meet(backend: str, timeout: float, limit: datetime.timedelta) -> elastic.He
     store, number, processes = next(dist.rendezvous("env://", timeout=limit))
     store = elastic.arrive(store, number)
     dist.init_process_group(backend, store=store, rank=number, world_size=processes, timeout=limit)
-    own = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                        wait_for_workers=False, timeout=limit)  # fmt: skip
+    own = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=limit,
+    )
     prefix = dist.PrefixStore(f"heartbeat_{elastic.restarts()}", own)  # a connection that no other thread waits on
     heartbeat = elastic.Heartbeat(prefix, number, processes, timeout)
     dist.barrier()
     heartbeat.begin()
     return heartbeat
-
-
 
 
 def start_processes(args: Any) -> torch.device:

@@ -37,8 +37,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-
-
 def seed_generators(*numbers: int) -> None:
     """Seed Python, numpy and torch's CPU generator with a function of all the numbers."""
     python, numpy, torch_seed = np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(3).tolist()

@@ -8,4 +8,5 @@ if [ "${1:-}" = "--all" ]; then
     shift
 fi
 "$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check --quiet .
 exec "$PYTHON" -m pytest "${select[@]}" "$@"

@@ -1,4 +1,5 @@
 """Fixtures for every test: tiny models of every plain ViT family, random weights, random pruning, generated images."""
+
 from __future__ import annotations
 
 import os
@@ -24,8 +25,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("fast", max_examples=40, deadline=None, database=None, derandomize=True)
-hypothesis.settings.register_profile("long", max_examples=10_000, deadline=None,
-                                     suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+hypothesis.settings.register_profile(
+    "long", max_examples=10_000, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+)
 hypothesis.settings.load_profile("fast")
 
 TINY = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
@@ -145,8 +147,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     run(finetune_dense, *TRAIN, "--output_dir", root / "dense")
     (dense,) = (root / "dense").glob("scratch_*")
     table = table_file(root / "table.json")
-    run(main_full_global_latency, *PRUNE, "--initial-checkpoint", dense / "ft_checkpoint.pth", "--output_dir", root,
-        "--latency_look_up_table", table)  # fmt: skip
+    run(
+        main_full_global_latency,
+        *PRUNE,
+        "--initial-checkpoint",
+        dense / "ft_checkpoint.pth",
+        "--output_dir",
+        root,
+        "--latency_look_up_table",
+        table,
+    )
     (pruned,) = root.glob("global_prune_*")
     run(finetune_dense, *TUNE, "--finetune", pruned)
     (tuned,) = pruned.glob("ft_dense_*")

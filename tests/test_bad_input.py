@@ -1,4 +1,5 @@
 """A user's mistakes: one clear line each, all at once, exit code 2, before anything is written or trained."""
+
 import json
 import os
 import subprocess
@@ -39,9 +40,11 @@ def write_table(path, embed=(4, 32), value=None, hole=False):
     data = {
         f"EMB_{e}": {
             f"QK_{h}_{q}": {f"V_{v}": {f"MLP_{m}": leaf(e, h, q, v, m) for m in (1, 128)} for v in (1, 8)}
-            for h in (1, 4) for q in (1, 8)
-        } for e in embed
-    }  # fmt: skip
+            for h in (1, 4)
+            for q in (1, 8)
+        }
+        for e in embed
+    }
     if hole:
         del data["EMB_32"]["QK_4_8"]["V_8"]["MLP_128"]
     path.write_text(json.dumps(data))
@@ -50,9 +53,23 @@ def write_table(path, embed=(4, 32), value=None, hole=False):
 
 def prune_problems(place, *flags):
     """The complaints about a good command line with `flags` added; nothing may be written."""
-    good = ["--data-set", "DIGITS", "--initial-checkpoint", place / "dense.pth", "--device", "cpu", "--pruning",
-            "--latency_look_up_table", place / "table.json", "--latency_target", "0.9",
-            "--original_loss_coeff", "1", "--output_dir", place / "out"]  # fmt: skip
+    good = [
+        "--data-set",
+        "DIGITS",
+        "--initial-checkpoint",
+        place / "dense.pth",
+        "--device",
+        "cpu",
+        "--pruning",
+        "--latency_look_up_table",
+        place / "table.json",
+        "--latency_target",
+        "0.9",
+        "--original_loss_coeff",
+        "1",
+        "--output_dir",
+        place / "out",
+    ]
     args = prune.get_args_parser().parse_args([str(f) for f in [*good, *flags]])
     with pytest.raises(BadArguments) as error:
         prune.main(args)
@@ -67,10 +84,26 @@ def one(problems):
 
 
 def test_the_good_command_line_is_good(place):
-    setup = prune.check_args(prune.get_args_parser().parse_args([
-        "--data-set", "DIGITS", "--initial-checkpoint", str(place / "dense.pth"), "--device", "cpu", "--latency_target",
-        "0.9", "--latency_look_up_table", str(place / "table.json"), "--output_dir", str(place / "fine"),
-        "--original_loss_coeff", "1"]))  # fmt: skip
+    setup = prune.check_args(
+        prune.get_args_parser().parse_args(
+            [
+                "--data-set",
+                "DIGITS",
+                "--initial-checkpoint",
+                str(place / "dense.pth"),
+                "--device",
+                "cpu",
+                "--latency_target",
+                "0.9",
+                "--latency_look_up_table",
+                str(place / "table.json"),
+                "--output_dir",
+                str(place / "fine"),
+                "--original_loss_coeff",
+                "1",
+            ]
+        )
+    )
     assert isinstance(setup.table, LatencyTable) and setup.data.classes == 10
 
 
@@ -115,8 +148,11 @@ def test_targets_outside_the_unit_interval(place, target):
 
 def test_a_target_below_the_floors_names_the_lowest(place):
     assert "least that the group sizes allow" in one(prune_problems(place, "--latency_target", "0.0001"))
-    for flag, limit, unit in (("--latency_target_ms", "1e-4", "ms per batch of"), ("--macs_target", "1e-4", "MACs"),
-                              ("--params_target", "20", "parameters")):  # fmt: skip
+    for flag, limit, unit in (
+        ("--latency_target_ms", "1e-4", "ms per batch of"),
+        ("--macs_target", "1e-4", "MACs"),
+        ("--params_target", "20", "parameters"),
+    ):
         problem = one(prune_problems(place, flag, limit))
         assert flag in problem and unit in problem and "least that the group sizes allow" in problem
 
@@ -129,10 +165,24 @@ def test_targets_that_are_no_amounts(place):
 def test_a_table_of_other_conditions_warns_with_both(place, tmp_path, capsys):
     table = json.loads((place / "table.json").read_text()) | dict(_meta=dict(device="Tesla V100", dtype="bf16"))
     (tmp_path / "t.json").write_text(json.dumps(table))
-    args = prune.get_args_parser().parse_args([
-        "--data-set", "DIGITS", "--initial-checkpoint", str(place / "dense.pth"), "--device", "cpu",
-        "--latency_look_up_table", str(tmp_path / "t.json"), "--output_dir", str(tmp_path), "--num_workers", "0",
-        "--original_loss_coeff", "1"])  # fmt: skip
+    args = prune.get_args_parser().parse_args(
+        [
+            "--data-set",
+            "DIGITS",
+            "--initial-checkpoint",
+            str(place / "dense.pth"),
+            "--device",
+            "cpu",
+            "--latency_look_up_table",
+            str(tmp_path / "t.json"),
+            "--output_dir",
+            str(tmp_path),
+            "--num_workers",
+            "0",
+            "--original_loss_coeff",
+            "1",
+        ]
+    )
     prune.check_args(args)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warnings) == 2
@@ -169,9 +219,25 @@ def test_an_output_folder_that_cannot_be_written(place, tmp_path):
 
 def test_every_problem_is_reported_at_once(place):
     problems = prune_problems(
-        place, "--latency_target", "2", "--batch-size", "63", "--prune_dict", "[]", "--interval_prune", "1", "2",
-        "--pruning_config", "none.json", "--latency_look_up_table", "none.json", "--drop-path", "2", "--opt", "adamv",
-    )  # fmt: skip
+        place,
+        "--latency_target",
+        "2",
+        "--batch-size",
+        "63",
+        "--prune_dict",
+        "[]",
+        "--interval_prune",
+        "1",
+        "2",
+        "--pruning_config",
+        "none.json",
+        "--latency_look_up_table",
+        "none.json",
+        "--drop-path",
+        "2",
+        "--opt",
+        "adamv",
+    )
     assert len(problems) == 8
 
 
@@ -192,10 +258,28 @@ def test_finetuning_flags_that_contradict_each_other(tmp_path):
 def test_a_corrupt_image_stops_the_run_with_its_name(place, tmp_path, image_folder, capsys):
     root = image_folder(tmp_path / "data", per_class=6, side=20)
     (bad := root / "train" / "bee" / "2.png").write_bytes(b"no image")
-    args = finetune_dense.get_args_parser().parse_args([
-        "--data-path", str(root), "--num_workers", "0", "--batch-size", "4", "--device", "cpu", "--output_dir",
-        str(tmp_path / "out"), "--epochs", "1", "--kl_loss_coeff", "0", "--original_loss_coeff", "1",
-        "--initial-checkpoint", str(place / "dense.pth")])  # fmt: skip
+    args = finetune_dense.get_args_parser().parse_args(
+        [
+            "--data-path",
+            str(root),
+            "--num_workers",
+            "0",
+            "--batch-size",
+            "4",
+            "--device",
+            "cpu",
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--epochs",
+            "1",
+            "--kl_loss_coeff",
+            "0",
+            "--original_loss_coeff",
+            "1",
+            "--initial-checkpoint",
+            str(place / "dense.pth"),
+        ]
+    )
     with pytest.raises(SystemExit) as stop:
         run_script(finetune_dense.main, args)
     error = capsys.readouterr().err.strip()
@@ -204,9 +288,30 @@ def test_a_corrupt_image_stops_the_run_with_its_name(place, tmp_path, image_fold
 
 
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(place, tmp_path, monkeypatch):
-    flags = ["--data-set", "DIGITS", "--num_workers", "0", "--batch-size", "256", "--device", "cpu", "--output_dir",
-             str(tmp_path), "--epochs", "3", "--kl_loss_coeff", "0", "--original_loss_coeff", "1", "--mixup", "0",
-             "--cutmix", "0", "--initial-checkpoint", str(place / "dense.pth")]  # fmt: skip
+    flags = [
+        "--data-set",
+        "DIGITS",
+        "--num_workers",
+        "0",
+        "--batch-size",
+        "256",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path),
+        "--epochs",
+        "3",
+        "--kl_loss_coeff",
+        "0",
+        "--original_loss_coeff",
+        "1",
+        "--mixup",
+        "0",
+        "--cutmix",
+        "0",
+        "--initial-checkpoint",
+        str(place / "dense.pth"),
+    ]
     original, calls = losses.NViTLoss.forward, []
 
     def poisoned(self, *args):
@@ -223,9 +328,31 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(place, tmp_pat
 
 
 def test_weights_that_the_last_step_spoilt_are_not_saved(place, tmp_path, monkeypatch):
-    flags = ["--data-set", "DIGITS", "--num_workers", "0", "--batch-size", "256", "--device", "cpu", "--output_dir",
-             str(tmp_path), "--epochs", "2", "--kl_loss_coeff", "0", "--original_loss_coeff", "1", "--mixup", "0",
-             "--cutmix", "0", "--initial-checkpoint", str(place / "dense.pth"), "--no-model-ema"]  # fmt: skip
+    flags = [
+        "--data-set",
+        "DIGITS",
+        "--num_workers",
+        "0",
+        "--batch-size",
+        "256",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path),
+        "--epochs",
+        "2",
+        "--kl_loss_coeff",
+        "0",
+        "--original_loss_coeff",
+        "1",
+        "--mixup",
+        "0",
+        "--cutmix",
+        "0",
+        "--initial-checkpoint",
+        str(place / "dense.pth"),
+        "--no-model-ema",
+    ]
     original, calls = torch.optim.AdamW.step, []
 
     def spoilt(self, *args, **kwargs):
@@ -261,9 +388,23 @@ def write_compact(path):
 
 def test_pretrained_without_network_names_the_local_flag(tmp_path):
     environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
-    command = [sys.executable, "finetune_dense.py", "--pretrained", "--model", ARCH, "--data-set", "DIGITS", "--device",
-               "cpu", "--output_dir", str(tmp_path / "out"), "--kl_loss_coeff", "0",
-               "--original_loss_coeff", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "finetune_dense.py",
+        "--pretrained",
+        "--model",
+        ARCH,
+        "--data-set",
+        "DIGITS",
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--kl_loss_coeff",
+        "0",
+        "--original_loss_coeff",
+        "1",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "cannot be downloaded" in done.stderr and "--initial-checkpoint FILE" in done.stderr

@@ -1,4 +1,5 @@
 """Every published command, in its own shell script and as users paste it, runs to its end: shrunk, on the digits."""
+
 import json
 import os
 import shlex
@@ -21,8 +22,13 @@ PRUNE = ["--interval_prune", "2", "--prune_per_iter", "128", "--latency_regulari
 
 
 def execute(words, **environment):
-    done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | dict(PYTHON=sys.executable) | environment)  # fmt: skip
+    done = subprocess.run(
+        list(map(str, words)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | dict(PYTHON=sys.executable) | environment,
+    )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     return done.stdout
 
@@ -31,9 +37,28 @@ def execute(words, **environment):
 def place(tmp_path_factory):
     """Dense weights of a small DeiT-B, a CNN teacher, a latency table; what the published commands download."""
     root = tmp_path_factory.mktemp("commands")
-    execute([sys.executable, "finetune_dense.py", "--scratch", "--model", BASE, "--model-kwargs", *KWARGS, *PLAIN,
-             "--epochs", "2", "--lr", "1e-2", "--kl_loss_coeff", "0", "--original_loss_coeff", "1", "--output_dir",
-             root / "dense"])  # fmt: skip
+    execute(
+        [
+            sys.executable,
+            "finetune_dense.py",
+            "--scratch",
+            "--model",
+            BASE,
+            "--model-kwargs",
+            *KWARGS,
+            *PLAIN,
+            "--epochs",
+            "2",
+            "--lr",
+            "1e-2",
+            "--kl_loss_coeff",
+            "0",
+            "--original_loss_coeff",
+            "1",
+            "--output_dir",
+            root / "dense",
+        ]
+    )
     (dense,) = (root / "dense").glob("*/ft_checkpoint.pth")
     shutil.copy(dense, root / "dense.pth")
     torch.save(dict(model=timm.create_model("resnet10t", num_classes=10).state_dict()), root / "cnn.pth")
@@ -43,13 +68,30 @@ def place(tmp_path_factory):
 
 def local(place):
     """In place of downloads."""
-    return ["--initial-checkpoint", place / "dense.pth", "--teacher-model", "resnet10t", "--teacher-path",
-            place / "cnn.pth"]  # fmt: skip
+    return [
+        "--initial-checkpoint",
+        place / "dense.pth",
+        "--teacher-model",
+        "resnet10t",
+        "--teacher-path",
+        place / "cnn.pth",
+    ]
 
 
 def prune_flags(place, output):
-    return [*SMALL, *local(place), "--model-kwargs", *KWARGS, *PRUNE, "--epochs", "4", "--latency_look_up_table",
-            place / "table.json", "--output_dir", output]  # fmt: skip
+    return [
+        *SMALL,
+        *local(place),
+        "--model-kwargs",
+        *KWARGS,
+        *PRUNE,
+        "--epochs",
+        "4",
+        "--latency_look_up_table",
+        place / "table.json",
+        "--output_dir",
+        output,
+    ]
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
@@ -76,9 +118,24 @@ def test_pruning_and_finetuning(place, tmp_path, variant, processes):
 @pytest.mark.parametrize("processes", ["1", "2"])
 @pytest.mark.parametrize("variant", ["revit_t", "revit_s"])
 def test_revit(place, tmp_path, variant, processes):
-    flags = [*SMALL, "--model-kwargs", "img_size=16", "patch_size=8", "--epochs", "1", "--warmup-epochs", "0",
-             "--batch-size", "16",
-             "--output_dir", tmp_path, "--teacher-model", "resnet10t", "--teacher-path", place / "cnn.pth"]  # fmt: skip
+    flags = [
+        *SMALL,
+        "--model-kwargs",
+        "img_size=16",
+        "patch_size=8",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--batch-size",
+        "16",
+        "--output_dir",
+        tmp_path,
+        "--teacher-model",
+        "resnet10t",
+        "--teacher-path",
+        place / "cnn.pth",
+    ]
     out = execute(["bash", f"scripts/{variant}.sh", tmp_path, *flags], GPUS=processes)
     (folder,) = tmp_path.glob("scratch_revit_EMB_*_CNN_only")
     assert str(folder / "ft_checkpoint.pth") in out.splitlines()[-1]
@@ -91,11 +148,34 @@ def test_prune_and_merge(tmp_path, size):
     model = timm.create_model(arch, num_classes=10, **kwargs)
     torch.save(dict(arch=arch, kwargs=kwargs, model=model.state_dict()), tmp_path / "dense.pth")
     flags = [*PLAIN, "--input-size", "16", "--output_dir"]
-    execute(["bash", f"scripts/pm_vit_{size}.sh", tmp_path, tmp_path / "dense.pth", *flags, tmp_path / "pruned",
-             "--prune_iter", "3"], GPUS="1")  # fmt: skip
+    execute(
+        [
+            "bash",
+            f"scripts/pm_vit_{size}.sh",
+            tmp_path,
+            tmp_path / "dense.pth",
+            *flags,
+            tmp_path / "pruned",
+            "--prune_iter",
+            "3",
+        ],
+        GPUS="1",
+    )
     pruned = tmp_path / "pruned" / "pruned_checkpoint.pth"
-    out = execute(["bash", f"scripts/pm_vit_{size}_finetune.sh", pruned, tmp_path / "dense.pth", tmp_path, *flags,
-                   tmp_path / "tuned", "--final_finetune", "2"], GPUS="2")  # fmt: skip
+    out = execute(
+        [
+            "bash",
+            f"scripts/pm_vit_{size}_finetune.sh",
+            pruned,
+            tmp_path / "dense.pth",
+            tmp_path,
+            *flags,
+            tmp_path / "tuned",
+            "--final_finetune",
+            "2",
+        ],
+        GPUS="2",
+    )
     tuned = tmp_path / "tuned" / "ft_checkpoint.pth"
     assert f"{tuned}: top-1" in out.splitlines()[-1]
     common = ["main_pm_vit.py", "--model", f"tmvit_{size}_patch16_224", "--batch-size", "64", "--resume", tuned]

@@ -1,4 +1,5 @@
 """Data sets, their errors, and loaders whose every pass is a function of seed and epoch."""
+
 import pickle
 import random
 from argparse import Namespace
@@ -18,10 +19,24 @@ from loading.loaders import Reproducible, build_loader, start_epoch
 
 def data_args(**changes):
     defaults = dict(
-        data_set="DIGITS", data_path="", input_size=16, batch_size=4, num_workers=0, pin_mem=True, device="cpu", seed=0,
-        color_jitter=0.4, aa="rand-m9-mstd0.5-inc1", train_interpolation="bicubic", reprob=0.25, remode="pixel",
-        recount=1, hflip=0.5, repeated_aug=True, dist_eval=False,
-    )  # fmt: skip
+        data_set="DIGITS",
+        data_path="",
+        input_size=16,
+        batch_size=4,
+        num_workers=0,
+        pin_mem=True,
+        device="cpu",
+        seed=0,
+        color_jitter=0.4,
+        aa="rand-m9-mstd0.5-inc1",
+        train_interpolation="bicubic",
+        reprob=0.25,
+        remode="pixel",
+        recount=1,
+        hflip=0.5,
+        repeated_aug=True,
+        dist_eval=False,
+    )
     return Namespace(**defaults | changes)
 
 
@@ -90,10 +105,16 @@ class TestTransforms:
         for source in ((32, 32), (50, 80)):
             assert transform(Image.new("RGB", source)).shape == (3, size, size)
 
-    @pytest.mark.parametrize("aa, jitter, present", [
-        ("rand-m9-mstd0.5-inc1", 0.4, "RandAugment"), ("", 0.4, "ColorJitter"), (None, 0.4, "ColorJitter"),
-        ("none", 0.0, None), ("None", None, None),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        "aa, jitter, present",
+        [
+            ("rand-m9-mstd0.5-inc1", 0.4, "RandAugment"),
+            ("", 0.4, "ColorJitter"),
+            (None, 0.4, "ColorJitter"),
+            ("none", 0.0, None),
+            ("None", None, None),
+        ],
+    )
     def test_augmentation_flags(self, aa, jitter, present):
         text = repr(build_transform(True, data_args(data_set="IMNET", aa=aa, color_jitter=jitter)))
         assert [name for name in ("RandAugment", "ColorJitter") if name in text] == ([present] if present else [])
@@ -298,8 +319,10 @@ class TestLoaders:
     @pytest.mark.parametrize("n, world", [(11, 4), (12, 4), (3, 4), (7, 1)])
     def test_validation_counts_every_sample_once(self, n, world):
         args = data_args(dist_eval=True)
-        shares = [[i for batch in build_loader(numbers(n), args, False, rank, world) for i in batch[0].tolist()]
-                  for rank in range(world)]  # fmt: skip
+        shares = [
+            [i for batch in build_loader(numbers(n), args, False, rank, world) for i in batch[0].tolist()]
+            for rank in range(world)
+        ]
         assert sorted(sum(shares, [])) == list(range(n))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         for rank in range(world):

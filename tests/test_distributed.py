@@ -1,4 +1,5 @@
 """Several processes: the same model as one at the same global batch, on every rank, and what happens when one dies."""
+
 import os
 import re
 import shutil
@@ -44,12 +45,18 @@ def start_ranks(script, flags, ranks=2, own_group=False):
         port = str(free.getsockname()[1])
     return [
         subprocess.Popen(
-            [sys.executable, script, *map(str, flags)], cwd=ROOT, text=True, start_new_session=own_group,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=environment(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost",
-                            MASTER_PORT=port),
-        ) for r in range(ranks)
-    ]  # fmt: skip
+            [sys.executable, script, *map(str, flags)],
+            cwd=ROOT,
+            text=True,
+            start_new_session=own_group,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(
+                RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=port
+            ),
+        )
+        for r in range(ranks)
+    ]
 
 
 def wait_for(found, seconds=120):
@@ -67,16 +74,38 @@ def distance(a, b):
 
 @pytest.fixture
 def prune(runs):
-    return [*PRUNE, *EXACT, "--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth", "--latency_look_up_table",
-            runs["table"], "--prune_per_iter", "16", "--interval_prune", "6", "--epochs", "1"]  # fmt: skip
+    return [
+        *PRUNE,
+        *EXACT,
+        "--initial-checkpoint",
+        runs["dense"] / "ft_checkpoint.pth",
+        "--latency_look_up_table",
+        runs["table"],
+        "--prune_per_iter",
+        "16",
+        "--interval_prune",
+        "6",
+        "--epochs",
+        "1",
+    ]
 
 
 @pytest.fixture
 def long_run(runs, tmp_path):
     """Finetuning that would take minutes, and where its checkpoint is written after every update."""
     shutil.copy(runs["pruned"] / "pruned_checkpoint.pth", tmp_path)
-    flags = [*TUNE, "--finetune", tmp_path, "--epochs", "200", "--batch-size", "32", "--recovery-interval", "1",
-             "--no-repeated-aug"]  # fmt: skip
+    flags = [
+        *TUNE,
+        "--finetune",
+        tmp_path,
+        "--epochs",
+        "200",
+        "--batch-size",
+        "32",
+        "--recovery-interval",
+        "1",
+        "--no-repeated-aug",
+    ]
     return flags, lambda: list(tmp_path.glob("ft_dense_*/ft_checkpoint.pth"))
 
 
@@ -116,12 +145,19 @@ def test_more_processes_than_gpus(monkeypatch):
         init_distributed("cuda", 60)
 
 
-@pytest.mark.parametrize("gone, how, line", [
-    (1, signal.SIGKILL, r"error: rank 1 has not answered for \d+ s"),
-    pytest.param(1, signal.SIGSTOP, r"error: rank 1 has not answered for \d+ s", marks=pytest.mark.slow),
-    pytest.param(0, signal.SIGSTOP, r"error: (rank 1: )?rank 0, or the launcher, has not answered for \d+ s",
-                 marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "gone, how, line",
+    [
+        (1, signal.SIGKILL, r"error: rank 1 has not answered for \d+ s"),
+        pytest.param(1, signal.SIGSTOP, r"error: rank 1 has not answered for \d+ s", marks=pytest.mark.slow),
+        pytest.param(
+            0,
+            signal.SIGSTOP,
+            r"error: (rank 1: )?rank 0, or the launcher, has not answered for \d+ s",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_a_rank_that_dies_or_hangs_ends_the_others_by_name(long_run, gone, how, line):
     flags, written = long_run
     ranks = start_ranks("finetune_dense.py", [*flags, "--dist-timeout", "8"])

@@ -1,4 +1,5 @@
 """The documentation does what it says: snippets run, the tutorial runs from its first command to its last."""
+
 import json
 import os
 import re
@@ -63,8 +64,9 @@ def test_a_newcomers_path(tmp_path):
     commands = "\n".join(["set -e", *blocks("docs/tutorial.md", "bash")])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     begin = os.times().children_user
-    done = subprocess.run(["bash", "-c", f"{here}\n{commands}"], env=os.environ | dict(PATH=path), capture_output=True,
-                          text=True)  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", f"{here}\n{commands}"], env=os.environ | dict(PATH=path), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     assert os.times().children_user - begin < 600, "seconds of computing"
     (snippet,) = blocks("docs/tutorial.md", "python")

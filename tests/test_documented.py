@@ -1,4 +1,5 @@
 """What is public says what it is: docstrings, types, help of every flag."""
+
 import argparse
 import ast
 import importlib
@@ -29,8 +30,7 @@ def public(name):
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_public_functions_say_what_they_compute(name):
-    silent = [called for called, function, length in public(name)
-              if length > SHORT and not ast.get_docstring(function)]  # fmt: skip
+    silent = [called for called, function, length in public(name) if length > SHORT and not ast.get_docstring(function)]
     assert not silent and ast.get_docstring(ast.parse(FILES[name].read_text())), f"without docstring: {silent}"
 
 

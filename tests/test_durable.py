@@ -1,4 +1,5 @@
 """Checkpoints that outlive damage, full disks and other runs: what is written, kept, fallen back to, and said."""
+
 import contextlib
 import hashlib
 import json
@@ -58,8 +59,9 @@ def damage(path, how):
     path.write_bytes(b"" if how == "empty" else data[: len(data) // 3] if how == "truncated" else data)
 
 
-@pytest.mark.parametrize("how", ["flipped", *(pytest.param(how, marks=pytest.mark.slow)
-                                              for how in ("truncated", "empty", "gone"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "how", ["flipped", *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncated", "empty", "gone"))]
+)
 def test_a_damaged_newest_falls_back_to_the_one_before(runs, tuned, how, capsys):
     flags, folder = tuned
     newest, before = folder / "ft_checkpoint.pth", folder / "ft_checkpoint.older.pth"
@@ -195,8 +197,16 @@ def test_equal_runs_write_equal_files(runs, tmp_path):
     root = tmp_path / "elsewhere"
     run(finetune_dense, *TRAIN, "--output_dir", root / "dense")
     (dense,) = (root / "dense").glob("scratch_*")
-    run(main_full_global_latency, *PRUNE, "--initial-checkpoint", dense / "ft_checkpoint.pth", "--output_dir", root,
-        "--latency_look_up_table", runs["table"])  # fmt: skip
+    run(
+        main_full_global_latency,
+        *PRUNE,
+        "--initial-checkpoint",
+        dense / "ft_checkpoint.pth",
+        "--output_dir",
+        root,
+        "--latency_look_up_table",
+        runs["table"],
+    )
     (pruned,) = root.glob("global_prune_*")
     run(finetune_dense, *TUNE, "--finetune", pruned)
     (tuned,) = pruned.glob("ft_dense_*")
@@ -222,11 +232,13 @@ def test_what_is_needed_to_repeat_a_run(runs, tuned, monkeypatch):
 
 class TestLock:
     def test_the_second_run_is_told_who_has_the_folder(self, tmp_path):
-        code = ("import sys, time; sys.path.insert(0, '.')\nfrom pathlib import Path\n"
-                "from runtime import folders, script\n"
-                "def main(path):\n    folders.make_folder(Path(path))\n    print('held', flush=True)\n"
-                "    time.sleep(60)\n"
-                "script.run_script(main, sys.argv[1])\n")  # fmt: skip
+        code = (
+            "import sys, time; sys.path.insert(0, '.')\nfrom pathlib import Path\n"
+            "from runtime import folders, script\n"
+            "def main(path):\n    folders.make_folder(Path(path))\n    print('held', flush=True)\n"
+            "    time.sleep(60)\n"
+            "script.run_script(main, sys.argv[1])\n"
+        )
         command = [sys.executable, "-c", code, str(tmp_path)]
         first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         try:
@@ -278,8 +290,15 @@ def test_a_saliency_that_is_not_finite_stops_before_the_weights_move(runs, tmp_p
         step(self)
 
     monkeypatch.setattr(Saliency, "step", spoilt)
-    flags = [*PRUNE, "--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth", "--output_dir", tmp_path,
-             "--latency_look_up_table", runs["table"]]  # fmt: skip
+    flags = [
+        *PRUNE,
+        "--initial-checkpoint",
+        runs["dense"] / "ft_checkpoint.pth",
+        "--output_dir",
+        tmp_path,
+        "--latency_look_up_table",
+        runs["table"],
+    ]
     with pytest.raises(RunFailed, match=r"the saliency of blocks\.0\.\w+ is not finite in update 1 of the run"):
         run(main_full_global_latency, *flags)
 
@@ -332,13 +351,16 @@ script.run_script(main, None)
 
 def test_no_process_is_waited_for_that_outlives_sigterm():
     """Where a data worker dies while the others start, nobody has asked those to end."""
-    code = ("import multiprocessing, signal, sys, time; sys.path.insert(0, '.')\nfrom runtime import script\n"
-            "def stay():\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    time.sleep(100)\n"
-            "def main(_):\n    multiprocessing.get_context('fork').Process(target=stay, daemon=True).start()\n"
-            "    time.sleep(0.5)\n"
-            "    raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed.')\n"
-            "script.run_script(main, None)\n")  # fmt: skip
+    code = (
+        "import multiprocessing, signal, sys, time; sys.path.insert(0, '.')\nfrom runtime import script\n"
+        "def stay():\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    time.sleep(100)\n"
+        "def main(_):\n    multiprocessing.get_context('fork').Process(target=stay, daemon=True).start()\n"
+        "    time.sleep(0.5)\n"
+        "    raise RuntimeError('DataLoader worker (pid 1) is killed by signal: Killed.')\n"
+        "script.run_script(main, None)\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == ("error: a process that reads data died: DataLoader worker (pid 1) is killed by signal: "
-                           "Killed.\n")  # fmt: skip
+    assert done.stderr == (
+        "error: a process that reads data died: DataLoader worker (pid 1) is killed by signal: Killed.\n"
+    )

@@ -1,4 +1,5 @@
 """The training loop and the evaluation."""
+
 import math
 
 import pytest
@@ -83,8 +84,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_move(parts):
     weights = []
     loader = DataLoader(TensorDataset(images, torch.randint(0, 3, (20,))), batch_size=5)
     with pytest.raises(RunFailed, match="step 2"):
-        train_one_epoch(model, criterion, loader, optimizer, Precision(CPU, None), Progress(4),
-                        after_step=lambda loss: weights.append(model.linear.weight.clone()))  # fmt: skip
+        train_one_epoch(
+            model,
+            criterion,
+            loader,
+            optimizer,
+            Precision(CPU, None),
+            Progress(4),
+            after_step=lambda loss: weights.append(model.linear.weight.clone()),
+        )
     assert len(weights) == 2 and torch.equal(model.linear.weight, weights[-1])
 
 
@@ -117,9 +125,17 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(parts):
     seen = []
     line = r"the gradient of linear.weight \(batch 2 to 3\) is not finite in epoch 0, step 1"
     with pytest.raises(RunFailed, match=line):
-        train_one_epoch(model, spoilt_in(3), loader, optimizer, Precision(CPU, None), Progress(2), accumulate=2,
-                        after_backward=lambda: seen.append(1),
-                        after_step=lambda loss: seen.append(model.linear.weight.clone()))  # fmt: skip
+        train_one_epoch(
+            model,
+            spoilt_in(3),
+            loader,
+            optimizer,
+            Precision(CPU, None),
+            Progress(2),
+            accumulate=2,
+            after_backward=lambda: seen.append(1),
+            after_step=lambda loss: seen.append(model.linear.weight.clone()),
+        )
     assert len(seen) == 2 and torch.equal(model.linear.weight, seen[-1])
 
 
@@ -132,9 +148,16 @@ def scaled():
 def test_an_overflow_under_loss_scaling_is_left_out_and_counted(parts):
     model, loader, optimizer = parts
     precision, weights, scored = scaled(), [], []
-    stats = train_one_epoch(model, spoilt_in(1), loader, optimizer, precision, Progress(4),
-                            after_backward=lambda: scored.append(1),
-                            after_step=lambda loss: weights.append(model.linear.weight.clone()))  # fmt: skip
+    stats = train_one_epoch(
+        model,
+        spoilt_in(1),
+        loader,
+        optimizer,
+        precision,
+        Progress(4),
+        after_backward=lambda: scored.append(1),
+        after_step=lambda loss: weights.append(model.linear.weight.clone()),
+    )
     assert stats["overflows"] == precision.overflows == 1 and len(scored) == 3
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
     assert precision.scaler.get_scale() == 2.0**9

@@ -3,6 +3,7 @@
 The long run: pytest tests/test_fuzz.py --hypothesis-profile long (10,000 examples a target); for ten minutes each,
 benchmarks/fuzz_run.py.
 """
+
 import pytest
 from hypothesis import given
 

@@ -1,4 +1,5 @@
 """Files from strangers: refused in one line, before anything runs or is allocated."""
+
 import io
 import json
 import pickle
@@ -68,31 +69,34 @@ def laughs():
     return value
 
 
-@pytest.mark.parametrize("changes, message", [
-    (kwargs(depth=10**9), "depth=1000000000, of at most 1,000"),
-    (kwargs(img_size=10**7), "img_size=10000000, of at most"),
-    (kwargs(img_size=4000), "do not fit its architecture"),
-    (kwargs(patch_size=0), "no model that can be built"),
-    (kwargs(checkpoint_path="evil.pth"), "'checkpoint_path', which is no part of an architecture"),
-    (kwargs(pretrained=True), "'pretrained', which is no part"),
-    (dict(arch=dict(name="hf-hub:someone/evil", kwargs={})), "none of timm's"),
-    (dict(arch=dict(name=ARCH, kwargs=[])), "arch must hold"),
-    (block(heads=-1), "heads must be at least 0, not -1"),
-    (block(qk=float("nan")), "it.dims.blocks.qk is nan, which is not finite"),
-    (block(mlp=10**9), "mlp must be at most 1,000,000"),
-    (block(mlp=900_000) | dict(masks=None), "it has 15[0-9,]* parameters, they are [0-9,]*"),
-    (block(mlp=31), "its masks keep other widths than its dims"),
-    (dict(dims=dict(embed=8, blocks=[DIMS["blocks"][0]] * 2000)), "at most 1,000 blocks"),
-    (dict(dims=None), "lacks dims"),
-    (dict(model=[1]), "model must be a dict"),
-    (dict(model=dict(w="x")), "model must hold tensors by name"),
-    (masks(embed=torch.ones(8)), "masks: embed is no vector of booleans"),
-    (masks(embed=torch.ones(900_000, dtype=torch.bool)), "do not fit its architecture"),
-    (dict(epoch=-7), "epoch must be a whole number"),
-    (dict(metrics=dict(a=laughs())), "nested too deeply"),
-    (dict(metrics=dict(a=[0] * 300_000)), "more than 200,000 values"),
-    (dict(args=dict(lr=float("inf"))), "it.args.lr is inf, which is not finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (kwargs(depth=10**9), "depth=1000000000, of at most 1,000"),
+        (kwargs(img_size=10**7), "img_size=10000000, of at most"),
+        (kwargs(img_size=4000), "do not fit its architecture"),
+        (kwargs(patch_size=0), "no model that can be built"),
+        (kwargs(checkpoint_path="evil.pth"), "'checkpoint_path', which is no part of an architecture"),
+        (kwargs(pretrained=True), "'pretrained', which is no part"),
+        (dict(arch=dict(name="hf-hub:someone/evil", kwargs={})), "none of timm's"),
+        (dict(arch=dict(name=ARCH, kwargs=[])), "arch must hold"),
+        (block(heads=-1), "heads must be at least 0, not -1"),
+        (block(qk=float("nan")), "it.dims.blocks.qk is nan, which is not finite"),
+        (block(mlp=10**9), "mlp must be at most 1,000,000"),
+        (block(mlp=900_000) | dict(masks=None), "it has 15[0-9,]* parameters, they are [0-9,]*"),
+        (block(mlp=31), "its masks keep other widths than its dims"),
+        (dict(dims=dict(embed=8, blocks=[DIMS["blocks"][0]] * 2000)), "at most 1,000 blocks"),
+        (dict(dims=None), "lacks dims"),
+        (dict(model=[1]), "model must be a dict"),
+        (dict(model=dict(w="x")), "model must hold tensors by name"),
+        (masks(embed=torch.ones(8)), "masks: embed is no vector of booleans"),
+        (masks(embed=torch.ones(900_000, dtype=torch.bool)), "do not fit its architecture"),
+        (dict(epoch=-7), "epoch must be a whole number"),
+        (dict(metrics=dict(a=laughs())), "nested too deeply"),
+        (dict(metrics=dict(a=[0] * 300_000)), "more than 200,000 values"),
+        (dict(args=dict(lr=float("inf"))), "it.args.lr is inf, which is not finite"),
+    ],
+)
 def test_values_that_no_model_has(tmp_path, changes, message):
     path = written(tmp_path / "x.pth", **changes) if "nested" not in message else tmp_path / "x.pth"
     if not path.exists():  # its checksum would take for ever, too
@@ -120,12 +124,19 @@ class Evil:
         return exec, ("raise SystemExit('code ran')",)
 
 
-@pytest.mark.parametrize("code", [
-    pickle.dumps(dict(model=Evil()), 2), pickle.dumps(Evil(), 0), pickle.dumps(Evil(), 4),
-    b"cos\nsystem\n(S'true'\ntR.", b"(S'true'\nios\nsystem\n.", b"\x80\x02cbuiltins\nexec\n.",
-    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.",
-    b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code",
+    [
+        pickle.dumps(dict(model=Evil()), 2),
+        pickle.dumps(Evil(), 0),
+        pickle.dumps(Evil(), 4),
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"(S'true'\nios\nsystem\n.",
+        b"\x80\x02cbuiltins\nexec\n.",
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.",
+        b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.",
+    ],
+)
 @pytest.mark.parametrize("kind", ["zip", "legacy", "inside"])
 def test_pickles_that_call(tmp_path, code, kind):
     """`inside` a file that is otherwise whole."""
@@ -154,9 +165,10 @@ def test_sizes_that_the_file_does_not_have(tmp_path):
     claims = {  # a storage of 2^31 - 1 numbers; a tensor of as many over four; the same number a billion times
         "storage 0 has 16 bytes, not 8,589,934,588": lambda p: p.replace(b"K\x04tq", b"J\xff\xff\xff\x7ftq"),
         "a tensor of 2,147,483,647 elements over 4": lambda p: p.replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85"),
-        "a tensor of 2,147,483,647 elements over": lambda p: p.replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85")
-                                                              .replace(b"K\x01\x85", b"K\x00\x85"),
-    }  # fmt: skip
+        "a tensor of 2,147,483,647 elements over": lambda p: p.replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85").replace(
+            b"K\x01\x85", b"K\x00\x85"
+        ),
+    }
     whole = path.read_bytes()
     for message, change in claims.items():
         path.write_bytes(whole)
@@ -185,15 +197,24 @@ def test_the_header_is_the_content_without_the_tensors(tmp_path):
 ENTRIES = 3_000_000
 
 
-@pytest.mark.parametrize("read, error", [
-    (read_dims, ValueError), (load_config, ConfigError), (LatencyTable.load, LatencyTableError),
-    (schema.read_json, schema.SchemaError),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "read, error",
+    [
+        (read_dims, ValueError),
+        (load_config, ConfigError),
+        (LatencyTable.load, LatencyTableError),
+        (schema.read_json, schema.SchemaError),
+    ],
+)
 def test_json_without_end(tmp_path, read, error):
     """Tens of millions of entries, and brackets a million deep: neither is ever parsed."""
     path = tmp_path / "x.json"
-    for text in ("[" + "{}," * ENTRIES + "{}]", "[" * 1_000_000, '{"a":' * 50_000 + "1" + "}" * 50_000,
-                 f"[{'9' * 10_000}]"):  # fmt: skip
+    for text in (
+        "[" + "{}," * ENTRIES + "{}]",
+        "[" * 1_000_000,
+        '{"a":' * 50_000 + "1" + "}" * 50_000,
+        f"[{'9' * 10_000}]",
+    ):
         path.write_text(text)
         with pytest.raises(error) as refused:
             read(str(path))
@@ -217,12 +238,19 @@ def test_widths_that_are_none(tmp_path, value):
 def test_a_hostile_file_takes_no_memory(tmp_path):
     """It claims 8 GiB."""
     torch.save(dict(a=torch.zeros(4)), path := tmp_path / "x.pth")
-    rewritten(path, lambda name, data: (name, data.replace(b"K\x04tq", b"J\xff\xff\xff\x7ftq")
-                                        .replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85")))  # fmt: skip
-    code = ("import resource, sys, checkpoint\n"
-            "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "try:\n    checkpoint.read(sys.argv[1])\n"
-            "except checkpoint.CheckpointError as error:\n"
-            "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used, error)\n")  # fmt: skip
+    rewritten(
+        path,
+        lambda name, data: (
+            name,
+            data.replace(b"K\x04tq", b"J\xff\xff\xff\x7ftq").replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85"),
+        ),
+    )
+    code = (
+        "import resource, sys, checkpoint\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try:\n    checkpoint.read(sys.argv[1])\n"
+        "except checkpoint.CheckpointError as error:\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used, error)\n"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True)
     assert int(done.stdout.split()[0]) < 50_000, done  # KiB

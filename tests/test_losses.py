@@ -1,4 +1,5 @@
 """Losses against their formulas, written out."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,9 +46,7 @@ def test_cnn_distillation(logits, kind):
     teacher.forward = lambda images: taught
     loss = DistillationLoss(nn.CrossEntropyLoss(), teacher, kind, 0.3, 2.0)((a, b), None, targets)
     task = F.cross_entropy((a + b) / 2, targets)
-    distilled = dict(
-        none=task, hard=F.cross_entropy(b, taught.argmax(1)), soft=kl(taught, b, 2.0) * 4 / 5
-    )[kind]  # fmt: skip
+    distilled = dict(none=task, hard=F.cross_entropy(b, taught.argmax(1)), soft=kl(taught, b, 2.0) * 4 / 5)[kind]
     torch.testing.assert_close(loss, 0.7 * task + 0.3 * distilled)
 
 

@@ -2,6 +2,7 @@
 
 `UPDATE_GOLDEN=1 pytest tests/test_mistakes.py` writes the file anew; look at what has changed.
 """
+
 import json
 import os
 import pickle
@@ -30,15 +31,21 @@ ARCH = "deit_tiny_distilled_patch16_224"
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
 DATA = "--data-set DIGITS --num_workers 0 --device cpu"
 GOOD = dict(  # {} is the folder of the fixture below
-    prune=(main_full_global_latency, DATA + " --initial-checkpoint {}/dense.pth --latency_look_up_table {}/table.json "
-           "--pruning --latency_target 0.6 --original_loss_coeff 1 --output_dir {}/out"),
+    prune=(
+        main_full_global_latency,
+        DATA + " --initial-checkpoint {}/dense.pth --latency_look_up_table {}/table.json "
+        "--pruning --latency_target 0.6 --original_loss_coeff 1 --output_dir {}/out",
+    ),
     tune=(finetune_dense, DATA + " --finetune {}/pruned --kl_loss_coeff 0 --original_loss_coeff 1"),
     dense=(finetune_dense, DATA + " --kl_loss_coeff 0 --original_loss_coeff 1 --output_dir {}/out"),
-    revit=(revit_scratch, DATA + f" --scratch --model {ARCH} --model-kwargs img_size=16 patch_size=4 "
-           "--kl_loss_coeff 0 --original_loss_coeff 1 --output_dir {}/out"),
+    revit=(
+        revit_scratch,
+        DATA + f" --scratch --model {ARCH} --model-kwargs img_size=16 patch_size=4 "
+        "--kl_loss_coeff 0 --original_loss_coeff 1 --output_dir {}/out",
+    ),
     savit=(main_savit, DATA + " --output_dir {}/out"),
     deploy=(main_savit_deploy, DATA + " --output_dir {}/out"),
-)  # fmt: skip
+)
 MISTAKES = """
 prune --data-set IMNET --data-path {}/nowhere
 prune --data-set IMNET --data-path {}/pruned
@@ -96,8 +103,14 @@ def place(tmp_path_factory):
     masks.remove("embed", torch.arange(8))
     masks.install_(model)
     (root / "pruned").mkdir()
-    checkpoint.save(root / "pruned" / "pruned_checkpoint.pth", arch=dict(name=ARCH, kwargs=KWARGS), args={},
-                    dims=masks.dims.to_dict(), masks=masks.keep, model=model.state_dict())  # fmt: skip
+    checkpoint.save(
+        root / "pruned" / "pruned_checkpoint.pth",
+        arch=dict(name=ARCH, kwargs=KWARGS),
+        args={},
+        dims=masks.dims.to_dict(),
+        masks=masks.keep,
+        model=model.state_dict(),
+    )
     table = json.loads(table_file(root / "table.json").read_text())
     (root / "narrow.json").write_text(json.dumps({"EMB_4": table["EMB_4"]}))
     (root / "notes.txt").write_text("hello\n")

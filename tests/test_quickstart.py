@@ -1,4 +1,5 @@
 """The quickstart as a newcomer runs it, from another directory."""
+
 import json
 import subprocess
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The commands of the documentation: every one parses with the real parser, and the scripts they name exist."""
+
 import os
 import re
 import shlex
@@ -23,17 +24,30 @@ from tools import api_reference, convert, convert_importance, digits_folder, exp
 
 ROOT = Path(__file__).parent.parent
 PARSERS = {
-    "main_full_global_latency.py": main_full_global_latency, "finetune_dense.py": finetune_dense,
-    "revit_scratch.py": revit_scratch, "latency.build_table": build_table,
-    "latency.validate": validate, "latency.compare": compare, "tools.report": report,
-    "tools.convert": convert, "run_with_submitit.py": run_with_submitit,
-    "main_savit.py": main_savit, "main_savit_deploy.py": main_savit_deploy, "benchmarks.savit": savit_benchmark,
-    "tools.convert_importance": convert_importance, "tools.export": export, "tools.digits_folder": digits_folder,
-    "tools.api_reference": api_reference, "tools.to_shards": to_shards,
+    "main_full_global_latency.py": main_full_global_latency,
+    "finetune_dense.py": finetune_dense,
+    "revit_scratch.py": revit_scratch,
+    "latency.build_table": build_table,
+    "latency.validate": validate,
+    "latency.compare": compare,
+    "tools.report": report,
+    "tools.convert": convert,
+    "run_with_submitit.py": run_with_submitit,
+    "main_savit.py": main_savit,
+    "main_savit_deploy.py": main_savit_deploy,
+    "benchmarks.savit": savit_benchmark,
+    "tools.convert_importance": convert_importance,
+    "tools.export": export,
+    "tools.digits_folder": digits_folder,
+    "tools.api_reference": api_reference,
+    "tools.to_shards": to_shards,
     "benchmarks.loader": loader_benchmark,
-    "benchmarks.faults": faults, "benchmarks.fuzz_run": fuzz_run, "main_pm_vit.py": main_pm_vit,
-    "tools.show_tokens": show_tokens, "benchmarks.tokens": tokens_benchmark,
-}  # fmt: skip
+    "benchmarks.faults": faults,
+    "benchmarks.fuzz_run": fuzz_run,
+    "main_pm_vit.py": main_pm_vit,
+    "tools.show_tokens": show_tokens,
+    "benchmarks.tokens": tokens_benchmark,
+}
 OTHERS = {"--disable-pip-version-check", "--version", "--nproc_per_node"}  # of pip, python and torchrun
 
 
@@ -84,8 +98,9 @@ def test_a_published_variant_passes_flags_that_parse(variant, tmp_path):
     fake.chmod(0o755)
     folders = [tmp_path, tmp_path] if variant == "nvit_finetune" else [tmp_path]
     command = ["bash", ROOT / "scripts" / f"{variant}.sh", *folders, "--seed", "7"]
-    words = subprocess.run(command, env=dict(os.environ, PYTHON=str(fake), GPUS="2"), capture_output=True, text=True,
-                           check=True).stdout.splitlines()  # fmt: skip
+    words = subprocess.run(
+        command, env=dict(os.environ, PYTHON=str(fake), GPUS="2"), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     script = next(i for i, word in enumerate(words) if word in PARSERS)
     args = PARSERS[words[script]].get_args_parser().parse_args(words[script + 1 :])
     assert words[:script] == ["-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -124,8 +139,9 @@ def test_a_published_savit_variant_passes_flags_that_parse(size, share, tmp_path
     fake.chmod(0o755)
     for script, place in ((f"savit_{size}", "main_savit.py"), (f"savit_{size}_finetune", "main_savit_deploy.py")):
         command = ["bash", ROOT / "scripts" / f"{script}.sh", tmp_path, tmp_path, "--seed", "7"]
-        words = subprocess.run(command, env=dict(os.environ, PYTHON=str(fake)), capture_output=True, text=True,
-                               check=True).stdout.splitlines()  # fmt: skip
+        words = subprocess.run(
+            command, env=dict(os.environ, PYTHON=str(fake)), capture_output=True, text=True, check=True
+        ).stdout.splitlines()
         args = PARSERS[place].get_args_parser().parse_args(words[words.index(place) + 1 :])
         assert args.seed == 7 and args.model.startswith(f"deit_{size}_patch16_224") and args.data_path == str(tmp_path)
         assert args.pruning_flops_percentage == (share if place == "main_savit.py" else 0)

@@ -1,4 +1,5 @@
 """main_pm_vit.py: the published flow on the digits, its modes, what goes in from other methods, and mistakes."""
+
 import json
 import subprocess
 import sys
@@ -20,8 +21,19 @@ from runtime.errors import BadArguments, RunFailed
 
 ROOT = Path(__file__).parent.parent
 SCORE = [*PLAIN, "--prune", "--prune_iter", "4", "--merge", "grid"]
-TUNE = [*PLAIN, "--final_finetune", "2", "--lr", "4e-3", "--distillation-type", "soft", "--distillation-tau", "20",
-        "--distillation-alpha", "0.8"]  # fmt: skip
+TUNE = [
+    *PLAIN,
+    "--final_finetune",
+    "2",
+    "--lr",
+    "4e-3",
+    "--distillation-type",
+    "soft",
+    "--distillation-tau",
+    "20",
+    "--distillation-alpha",
+    "0.8",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,8 +68,16 @@ def test_prune_finetune_eval(runs, pruned, tmp_path, capsys):
     summary = summary_of(pruned)
     assert sum(tokens_of(pruned / "pruned_checkpoint.pth")) == 2 * 2 + 2 * int(16 * 0.6)
     assert summary["pruned"]["macs"] < summary["dense"]["macs"] and summary["dense"]["latency_measured"] == 1
-    run(main_pm_vit, *TUNE, "--resume", pruned / "pruned_checkpoint.pth", "--output_dir", tmp_path, "--teacher-path",
-        runs["dense"] / "ft_checkpoint.pth")  # fmt: skip
+    run(
+        main_pm_vit,
+        *TUNE,
+        "--resume",
+        pruned / "pruned_checkpoint.pth",
+        "--output_dir",
+        tmp_path,
+        "--teacher-path",
+        runs["dense"] / "ft_checkpoint.pth",
+    )
     assert f"next: python -m tools.report {tmp_path}\n" in capsys.readouterr().out
     run(main_pm_vit, *PLAIN, "--eval", "--resume", tmp_path / "ft_checkpoint.pth")
     tuned = summary_of(tmp_path)["finetuned"]
@@ -90,8 +110,19 @@ def test_a_finetuning_run_goes_on_where_it_was(runs, pruned, tmp_path, monkeypat
 @pytest.mark.parametrize("frozen, moved", [("--freeze_param", True), ("--freeze_matrix", False)])
 def test_frozen_parts_stay(pruned, tmp_path, frozen, moved):
     """And the learning rate reaches what is not frozen."""
-    run(main_pm_vit, *PLAIN, "--final_finetune", "1", "--lr", "1e-2", frozen, "--resume",
-        pruned / "pruned_checkpoint.pth", "--output_dir", tmp_path)  # fmt: skip
+    run(
+        main_pm_vit,
+        *PLAIN,
+        "--final_finetune",
+        "1",
+        "--lr",
+        "1e-2",
+        frozen,
+        "--resume",
+        pruned / "pruned_checkpoint.pth",
+        "--output_dir",
+        tmp_path,
+    )
     before, after = (load_dense(f) for f in (pruned / "pruned_checkpoint.pth", tmp_path / "ft_checkpoint.pth"))
     new = dict(after.named_parameters())
     for name, old in before.named_parameters():
@@ -112,11 +143,33 @@ def test_the_other_modes(runs, pruned, tmp_path, mode):
 
 def test_as_published(runs, tmp_path):
     """Raster groups, the centre's entry 1, rebuilt from the group alone, matrices in full."""
-    run(main_pm_vit, *SCORE, "--merge", "raster", "--merge_entries", "published", "--shortcut", "skipped",
-        "--dense_merge", "--merge_list", "1", "--resume", runs["dense"] / "ft_checkpoint.pth",
-        "--output_dir", tmp_path / "p")  # fmt: skip
-    run(main_pm_vit, *PLAIN, "--final_finetune", "1", "--resume", tmp_path / "p" / "pruned_checkpoint.pth",
-        "--output_dir", tmp_path / "f")  # fmt: skip
+    run(
+        main_pm_vit,
+        *SCORE,
+        "--merge",
+        "raster",
+        "--merge_entries",
+        "published",
+        "--shortcut",
+        "skipped",
+        "--dense_merge",
+        "--merge_list",
+        "1",
+        "--resume",
+        runs["dense"] / "ft_checkpoint.pth",
+        "--output_dir",
+        tmp_path / "p",
+    )
+    run(
+        main_pm_vit,
+        *PLAIN,
+        "--final_finetune",
+        "1",
+        "--resume",
+        tmp_path / "p" / "pruned_checkpoint.pth",
+        "--output_dir",
+        tmp_path / "f",
+    )
     ((i, tokens),) = layers(load_dense(tmp_path / "f" / "ft_checkpoint.pth"))
     assert i == 1 and isinstance(tokens, DenseTokenMerge) and (tokens.merge_matrix != 0).float().mean() > 0.9
 
@@ -128,8 +181,9 @@ def test_a_refit_brings_the_predictions_back(runs, tmp_path, start):
     flags = [*SCORE, "--prune_mode", "seq", "--resume", path]
     run(main_pm_vit, *flags, "--output_dir", tmp_path / "cut")
     run(main_pm_vit, *flags, "--compensate", "--calib_images", "512", "--output_dir", tmp_path / "refitted")
-    whole, cut, refitted = (load_dense(f).eval() for f in
-                            (path, *(tmp_path / n / "pruned_checkpoint.pth" for n in ("cut", "refitted"))))  # fmt: skip
+    whole, cut, refitted = (
+        load_dense(f).eval() for f in (path, *(tmp_path / n / "pruned_checkpoint.pth" for n in ("cut", "refitted")))
+    )
     assert cut.dims == refitted.dims
     dataset, _ = build_dataset(False, main_pm_vit.get_args_parser().parse_args([*PLAIN, "--input-size", "16"]), False)
     images = torch.stack([image for image, _ in dataset])
@@ -148,8 +202,18 @@ def test_a_pruned_model_goes_in_and_comes_out(runs, tmp_path, capsys):
     assert after.embed == before.embed and after.blocks[0].mlp == before.blocks[0].mlp
     assert after.blocks[0].tokens < before.blocks[0].tokens
     assert set(summary_of(tmp_path)) == {"pruned"}  # a start that was pruned is no dense model
-    run(finetune_dense, *PLAIN, "--finetune", tmp_path, "--epochs", "1", "--kl_loss_coeff", "0",
-        "--original_loss_coeff", "1")  # fmt: skip
+    run(
+        finetune_dense,
+        *PLAIN,
+        "--finetune",
+        tmp_path,
+        "--epochs",
+        "1",
+        "--kl_loss_coeff",
+        "0",
+        "--original_loss_coeff",
+        "1",
+    )
     (tuned,) = tmp_path.glob("ft_dense_*")
     assert load_dense(tuned / "ft_checkpoint.pth").dims == after
 
@@ -165,8 +229,16 @@ def test_what_full_matrices_cannot_hold_ends_in_a_line(runs, tmp_path):
 
 
 def test_speed_needs_no_data(pruned, capsys):
-    run(main_pm_vit, "--speed-only", "--device", "cpu", "--batch-size", "2", "--resume",
-        pruned / "pruned_checkpoint.pth")  # fmt: skip
+    run(
+        main_pm_vit,
+        "--speed-only",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "2",
+        "--resume",
+        pruned / "pruned_checkpoint.pth",
+    )
     assert "dense" in (line := capsys.readouterr().out) and "compressed" in line and line.strip().endswith("x")
 
 
@@ -183,9 +255,24 @@ def test_published_names_are_aliases(name, tmp_path):
 def test_two_processes_choose_what_one_does(runs, tmp_path):
     flags = [*SCORE, "--seed", "3", "--no-repeated-aug", "--resume", str(runs["dense"] / "ft_checkpoint.pth")]
     run(main_pm_vit, *flags, "--output_dir", tmp_path / "one")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    "main_pm_vit.py", *map(str, flags), "--batch-size", "32", "--output_dir", str(tmp_path / "two")],
-                   cwd=ROOT, check=True, capture_output=True)  # fmt: skip
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "main_pm_vit.py",
+            *map(str, flags),
+            "--batch-size",
+            "32",
+            "--output_dir",
+            str(tmp_path / "two"),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     one, two = (torch.load(tmp_path / n / "pruned_checkpoint.pth", weights_only=True) for n in ("one", "two"))
     assert one["dims"] == two["dims"]
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"] if k.endswith("owner"))
@@ -197,20 +284,23 @@ def complaint(*flags):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--prune_rate", "0.5", "--keep_rate", "0.6"], "sum to more than 1"),
-    (["--merge_list", "1", "0"], "ascending order, not 1 0"),
-    (["--merge_list", "0", "7"], "names block 7, the model has blocks 0 to 1"),
-    (["--prune_mode", "clus"], "compresses a compressed model"),
-    (["--prune_mode", "probe", "--prune_rate", "0.1"], "probe only merges: --prune_rate 0.1 does not go with it"),
-    (["--prune_mode", "probe", "--calib_images", "20"], "--calib_images must be at least 64"),
-    (["--compensate", "--calib_images", "20"], "--calib_images must be at least 64"),
-    (["--dense_merge"], "--dense_merge goes with --shortcut skipped"),
-    (["--eval"], "three things to do"),
-    (["--keep_rate", "0"], "--keep_rate must be in (0, 1]"),
-    (["--keep_rate", "0.01"], "leaves a layer no centre"),
-    (["--input-size", "32"], "is for images of 16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--prune_rate", "0.5", "--keep_rate", "0.6"], "sum to more than 1"),
+        (["--merge_list", "1", "0"], "ascending order, not 1 0"),
+        (["--merge_list", "0", "7"], "names block 7, the model has blocks 0 to 1"),
+        (["--prune_mode", "clus"], "compresses a compressed model"),
+        (["--prune_mode", "probe", "--prune_rate", "0.1"], "probe only merges: --prune_rate 0.1 does not go with it"),
+        (["--prune_mode", "probe", "--calib_images", "20"], "--calib_images must be at least 64"),
+        (["--compensate", "--calib_images", "20"], "--calib_images must be at least 64"),
+        (["--dense_merge"], "--dense_merge goes with --shortcut skipped"),
+        (["--eval"], "three things to do"),
+        (["--keep_rate", "0"], "--keep_rate must be in (0, 1]"),
+        (["--keep_rate", "0.01"], "leaves a layer no centre"),
+        (["--input-size", "32"], "is for images of 16"),
+    ],
+)
 def test_mistakes(runs, tmp_path, flags, words):
     start = ["--resume", runs["dense"] / "ft_checkpoint.pth", "--output_dir", tmp_path / "o"]
     assert words in complaint(*SCORE, *start, *flags)

@@ -10,15 +10,37 @@ from test_distributed import EXACT, distance, launch, launcher
 import main_full_global_latency
 from models import load_dense
 
-ALL = ["--selection", "value", "--saliency", "gate_samples", "--saliency_loss", "teacher", "--align", "--compensate",
-       "event", "--shrink_interval", "2", "--calib_images", "128"]  # fmt: skip
+ALL = [
+    "--selection",
+    "value",
+    "--saliency",
+    "gate_samples",
+    "--saliency_loss",
+    "teacher",
+    "--align",
+    "--compensate",
+    "event",
+    "--shrink_interval",
+    "2",
+    "--calib_images",
+    "128",
+]
 
 
 @pytest.fixture(scope="module")
 def prune(runs):
     flags = [f for k, f in enumerate(PRUNE) if "--latency_regularization" not in PRUNE[max(0, k - 1) : k + 1]]
-    return [*flags, "--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth", "--latency_look_up_table",
-            runs["table"], "--prune_per_iter", "16", "--interval_prune", "3"]  # fmt: skip
+    return [
+        *flags,
+        "--initial-checkpoint",
+        runs["dense"] / "ft_checkpoint.pth",
+        "--latency_look_up_table",
+        runs["table"],
+        "--prune_per_iter",
+        "16",
+        "--interval_prune",
+        "3",
+    ]
 
 
 def checkpoint_of(folder, name="pruned_checkpoint.pth"):
@@ -40,8 +62,9 @@ def test_everything_at_once_meets_the_target_and_goes_on(prune, tmp_path, monkey
     equal(*(only(tmp_path / name, "global_*") for name in ("whole", "broken")), "pruned_checkpoint.pth")
 
 
-@pytest.mark.parametrize("more", [(), pytest.param(("--selection", "value", "--saliency", "gates"),
-                                                   marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--selection", "value", "--saliency", "gates"), marks=pytest.mark.slow)]
+)
 def test_shrinking_changes_nothing_but_the_time(prune, tmp_path, more):
     """--opt sgd: Adam makes whole steps of the rounding of gradients that are 0."""
     flags = [*prune, *more, "--drop-path", "0", "--opt", "sgd", "--lr", "0.1", "--clip-grad", "1"]
@@ -70,10 +93,29 @@ def test_compensation_at_the_end_is_against_the_aligned_dense_model(prune, tmp_p
 def test_two_ranks_prune_as_one(prune, tmp_path):
     """Not with labels drawn from the teacher or a refit, for which ranks draw and hold out others; nor with alignment,
     as bases of directions that are worth the same follow from rounding."""
-    more = ["--selection", "value", "--saliency", "gate_samples", "--shrink_interval", "2", *EXACT,
-            "--opt", "sgd", "--lr", "1e-2", "--epochs", "2", "--prune_per_iter", "32", "--latency_target", "0.8"]
-    launch([*launcher(2), "main_full_global_latency.py"],
-           [*prune, *more, "--batch-size", "32", "--output_dir", tmp_path / "2"])  # fmt: skip
+    more = [
+        "--selection",
+        "value",
+        "--saliency",
+        "gate_samples",
+        "--shrink_interval",
+        "2",
+        *EXACT,
+        "--opt",
+        "sgd",
+        "--lr",
+        "1e-2",
+        "--epochs",
+        "2",
+        "--prune_per_iter",
+        "32",
+        "--latency_target",
+        "0.8",
+    ]
+    launch(
+        [*launcher(2), "main_full_global_latency.py"],
+        [*prune, *more, "--batch-size", "32", "--output_dir", tmp_path / "2"],
+    )
     run(main_full_global_latency, *prune, *more, "--output_dir", tmp_path / "1")
     one, two = (checkpoint_of(tmp_path / n) for n in "12")
     assert one["step"] == two["step"] and one["dims"] == two["dims"]
@@ -97,9 +139,25 @@ def test_mixed_precision_with_everything(prune, tmp_path):
 
 
 def test_flags_that_do_not_go_together_are_named(prune, tmp_path):
-    flags = [*prune, "--output_dir", tmp_path, "--saliency_loss", "teacher", "--selection", "value",
-             "--latency_regularization", "1e-4", "--shrink_interval", "2", "--opt", "lookahead_adam", "--compensate",
-             "end", "--calib_images", "32"]  # fmt: skip
+    flags = [
+        *prune,
+        "--output_dir",
+        tmp_path,
+        "--saliency_loss",
+        "teacher",
+        "--selection",
+        "value",
+        "--latency_regularization",
+        "1e-4",
+        "--shrink_interval",
+        "2",
+        "--opt",
+        "lookahead_adam",
+        "--compensate",
+        "end",
+        "--calib_images",
+        "32",
+    ]
     with pytest.raises(Exception) as error:
         run(main_full_global_latency, *flags)
     found = " ".join(error.value.problems)

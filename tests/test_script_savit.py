@@ -1,4 +1,5 @@
 """main_savit.py and main_savit_deploy.py end to end on the digits: files, budget, reuse of importance, compositions."""
+
 import json
 import pickle
 import re
@@ -24,8 +25,26 @@ from tools import convert_importance, export, formats
 ROOT = Path(__file__).parent.parent
 ARCH = "deit_tiny_distilled_patch16_224"
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
-DATA = ["--data-set", "DIGITS", "--num_workers", "0", "--device", "cpu", "--mixup", "0", "--cutmix", "0", "--aa", "",
-        "--color-jitter", "0", "--reprob", "0", "--batch-size", "64"]  # fmt: skip
+DATA = [
+    "--data-set",
+    "DIGITS",
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--aa",
+    "",
+    "--color-jitter",
+    "0",
+    "--reprob",
+    "0",
+    "--batch-size",
+    "64",
+]
 PRUNE = [*DATA, "--pruning_flops_percentage", "0.5", "--pruning_feed_percent", "0.2"]
 
 
@@ -54,9 +73,26 @@ def runs(tmp_path_factory):
     start = ["--finetune", root / "dense.pth"]
     run(main_savit, *PRUNE, *start, "--need_hessian", "--output_dir", root / "with")
     run(main_savit, *PRUNE, *start, "--output_dir", root / "without", "--pruning_silent")
-    run(main_savit_deploy, *DATA, "--masked_model", root / "with" / "pruned_checkpoint.pth", "--model",
-        f"{ARCH}_deploy", "--epochs", "1", "--lr", "1e-3", "--resume=", "--pruning_flops_percentage=0",
-        "--finetune_op=1", "--cooldown-epochs=0", "--output_dir", root / "tuned", "--distillation-type-full", "soft")
+    run(
+        main_savit_deploy,
+        *DATA,
+        "--masked_model",
+        root / "with" / "pruned_checkpoint.pth",
+        "--model",
+        f"{ARCH}_deploy",
+        "--epochs",
+        "1",
+        "--lr",
+        "1e-3",
+        "--resume=",
+        "--pruning_flops_percentage=0",
+        "--finetune_op=1",
+        "--cooldown-epochs=0",
+        "--output_dir",
+        root / "tuned",
+        "--distillation-type-full",
+        "soft",
+    )
     return root
 
 
@@ -70,8 +106,14 @@ def test_files_of_a_run(runs):
     assert files(runs / "without") == common
     assert files(runs / "with" / "logs") == ["savit.json", "savit.log"]
     assert files(runs / "tuned") == [
-        "args.json", "dims.json", "ft_best.pth", "ft_checkpoint.pth", "log.txt", "run.json", "summary.json"
-    ]  # fmt: skip
+        "args.json",
+        "dims.json",
+        "ft_best.pth",
+        "ft_checkpoint.pth",
+        "log.txt",
+        "run.json",
+        "summary.json",
+    ]
 
 
 def test_the_budget_is_met_and_the_summary_and_logs_say_so(runs):
@@ -93,8 +135,10 @@ def test_importance_files_give_the_same_result(runs, tmp_path):
     flags = [*PRUNE, "--finetune", runs / "dense.pth", "--pruning_pickle_from", runs / "with"]
     run(main_savit, *flags, "--output_dir", tmp_path / "again")
     run(main_savit, *flags, "--no-need_hessian", "--output_dir", tmp_path / "alone")
-    read = {f: torch.load(f / "pruned_checkpoint.pth", weights_only=True)["masks"]
-            for f in (runs / "with", runs / "without", tmp_path / "again", tmp_path / "alone")}  # fmt: skip
+    read = {
+        f: torch.load(f / "pruned_checkpoint.pth", weights_only=True)["masks"]
+        for f in (runs / "with", runs / "without", tmp_path / "again", tmp_path / "alone")
+    }
     for ours, theirs in ((tmp_path / "again", runs / "with"), (tmp_path / "alone", runs / "without")):
         assert all(torch.equal(read[ours][axis], keep) for axis, keep in read[theirs].items())
 
@@ -126,19 +170,48 @@ def test_importance_files_of_something_else_are_refused(runs, tmp_path):
 def test_compositions(runs, tmp_path):
     """A SAViT result through finetune_dense.py; pruned and finetuned ones into main_savit.py, and on from there."""
     (tmp_path / "pruned_checkpoint.pth").write_bytes((runs / "with" / "pruned_checkpoint.pth").read_bytes())
-    run(finetune_dense, *DATA, "--finetune", tmp_path, "--epochs", "1", "--kl_loss_coeff", "1000",
-        "--original_loss_coeff", "1", "--no-model-ema")  # fmt: skip
+    run(
+        finetune_dense,
+        *DATA,
+        "--finetune",
+        tmp_path,
+        "--epochs",
+        "1",
+        "--kl_loss_coeff",
+        "1000",
+        "--original_loss_coeff",
+        "1",
+        "--no-model-ema",
+    )
     (tuned,) = tmp_path.glob("ft_dense_*")
     for number, start in enumerate((runs / "with" / "pruned_checkpoint.pth", tuned / "ft_checkpoint.pth")):
         before = load_dense(start).dims
         out = tmp_path / f"{number}"
-        run(main_savit, *PRUNE, "--finetune", start, "--pruning_flops_percentage", "0.3", "--output_dir", out,
-            "--pruning_layers", "heads,mlp,embed,qk,v")  # fmt: skip
+        run(
+            main_savit,
+            *PRUNE,
+            "--finetune",
+            start,
+            "--pruning_flops_percentage",
+            "0.3",
+            "--output_dir",
+            out,
+            "--pruning_layers",
+            "heads,mlp,embed,qk,v",
+        )
         after = load_dense(out / "pruned_checkpoint.pth")
         assert macs(ARCH, after.dims, **KWARGS) <= 0.7 * macs(ARCH, before, **KWARGS)
         assert list(json.loads((out / "summary.json").read_text())) == ["pruned"]
-        run(main_savit_deploy, *DATA, "--masked_model", out / "pruned_checkpoint.pth", "--epochs", "1", "--output_dir",
-            out / "tuned")  # fmt: skip
+        run(
+            main_savit_deploy,
+            *DATA,
+            "--masked_model",
+            out / "pruned_checkpoint.pth",
+            "--epochs",
+            "1",
+            "--output_dir",
+            out / "tuned",
+        )
         assert load_dense(out / "tuned" / "ft_checkpoint.pth").dims == after.dims
 
 
@@ -146,8 +219,14 @@ def test_an_nvit_pruned_checkpoint_is_pruned_further(tmp_path, prune):
     model = build_vit(ARCH, **KWARGS)
     masks = prune(Masks(model.dims), ("embed", "heads", "qk", "v", "mlp", "blocks.0.heads=0"))
     masks.install_(model)
-    checkpoint.save(tmp_path / "nvit.pth", arch=dict(name=ARCH, kwargs=KWARGS), dims=masks.dims.to_dict(),
-                    masks=masks.state_dict(), model=model.state_dict(), args={})  # fmt: skip
+    checkpoint.save(
+        tmp_path / "nvit.pth",
+        arch=dict(name=ARCH, kwargs=KWARGS),
+        dims=masks.dims.to_dict(),
+        masks=masks.state_dict(),
+        model=model.state_dict(),
+        args={},
+    )
     run(main_savit, *PRUNE, "--finetune", tmp_path / "nvit.pth", "--need_hessian", "--output_dir", tmp_path / "out")
     left = load_dense(tmp_path / "out" / "pruned_checkpoint.pth").dims
     assert macs(ARCH, left, **KWARGS) <= 0.5 * macs(ARCH, masks.dims, **KWARGS)
@@ -164,9 +243,21 @@ def test_bfloat16_agrees_or_is_left(runs, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_gives_the_same_importance(runs, tmp_path, processes):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port",
-               str(29700 + processes), "main_savit.py", *PRUNE, "--finetune", str(runs / "dense.pth"), "--need_hessian",
-               "--output_dir", str(tmp_path)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        "--master_port",
+        str(29700 + processes),
+        "main_savit.py",
+        *PRUNE,
+        "--finetune",
+        str(runs / "dense.pth"),
+        "--need_hessian",
+        "--output_dir",
+        str(tmp_path),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     folders = (runs / "with", tmp_path)
     alone, shared = (torch.load(f / "pruned_checkpoint.pth", weights_only=True)["masks"] for f in folders)
@@ -182,8 +273,20 @@ def test_bad_input(runs, tmp_path):
     most = float(re.search(r"cannot be reached: removing heads, mlp, embed .* at most (0\.\d+)", found)[1])
     assert one(problems(main_savit, *good, "--pruning_flops_percentage", most + 2e-4))
     run(main_savit, *good, "--pruning_flops_percentage", most - 2e-4, "--output_dir", tmp_path / "possible")
-    many = problems(main_savit, *DATA, "--pruning_flops_percentage", "0", "--pruning_feed_percent", "2",
-                    "--pruning_floor", "1", "--hessian_formula", "published", "--pruning_layers", "mlp,v")  # fmt: skip
+    many = problems(
+        main_savit,
+        *DATA,
+        "--pruning_flops_percentage",
+        "0",
+        "--pruning_feed_percent",
+        "2",
+        "--pruning_floor",
+        "1",
+        "--hessian_formula",
+        "published",
+        "--pruning_layers",
+        "mlp,v",
+    )
     assert len(many) == 6
     few = problems(main_savit, *good, "--need_hessian", "--batch-size", "1000")
     assert "at least 2 batches, the 1437 training images make 1 of 1000: --batch-size can be at most 718" in one(few)
@@ -224,8 +327,14 @@ def test_a_layer_without_second_derivative_and_a_component_that_is_not_there(run
     model = build_vit(ARCH, **KWARGS)
     masks = prune(Masks(model.dims), ("blocks.0.mlp=0", "blocks.1.mlp=0"))
     masks.install_(model)
-    checkpoint.save(tmp_path / "bare.pth", arch=dict(name=ARCH, kwargs=KWARGS), dims=masks.dims.to_dict(),
-                    masks=masks.state_dict(), model=model.state_dict(), args={})  # fmt: skip
+    checkpoint.save(
+        tmp_path / "bare.pth",
+        arch=dict(name=ARCH, kwargs=KWARGS),
+        dims=masks.dims.to_dict(),
+        masks=masks.state_dict(),
+        model=model.state_dict(),
+        args={},
+    )
     found = one(problems(main_savit, *good, "--finetune", tmp_path / "bare.pth"))
     assert found == "--pruning_layers: the model has no mlp to prune"
 
@@ -242,8 +351,18 @@ def test_published_pickles_are_converted(runs, tmp_path, capsys):
     flags = [tmp_path, "--model", ARCH, "--model-kwargs", *kwargs, "--data-set", "DIGITS"]
     run(convert_importance, *flags, "--output", tmp_path / "out")
     assert "about to unpickle" in capsys.readouterr().out
-    run(main_savit, *PRUNE, "--finetune", runs / "dense.pth", "--pruning_pickle_from", tmp_path / "out",
-        "--hessian_formula", "published", "--output_dir", tmp_path / "pruned")  # fmt: skip
+    run(
+        main_savit,
+        *PRUNE,
+        "--finetune",
+        runs / "dense.pth",
+        "--pruning_pickle_from",
+        tmp_path / "out",
+        "--hessian_formula",
+        "published",
+        "--output_dir",
+        tmp_path / "pruned",
+    )
     tensors = load_file(tmp_path / "out" / "importance.safetensors")
     c = np.array(list(published_sizes(ViTDims.of(load_model(runs)), 6.0).values()))
     assert tensors["hessian"][0, 2].item() == pytest.approx(hessian[0, 2] * c[0] * c[2])
@@ -252,8 +371,10 @@ def test_published_pickles_are_converted(runs, tmp_path, capsys):
     found = one(problems(convert_importance, *flags, "--output", tmp_path / "bad"))
     assert "no array" in found and not (tmp_path / "bad").exists()
     flags[2] = "deit_tiny_patch16_224"
-    assert any("another model: shapes" in p for p in problems(
-        convert_importance, *flags[:3], "--data-set", "DIGITS", "--output", tmp_path / "bad"))  # fmt: skip
+    assert any(
+        "another model: shapes" in p
+        for p in problems(convert_importance, *flags[:3], "--data-set", "DIGITS", "--output", tmp_path / "bad")
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 """Swin end to end: train, measure, prune to a latency target, load, go on, finetune, export; and what is refused."""
+
 import json
 import re
 
@@ -23,11 +24,42 @@ DATA = ["--data-set", "DIGITS", "--num_workers", "0", "--device", "cpu"]
 ARCH = "swin_tiny_patch4_window7_224"
 MODEL = SMALL | dict(patch_size=4, window_size=2)  # 4 x 4 patches, then 2 x 2: it learns the digits in seconds
 KWARGS = [f"{key}={json.dumps(MODEL[key], separators=(',', ':'))}" for key in MODEL if key != "num_classes"]
-TRAIN = ["--scratch", "--model", ARCH, "--model-kwargs", *KWARGS, *PLAIN, "--epochs", "5", "--lr", "5e-2",
-         "--kl_loss_coeff", "0", "--original_loss_coeff", "1"]  # fmt: skip
-PRUNE = [*PLAIN, "--pruning", "--latency_target", "0.5", "--latency_regularization", "1e-6", "--prune_per_iter", "64",
-         "--interval_prune", "2", "--epochs", "5", "--lr", "2e-2", "--kl_loss_coeff", "10000",
-         "--original_loss_coeff", "1"]  # fmt: skip
+TRAIN = [
+    "--scratch",
+    "--model",
+    ARCH,
+    "--model-kwargs",
+    *KWARGS,
+    *PLAIN,
+    "--epochs",
+    "5",
+    "--lr",
+    "5e-2",
+    "--kl_loss_coeff",
+    "0",
+    "--original_loss_coeff",
+    "1",
+]
+PRUNE = [
+    *PLAIN,
+    "--pruning",
+    "--latency_target",
+    "0.5",
+    "--latency_regularization",
+    "1e-6",
+    "--prune_per_iter",
+    "64",
+    "--interval_prune",
+    "2",
+    "--epochs",
+    "5",
+    "--lr",
+    "2e-2",
+    "--kl_loss_coeff",
+    "10000",
+    "--original_loss_coeff",
+    "1",
+]
 TUNE = [*PLAIN, "--epochs", "3", "--lr", "3e-2", "--kl_loss_coeff", "10000", "--original_loss_coeff", "1"]
 
 
@@ -128,13 +160,31 @@ def test_flags_that_a_swin_is_not_pruned_with_are_named_at_once(dense, table, tm
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script, flags", [
-    (main_savit, ["--output_dir", "out", "--finetune"]),
-    (main_savit_deploy, ["--output_dir", "out", "--masked_model"]),
-    (main_pm_vit, ["--prune", "--output_dir", "out", "--resume"]),
-    (revit_scratch, ["--scratch", "--output_dir", "out", "--kl_loss_coeff", "0", "--original_loss_coeff", "1",
-                     "--mixup", "0", "--cutmix", "0", "--initial-checkpoint"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        (main_savit, ["--output_dir", "out", "--finetune"]),
+        (main_savit_deploy, ["--output_dir", "out", "--masked_model"]),
+        (main_pm_vit, ["--prune", "--output_dir", "out", "--resume"]),
+        (
+            revit_scratch,
+            [
+                "--scratch",
+                "--output_dir",
+                "out",
+                "--kl_loss_coeff",
+                "0",
+                "--original_loss_coeff",
+                "1",
+                "--mixup",
+                "0",
+                "--cutmix",
+                "0",
+                "--initial-checkpoint",
+            ],
+        ),
+    ],
+)
 @pytest.mark.parametrize("kind", ["weights", "pruned"])
 def test_the_other_methods_refuse_one_in_a_line(script, flags, kind, dense, tmp_path, monkeypatch):
     """As dense weights, and as a checkpoint of this project with fewer units."""
@@ -142,14 +192,20 @@ def test_the_other_methods_refuse_one_in_a_line(script, flags, kind, dense, tmp_
     if kind == "pruned":
         dims = SwinDims.of(skeleton(ARCH, **MODEL)).resized({"layers.0.embed": 8})
         small = build_vit(ARCH, dims, **MODEL)
-        checkpoint.save(tmp_path / "small.pth", arch=dict(name=ARCH, kwargs=MODEL), dims=dims.to_dict(),
-                        dim=dims.to_dim(), model=small.state_dict(), args={}, metrics={})  # fmt: skip
+        checkpoint.save(
+            tmp_path / "small.pth",
+            arch=dict(name=ARCH, kwargs=MODEL),
+            dims=dims.to_dict(),
+            dim=dims.to_dim(),
+            model=small.state_dict(),
+            args={},
+            metrics={},
+        )
         dense = tmp_path / "small.pth"
     with pytest.raises(BadArguments) as refused:
         run(script, *DATA, *flags, dense)
     words = ("is a Swin Transformer, which", "is not a plain Vision Transformer", "was not written by this project")
-    assert any(word in line for word in words
-               for line in refused.value.problems), refused.value.problems  # fmt: skip
+    assert any(word in line for word in words for line in refused.value.problems), refused.value.problems
 
 
 def test_relatives_are_refused_in_a_line(tmp_path):

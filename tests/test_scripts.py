@@ -17,15 +17,22 @@ from runtime.errors import BadArguments
 from tools import report
 
 ROOT = Path(__file__).parent.parent
+
+
 def files(folder):
     return sorted(p.name for p in folder.iterdir() if not p.name.startswith("events.") and not p.is_dir())
 
 
 def test_a_pruning_run_leaves_the_files_of_the_contract(runs):
     assert files(runs["pruned"]) == [
-        "args.json", "checkpoint.pth", "dims.json", "log.txt", "pruned_checkpoint.pth",
-        "run.json", "summary.json"
-    ]  # fmt: skip
+        "args.json",
+        "checkpoint.pth",
+        "dims.json",
+        "log.txt",
+        "pruned_checkpoint.pth",
+        "run.json",
+        "summary.json",
+    ]
     assert runs["pruned"].name == (
         "global_prune_DIGITS_deit_tiny_distilled_patch16_224_lr0.004_Global_0_lat_0.0001_target_0.6_ft_5"
     )
@@ -35,19 +42,32 @@ def test_a_pruning_run_leaves_the_files_of_the_contract(runs):
     assert all(len(row) == 1 + 4 * 2 for row in rows)
     dims = ViTDims.from_dict(json.loads((runs["pruned"] / "dims.json").read_text()))
     assert [int(n) for n in rows[-1]] == [
-        dims.embed, *(getattr(b, a) for a in ("heads", "qk", "v", "mlp") for b in dims.blocks)
-    ]  # fmt: skip
+        dims.embed,
+        *(getattr(b, a) for a in ("heads", "qk", "v", "mlp") for b in dims.blocks),
+    ]
     assert list(runs["pruned"].glob("events.*"))
 
 
 def test_a_dry_run_plans_and_writes_nothing(runs, tmp_path, capsys):
     """Every event of the plan is narrower than the one before, and the last meets the targets."""
-    run(main_full_global_latency, *PRUNE, "--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth", "--output_dir",
-        tmp_path / "out", "--latency_look_up_table", runs["table"], "--dry-run", "--params_target", "0.8")  # fmt: skip
+    run(
+        main_full_global_latency,
+        *PRUNE,
+        "--initial-checkpoint",
+        runs["dense"] / "ft_checkpoint.pth",
+        "--output_dir",
+        tmp_path / "out",
+        "--latency_look_up_table",
+        runs["table"],
+        "--dry-run",
+        "--params_target",
+        "0.8",
+    )
     assert not (tmp_path / "out").exists()
     printed = capsys.readouterr().out
-    assert re.search(r"--latency_target: 0.6 of the dense latency; dense 1 of the dense latency, lowest reachable 0\.",
-                     printed)  # fmt: skip
+    assert re.search(
+        r"--latency_target: 0.6 of the dense latency; dense 1 of the dense latency, lowest reachable 0\.", printed
+    )
     rows = [line.split() for line in printed.splitlines() if re.match(r" *\d+ +\d+ ", line)]
     ratios = [float(row[3]) for row in rows]
     assert ratios == sorted(ratios, reverse=True) and ratios[-1] <= 0.6 and int(rows[-1][1]) == 2 * int(rows[-1][0])
@@ -57,8 +77,18 @@ def test_a_dry_run_plans_and_writes_nothing(runs, tmp_path, capsys):
 def test_the_target_is_met_and_the_summary_says_so(runs):
     summary = json.loads((runs["tuned"] / "summary.json").read_text())
     assert list(summary) == ["dense", "pruned", "finetuned"]
-    keys = {"top1", "params", "macs", "latency_predicted", "latency_measured", "device", "batch", "dtype", "compiled",
-            "dims"}
+    keys = {
+        "top1",
+        "params",
+        "macs",
+        "latency_predicted",
+        "latency_measured",
+        "device",
+        "batch",
+        "dtype",
+        "compiled",
+        "dims",
+    }
     assert all(set(stage) == keys for stage in summary.values())
     assert 0.5 < summary["pruned"]["latency_predicted"] <= 0.6
     assert summary["finetuned"]["params"] == summary["pruned"]["params"] < summary["dense"]["params"]
@@ -68,13 +98,28 @@ def test_the_target_is_met_and_the_summary_says_so(runs):
 def test_a_finetuning_run_leaves_the_files_of_the_contract(runs):
     assert runs["tuned"].name == "ft_dense_2_lr_0.004_a_0.5_T_1.0"
     assert files(runs["tuned"]) == [
-        "args.json", "dims.json", "ft_best.pth", "ft_checkpoint.older.pth", "ft_checkpoint.pth", "log.txt", "run.json",
-        "summary.json"
-    ]  # fmt: skip
+        "args.json",
+        "dims.json",
+        "ft_best.pth",
+        "ft_checkpoint.older.pth",
+        "ft_checkpoint.pth",
+        "log.txt",
+        "run.json",
+        "summary.json",
+    ]
     lines = [json.loads(line) for line in (runs["tuned"] / "log.txt").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1]
-    for key in ("train_lr", "train_loss", "train_main_loss_value", "train_orig_loss_value", "test_loss", "test_acc1",
-                "test_acc5", "test_ema_acc1", "n_parameters"):  # fmt: skip
+    for key in (
+        "train_lr",
+        "train_loss",
+        "train_main_loss_value",
+        "train_orig_loss_value",
+        "test_loss",
+        "test_acc1",
+        "test_acc5",
+        "test_ema_acc1",
+        "n_parameters",
+    ):
         assert key in lines[0]
 
 
@@ -101,8 +146,10 @@ def test_training_learns(runs):
 
 
 def test_the_finetuned_checkpoint_is_smaller_and_has_the_same_keys(runs):
-    tuned, pruned = (torch.load(runs[k] / f, weights_only=True) for k, f in
-                     (("tuned", "ft_checkpoint.pth"), ("pruned", "pruned_checkpoint.pth")))  # fmt: skip
+    tuned, pruned = (
+        torch.load(runs[k] / f, weights_only=True)
+        for k, f in (("tuned", "ft_checkpoint.pth"), ("pruned", "pruned_checkpoint.pth"))
+    )
     assert sorted(tuned) == sorted(pruned) and tuned["masks"] is None
     sizes = [
         (runs[k] / f).stat().st_size for k, f in (("tuned", "ft_checkpoint.pth"), ("pruned", "pruned_checkpoint.pth"))

@@ -1,4 +1,5 @@
 """SLURM jobs, run by submitit's local executor."""
+
 import shutil
 import subprocess
 import sys
@@ -31,8 +32,10 @@ def test_a_job_that_is_queued_again_counts_its_restarts():
 @pytest.mark.slow
 def test_two_processes_of_a_local_job_equal_torchrun(runs, tmp_path):
     flags, folders = [*TUNE, "--epochs", "1", "--batch-size", "32"], [tmp_path / name for name in ("job", "torchrun")]
-    commands = [["run_with_submitit.py", "--cluster", "local", "--ngpus", "2", "--job_dir", str(tmp_path / "logs")],
-                ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]]  # fmt: skip
+    commands = [
+        ["run_with_submitit.py", "--cluster", "local", "--ngpus", "2", "--job_dir", str(tmp_path / "logs")],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    ]
     for folder, command in zip(folders, commands, strict=True):
         folder.mkdir()
         shutil.copy(runs["pruned"] / "pruned_checkpoint.pth", folder)

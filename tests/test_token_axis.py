@@ -113,8 +113,9 @@ def test_tokens_compete_with_widths(model, kind, target):
         masks = Masks(model.dims, grid=GRID)
         groups = PruningConfig().group_sizes(masks)
         pruner = kind(masks, token_table(), groups, regularization=0.0, target=target, per_event=3)
-        scores = {axis: torch.rand(n).double() * (worth if "tokens" in axis else 1)
-                  for axis, n in masks.sizes().items()}  # fmt: skip
+        scores = {
+            axis: torch.rand(n).double() * (worth if "tokens" in axis else 1) for axis, n in masks.sizes().items()
+        }
         while not (event := pruner.event(scores)).reached:
             assert event.groups
         assert target - 0.1 < pruner.ratio <= target
@@ -162,7 +163,8 @@ def test_the_total_is_shared_out_by_measured_need(model):
         best = min(ways, key=lambda w: sum(p[n - 1] for p, n in zip(prices, w, strict=True)))
         assert sum(found) == total
         assert sum(p[n - 1] for p, n in zip(prices, found, strict=True)) == pytest.approx(
-            sum(p[n - 1] for p, n in zip(prices, best, strict=True)))  # fmt: skip
+            sum(p[n - 1] for p, n in zip(prices, best, strict=True))
+        )
     model = model.float()
     with torch.no_grad():
         model.blocks[1].attn.proj.weight.zero_()  # nothing that block 1 says of patches is read any more
@@ -177,8 +179,18 @@ def test_the_total_is_shared_out_by_measured_need(model):
 @pytest.fixture
 def job(runs, tmp_path):
     token_table(width=0.1).save(tmp_path / "table.json")
-    return [*PRUNE, "--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth", "--latency_look_up_table",
-            tmp_path / "table.json", "--prune_per_iter", "64", "--interval_prune", "3", "--tokens"]  # fmt: skip
+    return [
+        *PRUNE,
+        "--initial-checkpoint",
+        runs["dense"] / "ft_checkpoint.pth",
+        "--latency_look_up_table",
+        tmp_path / "table.json",
+        "--prune_per_iter",
+        "64",
+        "--interval_prune",
+        "3",
+        "--tokens",
+    ]
 
 
 def test_pruned_with_widths_resumed_and_finetuned(job, tmp_path, monkeypatch):
@@ -189,12 +201,23 @@ def test_pruned_with_widths_resumed_and_finetuned(job, tmp_path, monkeypatch):
     assert 0.4 < summary["latency_predicted"] <= 0.5
     small = load_dense(folder / "pruned_checkpoint.pth")
     assert any(b.tokens < 18 for b in small.dims.blocks) and small.dims.to_dict() == json.loads(
-        (folder / "dims.json").read_text())  # fmt: skip
+        (folder / "dims.json").read_text()
+    )
     interrupted(monkeypatch, main_full_global_latency, [*flags, "--output_dir", tmp_path / "broken"], 8)
     run(main_full_global_latency, *flags, "--output_dir", tmp_path / "broken", "--resume")
     equal(*(only(tmp_path / name, "global_*") for name in ("whole", "broken")), "pruned_checkpoint.pth")
-    run(finetune_dense, *PLAIN, "--finetune", folder, "--epochs", "1", "--kl_loss_coeff", "0",
-        "--original_loss_coeff", "1")  # fmt: skip
+    run(
+        finetune_dense,
+        *PLAIN,
+        "--finetune",
+        folder,
+        "--epochs",
+        "1",
+        "--kl_loss_coeff",
+        "0",
+        "--original_loss_coeff",
+        "1",
+    )
     (tuned,) = folder.glob("ft_dense_*")
     tuned = load_dense(tuned / "ft_checkpoint.pth")
     assert tuned.dims == small.dims
@@ -204,8 +227,17 @@ def test_pruned_with_widths_resumed_and_finetuned(job, tmp_path, monkeypatch):
 
 def test_one_shot_with_tokens(job, tmp_path):
     flags = [f for f in job if f not in ("--latency_regularization", "1e-4")]
-    run(main_full_global_latency, *flags, "--one_shot", "--calib_images", "256", "--latency_target", "0.3",
-        "--output_dir", tmp_path)  # fmt: skip
+    run(
+        main_full_global_latency,
+        *flags,
+        "--one_shot",
+        "--calib_images",
+        "256",
+        "--latency_target",
+        "0.3",
+        "--output_dir",
+        tmp_path,
+    )
     folder = only(tmp_path, "one_shot_*")
     small = load_dense(folder / "pruned_checkpoint.pth")
     assert json.loads((folder / "summary.json").read_text())["pruned"]["latency_predicted"] <= 0.3
@@ -230,10 +262,31 @@ def test_one_shot_with_tokens_by_content(job, runs, tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["dense"]["macs"] == macs(small.arch, **plain(small.arch_kwargs))
     assert summary["pruned"]["macs"] == macs(small.arch, small.dims, **small.arch_kwargs)
-    run(finetune_dense, *PLAIN, "--finetune", folder, "--epochs", "1", "--kl_loss_coeff", "0",
-        "--original_loss_coeff", "1")  # fmt: skip
-    run(finetune_dense, *PLAIN, "--finetune", folder, "--epochs", "1", "--kl_loss_coeff", "0",
-        "--original_loss_coeff", "1", "--scratch")  # fmt: skip
+    run(
+        finetune_dense,
+        *PLAIN,
+        "--finetune",
+        folder,
+        "--epochs",
+        "1",
+        "--kl_loss_coeff",
+        "0",
+        "--original_loss_coeff",
+        "1",
+    )
+    run(
+        finetune_dense,
+        *PLAIN,
+        "--finetune",
+        folder,
+        "--epochs",
+        "1",
+        "--kl_loss_coeff",
+        "0",
+        "--original_loss_coeff",
+        "1",
+        "--scratch",
+    )
     fresh = load_dense(only(folder, "scratch_*") / "ft_checkpoint.pth")
     for (_, ours), (_, theirs) in zip(layers(fresh), layers(small), strict=True):
         assert torch.equal(ours.anchors, theirs.anchors)
@@ -245,21 +298,51 @@ def test_a_lean_model_of_full_width_is_not_the_dense_one(job, runs, tmp_path):
     lean = build_vit(dense.arch, **dense.arch_kwargs | dict(lean_last=True))
     lean.load_state_dict(dense.state_dict())
     save_model(tmp_path / "lean.pth", lean)
-    run(finetune_dense, *PLAIN, "--finetune", tmp_path / "lean.pth", "--epochs", "1", "--kl_loss_coeff", "0",
-        "--original_loss_coeff", "1")  # fmt: skip
+    run(
+        finetune_dense,
+        *PLAIN,
+        "--finetune",
+        tmp_path / "lean.pth",
+        "--epochs",
+        "1",
+        "--kl_loss_coeff",
+        "0",
+        "--original_loss_coeff",
+        "1",
+    )
     summary = json.loads((only(tmp_path, "ft_dense_*") / "summary.json").read_text())
     assert list(summary) == ["finetuned"] and summary["finetuned"]["latency_measured"] < 1
     assert summary["finetuned"]["macs"] == macs(lean.arch, **lean.arch_kwargs)
 
 
-@pytest.mark.parametrize("merge, more", [
-    ("grid", []), ("content", []), ("content", ["--shrink_interval", "1"]), ("grid", ["--selection", "value"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "merge, more",
+    [
+        ("grid", []),
+        ("content", []),
+        ("content", ["--shrink_interval", "1"]),
+        ("grid", ["--selection", "value"]),
+    ],
+)
 def test_widths_of_a_token_compressed_model(job, runs, tmp_path, monkeypatch, merge, more):
     """Tokens first, then widths: the structure stays, the ratio is to the dense model, the result finetunes."""
-    run(main_pm_vit, *PLAIN, "--prune", "--prune_iter", "2", "--keep_rate", "0.7", "--merge_list", "1",
-        "--merge", merge, "--resume", runs["dense"] / "ft_checkpoint.pth",
-        "--output_dir", tmp_path / "tokens")  # fmt: skip
+    run(
+        main_pm_vit,
+        *PLAIN,
+        "--prune",
+        "--prune_iter",
+        "2",
+        "--keep_rate",
+        "0.7",
+        "--merge_list",
+        "1",
+        "--merge",
+        merge,
+        "--resume",
+        runs["dense"] / "ft_checkpoint.pth",
+        "--output_dir",
+        tmp_path / "tokens",
+    )
     start = tmp_path / "tokens" / "pruned_checkpoint.pth"
     flags = [f for f in job if f != "--tokens"] + ["--initial-checkpoint", start, "--latency_target", "0.5"]
     flags += more if "--selection" not in more else [*more, "--latency_regularization", "0"]
@@ -277,8 +360,18 @@ def test_widths_of_a_token_compressed_model(job, runs, tmp_path, monkeypatch, me
     interrupted(monkeypatch, main_full_global_latency, [*flags, "--output_dir", tmp_path / "broken"], 8)
     run(main_full_global_latency, *flags, "--output_dir", tmp_path / "broken", "--resume")
     equal(*(only(tmp_path / name, "global_*") for name in ("whole", "broken")), "pruned_checkpoint.pth")
-    run(finetune_dense, *PLAIN, "--finetune", folder, "--epochs", "1", "--kl_loss_coeff", "1000",
-        "--original_loss_coeff", "1")  # fmt: skip
+    run(
+        finetune_dense,
+        *PLAIN,
+        "--finetune",
+        folder,
+        "--epochs",
+        "1",
+        "--kl_loss_coeff",
+        "1000",
+        "--original_loss_coeff",
+        "1",
+    )
 
 
 def params_of(model):
@@ -288,24 +381,53 @@ def params_of(model):
 def test_pruned_widths_are_pruned_further(job, runs, tmp_path):
     """From a checkpoint in its masked form; what needs a full-width model says so."""
     start = runs["pruned"] / "pruned_checkpoint.pth"
-    flags = [f for f in job if f != "--tokens"] + ["--initial-checkpoint", start, "--latency_target", "0.4",
-                                                   "--latency_look_up_table", runs["table"]]  # fmt: skip
+    flags = [f for f in job if f != "--tokens"] + [
+        "--initial-checkpoint",
+        start,
+        "--latency_target",
+        "0.4",
+        "--latency_look_up_table",
+        runs["table"],
+    ]
     run(main_full_global_latency, *flags, "--output_dir", tmp_path / "more")
     folder = only(tmp_path / "more", "global_*")
     before, after = load_dense(start), load_dense(folder / "pruned_checkpoint.pth")
     assert params_of(after) < params_of(before) and set(json.loads((folder / "summary.json").read_text())) == {"pruned"}
     with pytest.raises(BadArguments) as error:
-        run(main_full_global_latency, *flags, "--tokens", "--align", "--compensate", "end", "--calib_images", "128",
-            "--output_dir", tmp_path)  # fmt: skip
+        run(
+            main_full_global_latency,
+            *flags,
+            "--tokens",
+            "--align",
+            "--compensate",
+            "end",
+            "--calib_images",
+            "128",
+            "--output_dir",
+            tmp_path,
+        )
     for flag in ("--tokens", "--align", "--compensate"):
         assert f"{flag} starts from a full-width model; {start} is pruned" in str(error.value)
 
 
 def test_what_does_not_go_with_tokens(job, runs, tmp_path):
-    flags = [*job, "--compile", "--shrink_interval", "2", "--latency_look_up_table", runs["table"], "--output_dir",
-             tmp_path / "out"]  # fmt: skip
+    flags = [
+        *job,
+        "--compile",
+        "--shrink_interval",
+        "2",
+        "--latency_look_up_table",
+        runs["table"],
+        "--output_dir",
+        tmp_path / "out",
+    ]
     with pytest.raises(BadArguments) as error:
         run(main_full_global_latency, *flags)
-    assert all(text in str(error.value) for text in (
-        "--tokens does not go with --compile", "--tokens does not go with --shrink_interval",
-        "knows one token count alone: build it with python -m latency.build_table"))  # fmt: skip
+    assert all(
+        text in str(error.value)
+        for text in (
+            "--tokens does not go with --compile",
+            "--tokens does not go with --shrink_interval",
+            "knows one token count alone: build it with python -m latency.build_table",
+        )
+    )

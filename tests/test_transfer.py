@@ -1,4 +1,5 @@
 """A pruned model finetuned on other data: a new classifier, the same widths, nothing that would not compare."""
+
 import json
 
 import pytest
@@ -10,8 +11,24 @@ from models import ViTDims, load_dense
 from runtime.errors import BadArguments
 
 CLASSES = ("ant", "bee", "cow")
-FLAGS = ["--num_workers", "0", "--device", "cpu", "--mixup", "0", "--cutmix", "0", "--aa", "", "--batch-size", "4",
-         "--epochs", "1", "--lr", "1e-2"]  # fmt: skip
+FLAGS = [
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--aa",
+    "",
+    "--batch-size",
+    "4",
+    "--epochs",
+    "1",
+    "--lr",
+    "1e-2",
+]
 TASK = ["--kl_loss_coeff", "0", "--original_loss_coeff", "1"]
 
 
@@ -35,10 +52,13 @@ def test_a_pruned_model_gets_a_new_classifier(runs, source, folder, tmp_path, ca
     assert f"top-1 {summary['finetuned']['top1']:.2f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--eval"], "has 10 classes, the data has 3$"),
-    (["--kl_loss_coeff", "1000", "--original_loss_coeff", "1"], "new classifier, --kl_loss_coeff 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--eval"], "has 10 classes, the data has 3$"),
+        (["--kl_loss_coeff", "1000", "--original_loss_coeff", "1"], "new classifier, --kl_loss_coeff 0"),
+    ],
+)
 def test_where_a_new_classifier_makes_no_sense(runs, folder, flags, message):
     with pytest.raises(BadArguments, match=message):
         run(finetune_dense, *FLAGS, *flags, "--finetune", runs["pruned"], "--data-path", folder)

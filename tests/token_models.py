@@ -13,8 +13,10 @@ from models import ViTDims
 
 
 def with_tokens(dims, *counts):
-    return ViTDims.from_dict(dims.to_dict() | dict(
-        blocks=[b | dict(tokens=n) for b, n in zip(dims.to_dict()["blocks"], counts, strict=True)]))  # fmt: skip
+    return ViTDims.from_dict(
+        dims.to_dict()
+        | dict(blocks=[b | dict(tokens=n) for b, n in zip(dims.to_dict()["blocks"], counts, strict=True)])
+    )
 
 
 def trains_a_segmentation_head(backbone, images, bf16=False):
@@ -45,7 +47,6 @@ def compiles_and_runs_in_onnxruntime(model, images):
     session = runtime.InferenceSession(buffer.getvalue())
     (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
-
 
 
 class Segmenter(nn.Module):

@@ -1,4 +1,5 @@
 """Write docs/api.md from the docstrings of the public names: python -m tools.api_reference [--output FILE]"""
+
 from __future__ import annotations
 
 import argparse
@@ -27,8 +28,13 @@ What callers outside this project may rely on. Written by `python -m tools.api_r
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(__doc__, "example: python -m tools.api_reference", "tools.api_reference")
-    parser.add_argument("--output", metavar="FILE", type=Path, default=ROOT / "docs" / "api.md",
-                        help="file to write (default: docs/api.md)")  # fmt: skip
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        default=ROOT / "docs" / "api.md",
+        help="file to write (default: docs/api.md)",
+    )
     return parser
 
 

@@ -4,6 +4,7 @@ Reads the dense layout of NViT's code (`dim`, and separate Q, K, V layers) or th
 (`channels`), and writes a checkpoint of this project, which `models.load_dense`, finetune_dense.py and everything else
 take.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -74,8 +75,10 @@ def of_nvit(content: dict[str, Any], path: str) -> tuple[dict[str, Any], float]:
     """(the keys of a checkpoint of this project, what the token masks were off by). Raises ValueError."""
     dim, state = content.get("dim"), content.get("model")
     if not isinstance(dim, dict) or any(key not in dim for key in DIM_KEYS) or not isinstance(state, dict):
-        raise ValueError(f"{path} is no checkpoint of the published NViT or Prune-and-Merge code: it needs the keys "
-                         f"model and dim, and {', '.join(DIM_KEYS)} in dim, or model and channels")  # fmt: skip
+        raise ValueError(
+            f"{path} is no checkpoint of the published NViT or Prune-and-Merge code: it needs the keys "
+            f"model and dim, and {', '.join(DIM_KEYS)} in dim, or model and channels"
+        )
     classes = len(state["head.bias"]) if "head.bias" in state else 1000
     parent = build_vit(ARCH, num_classes=classes)
     try:
@@ -121,8 +124,9 @@ def convert(content: dict[str, Any], path: str) -> tuple[dict[str, Any], float]:
     """(the keys of a checkpoint of this project, what NViT's token masks were off by). Raises ValueError."""
     keys, off = (of_pm_vit(content, path), 0.0) if "channels" in content else of_nvit(content, path)
     dims, epoch = keys["dims"], content.get("epoch")
-    keys |= dict(dims=dims.to_dict(), dim=dims.to_dim(), epoch=epoch if isinstance(epoch, int) else None, metrics={},
-                 args={})  # fmt: skip
+    keys |= dict(
+        dims=dims.to_dict(), dim=dims.to_dim(), epoch=epoch if isinstance(epoch, int) else None, metrics={}, args={}
+    )
     return keys, off
 
 
@@ -139,8 +143,10 @@ def main(args: argparse.Namespace) -> None:
     arch, kwargs = keys["arch"]["name"], keys["arch"]["kwargs"]
     counts = sorted({b.tokens for b in dims.blocks})
     say_next(f"finetune_dense.py --eval --finetune {shlex.quote(args.output)} --data-path IMAGENET")
-    say(f"{args.output}: {arch}, {params(arch, dims, **kwargs):,} parameters, widths {dims.to_dim()}, "
-        f"{counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'} tokens")  # fmt: skip
+    say(
+        f"{args.output}: {arch}, {params(arch, dims, **kwargs):,} parameters, widths {dims.to_dim()}, "
+        f"{counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'} tokens"
+    )
 
 
 if __name__ == "__main__":

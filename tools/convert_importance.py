@@ -51,16 +51,29 @@ class ArraysOnly(pickle.Unpickler):
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
-        __doc__, "example: python -m tools.convert_importance pickles --model deit_base_patch16_224 --data-set IMNET "
-                 "--output importance", "tools.convert_importance")  # fmt: skip
+        __doc__,
+        "example: python -m tools.convert_importance pickles --model deit_base_patch16_224 --data-set IMNET "
+        "--output importance",
+        "tools.convert_importance",
+    )
     parser.add_argument("pickles", type=Path, help="folder of the published pickles")
     parser.add_argument("--model", required=True, help="timm name of the model that was scored")
-    parser.add_argument("--model-kwargs", nargs="+", action=options.KeyValues, default={}, metavar="K=V",
-                        help="its timm arguments, num_classes included (default: none)")
+    parser.add_argument(
+        "--model-kwargs",
+        nargs="+",
+        action=options.KeyValues,
+        default={},
+        metavar="K=V",
+        help="its timm arguments, num_classes included (default: none)",
+    )
     parser.add_argument("--data-set", required=True, help="--data-set of the runs that will read the files")
     parser.add_argument("--pruning_method", type=int, default=2, help="number in the pickles' names (default: 2)")
-    parser.add_argument("--hessian_embed", type=float, default=6.0,
-                        help="--hessian_embed of the published run, which is inside its pickle (default: 6)")
+    parser.add_argument(
+        "--hessian_embed",
+        type=float,
+        default=6.0,
+        help="--hessian_embed of the published run, which is inside its pickle (default: 6)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     return parser
 
@@ -114,13 +127,20 @@ def main(args: argparse.Namespace) -> None:
         raise BadArguments([str(error)]) from None
     zeros = {axis: torch.zeros_like(values) for axis, values in found.items()}
     unknown = None if hessian is None else torch.full_like(hessian, torch.nan)
-    record = dict(arch=args.model, kwargs=structural_kwargs(args.model_kwargs), classes=model.num_classes,
-                  dims=model.dims.to_dict(), weights=None)  # fmt: skip
+    record = dict(
+        arch=args.model,
+        kwargs=structural_kwargs(args.model_kwargs),
+        classes=model.num_classes,
+        dims=model.dims.to_dict(),
+        weights=None,
+    )
     none = {axis: value.clone() for axis, value in zeros.items()}  # a file holds no tensor twice
     importance = Importance(PUBLISHED, args.pruning_method, found, zeros, none, hessian, unknown)
     importance_files.save(args.output, importance, record, dict(data_set=args.data_set, converted_from="pickles"))
-    say_next(f"main_savit.py --finetune WEIGHTS --data-set {args.data_set} --data-path IMAGES --hessian_formula "
-             f"published --pruning_pickle_from {shlex.quote(str(args.output))} --output_dir runs/savit")  # fmt: skip
+    say_next(
+        f"main_savit.py --finetune WEIGHTS --data-set {args.data_set} --data-path IMAGES --hessian_formula "
+        f"published --pruning_pickle_from {shlex.quote(str(args.output))} --output_dir runs/savit"
+    )
     say(f"written: {args.output / importance_files.TENSORS}, {args.output / importance_files.DESCRIPTION}")
 
 

@@ -3,6 +3,7 @@
 DIR gets train/ and val/ with a folder of PNG files per class, the layout that --data-path takes: a data set to try
 things on that needs no download. The split is that of --data-set DIGITS.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -43,9 +44,11 @@ def main(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise BadArguments([str(error)]) from None
     counts = {split: write(split, Digits(split == "train"), output, args.size) for split in ("train", "val")}
-    say_next("finetune_dense.py --scratch --model vit_tiny_patch16_224 --model-kwargs img_size=32 patch_size=8 "
-             f"--data-path {shlex.quote(str(output))} --hflip 0 --kl_loss_coeff 0 --original_loss_coeff 1 "
-             "--output_dir runs")  # fmt: skip
+    say_next(
+        "finetune_dense.py --scratch --model vit_tiny_patch16_224 --model-kwargs img_size=32 patch_size=8 "
+        f"--data-path {shlex.quote(str(output))} --hflip 0 --kl_loss_coeff 0 --original_loss_coeff 1 "
+        "--output_dir runs"
+    )
     say(f"{output}: {counts['train']} training and {counts['val']} validation images of {args.size} x {args.size}")
 
 

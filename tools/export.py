@@ -8,6 +8,7 @@ torch-export  model.pt2, for any batch: torch.export.load(FILE).module()
 timm          for timm.create_model("local-dir:DIR", pretrained=True); narrower blocks are padded with zeros
 standalone    model.py, which needs torch and timm alone, config.json and model.safetensors, to vendor
 """
+
 from __future__ import annotations
 
 import argparse
@@ -35,17 +36,28 @@ BATCHES = (1, 5)  # of the random images that it is measured on
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
-        __doc__, "example: python -m tools.export runs/pruned_run/ft_dense_…/ft_checkpoint.pth --format onnx "
-                 "--batch-size 8", "tools.export")  # fmt: skip
+        __doc__,
+        "example: python -m tools.export runs/pruned_run/ft_dense_…/ft_checkpoint.pth --format onnx --batch-size 8",
+        "tools.export",
+    )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="any checkpoint of this project; a pruned one is compacted first")
     add("--format", required=True, choices=tuple(FORMATS), help="what to write")
-    add("--output", metavar="DIR", type=Path, default=None,
-        help="folder to write to (default: export_<format> beside the checkpoint)")
+    add(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=None,
+        help="folder to write to (default: export_<format> beside the checkpoint)",
+    )
     add("--use-ema", action="store_true", help="take the moving average of the weights (default: off)")
     add("--batch-size", metavar="N", type=int, default=1, help="images per call when measuring (default: 1)")
-    add("--push", metavar="OWNER/NAME", default="",
-        help="also upload the folder to the Hugging Face Hub, as the account logged in there (default: no upload)")
+    add(
+        "--push",
+        metavar="OWNER/NAME",
+        default="",
+        help="also upload the folder to the Hugging Face Hub, as the account logged in there (default: no upload)",
+    )
     return parser
 
 
@@ -64,8 +76,10 @@ def check_args(args: argparse.Namespace) -> tuple[Model, Path]:
         problems.add(f"--output {args.output} is a file, not a folder")
     swin = model is not None and is_swin(model.arch)
     if swin and args.format in PLAIN:
-        problems.add(f"--format {args.format} is for plain ViTs, not for {model.arch}, a Swin Transformer; the other "
-                     "formats take it")  # fmt: skip
+        problems.add(
+            f"--format {args.format} is for plain ViTs, not for {model.arch}, a Swin Transformer; the other "
+            "formats take it"
+        )
     if model is not None and not swin and args.format == "timm" and has_fewer_tokens(model):
         problems.add("--format timm knows widths alone, and this model also merges tokens; the other formats take it")
     problems.raise_if_any()
@@ -106,8 +120,10 @@ def measure(args: argparse.Namespace, model: Model, exported: Call) -> str:
     """Measure the exported model and the model itself in turn; a line that says both."""
     timings = interleaved(dict(torch=model, exported=_Called(exported)), images(model, args.batch_size))
     ms = {name: f"{1e3 * t.median:.3f} ms" for name, t in timings.items()}
-    return (f"latency at batch {args.batch_size}, fp32, {device_name('cpu')}: {ms['exported']} exported, "
-            f"{ms['torch']} in torch")  # fmt: skip
+    return (
+        f"latency at batch {args.batch_size}, fp32, {device_name('cpu')}: {ms['exported']} exported, "
+        f"{ms['torch']} in torch"
+    )
 
 
 def push(folder: Path, name: str) -> None:
@@ -133,8 +149,10 @@ def main(args: argparse.Namespace) -> None:
     except (RuntimeFailed, ValueError) as error:
         raise RunFailed(f"--format {args.format}: {error}") from None
     if not found <= LIMIT:
-        raise RunFailed(f"{folder} computes something else than the model: relative difference {found:.1e} on random "
-                        f"images, {LIMIT:.0e} is allowed")  # fmt: skip
+        raise RunFailed(
+            f"{folder} computes something else than the model: relative difference {found:.1e} on random "
+            f"images, {LIMIT:.0e} is allowed"
+        )
     say(f"relative difference {found:.1e} on random images in batches of {' and '.join(map(str, BATCHES))}")
     say(measure(args, model, exported))
     if args.push:

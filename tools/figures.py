@@ -1,4 +1,5 @@
 """The charts of a report, each an Axes that is filled from runs, and the words that say what it shows."""
+
 from __future__ import annotations
 
 import io
@@ -96,15 +97,21 @@ def redistribution(events: Sequence[Event], dense: Dims, axis: str) -> Chart:
     left = np.array([event.dim[PUBLISHED[axis]] for event in events]).T / full.clip(1)  # L events
 
     def draw(axes: Axes) -> None:
-        picture = axes.imshow(left, aspect="auto", cmap="Blues_r", vmin=0, vmax=1, interpolation="nearest",
-                              extent=(0.5, len(events) + 0.5, len(full) + 0.5, 0.5))  # fmt: skip
+        picture = axes.imshow(
+            left,
+            aspect="auto",
+            cmap="Blues_r",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+            extent=(0.5, len(events) + 0.5, len(full) + 0.5, 0.5),
+        )
         axes.figure.colorbar(picture, ax=axes, label="share left")
         axes.set(xlabel="pruning event", ylabel="block", yticks=range(1, len(full) + 1))
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     alt = f"share of {AXES[axis]} left in blocks 1 to {len(full)} after the last of {len(events)} events: "
-    return _chart(draw, f"{_title(axis)}, event by event",
-                  alt + _said(left[:, -1].round(2)))  # fmt: skip
+    return _chart(draw, f"{_title(axis)}, event by event", alt + _said(left[:, -1].round(2)))
 
 
 def _line(values: Sequence[float], label: str, caption: str, what: str, begin: int = 1) -> Chart:
@@ -126,9 +133,8 @@ def trajectories(run: Run) -> list[Chart]:
     return [
         _line([event.ratio for event in run.events], "pruning event", "Predicted latency", "share of dense"),
         _line([event.dim["EMB"] for event in run.events], "pruning event", "Embedding width", "channels"),
-        _line(scores, "pruning event", "Saliency of the last group that an event removed",
-              "saliency less λ × latency"),
-    ]  # fmt: skip
+        _line(scores, "pruning event", "Saliency of the last group that an event removed", "saliency less λ × latency"),
+    ]
 
 
 def epochs(run: Run, key: str, caption: str, what: str) -> Chart | None:
@@ -155,9 +161,12 @@ def epochs(run: Run, key: str, caption: str, what: str) -> Chart | None:
 
 def pareto(runs: Sequence[Run], labels: Sequence[str]) -> Chart | None:
     """Top-1 against measured latency of every stage of every run; None where nothing was measured."""
-    points = [(label, name, stage["latency_measured"], stage["top1"])
-              for run, label in zip(runs, labels, strict=True) for name, stage in run.stages.items()
-              if stage["latency_measured"]]  # fmt: skip
+    points = [
+        (label, name, stage["latency_measured"], stage["top1"])
+        for run, label in zip(runs, labels, strict=True)
+        for name, stage in run.stages.items()
+        if stage["latency_measured"]
+    ]
     if not points:
         return None
     looks = dict(dense=("s", "#444444"), pruned=("o", ORANGE), finetuned=("o", BLUE))
@@ -183,8 +192,9 @@ def plot_widths(run: Run, path: Path) -> None:
     left, dense = run.dims(run.last), run.dims("dense")
     figure, axes = plt.subplots(1, len(AXES), figsize=(3.2 * len(AXES), 3.2), constrained_layout=True)
     for panel, (axis, title) in zip(axes, AXES.items(), strict=True):
-        _bars(panel, [getattr(b, axis) for b in left.blocks],
-              [getattr(b, axis) for b in dense.blocks] if dense else None)  # fmt: skip
+        _bars(
+            panel, [getattr(b, axis) for b in left.blocks], [getattr(b, axis) for b in dense.blocks] if dense else None
+        )
         panel.set_title(title)
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)

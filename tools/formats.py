@@ -1,4 +1,5 @@
 """The formats that a compact model is exported to: what each writes into a folder, and how it is read back to check."""
+
 from __future__ import annotations
 
 import copy
@@ -31,9 +32,13 @@ def preprocess(model: Model) -> dict[str, Any]:
     """timm's arguments for the transform that validation images get (`datasets.build_transform`)."""
     channels, size = model.patch_embed.proj.in_channels, model.patch_embed.img_size
     return dict(
-        input_size=(channels, *size), interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD,
-        crop_pct=1.0 if size[0] <= SMALL else 0.875, crop_mode="center",
-    )  # fmt: skip
+        input_size=(channels, *size),
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        crop_pct=1.0 if size[0] <= SMALL else 0.875,
+        crop_mode="center",
+    )
 
 
 def images(model: Model, batch: int) -> Tensor:
@@ -114,12 +119,30 @@ class Format:
 
 FORMATS = {
     "safetensors": Format(_write_safetensors, load_dense, hub.WEIGHTS, "models.load_dense({folder!r})"),
-    "onnx": Format(_write_onnx, lambda folder: _read_onnx(folder, torch.get_num_threads()), "model.onnx",
-                   "onnxruntime.InferenceSession({file!r})", ("onnx", "onnxscript", "onnxruntime"), "onnx"),
-    "torch-export": Format(_write_program, lambda folder: torch.export.load(folder / "model.pt2").module(),
-                           "model.pt2", "torch.export.load({file!r}).module()"),
-    "timm": Format(_write_timm, lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True).eval(),
-                   hub.WEIGHTS, "timm.create_model('local-dir:{folder}', pretrained=True)"),
-    "standalone": Format(_write_standalone, lambda folder: _read_module(folder / "model.py").load(), "model.py",
-                         "copy {folder}; its model.py has load()"),
-}  # fmt: skip
+    "onnx": Format(
+        _write_onnx,
+        lambda folder: _read_onnx(folder, torch.get_num_threads()),
+        "model.onnx",
+        "onnxruntime.InferenceSession({file!r})",
+        ("onnx", "onnxscript", "onnxruntime"),
+        "onnx",
+    ),
+    "torch-export": Format(
+        _write_program,
+        lambda folder: torch.export.load(folder / "model.pt2").module(),
+        "model.pt2",
+        "torch.export.load({file!r}).module()",
+    ),
+    "timm": Format(
+        _write_timm,
+        lambda folder: timm.create_model(f"local-dir:{folder}", pretrained=True).eval(),
+        hub.WEIGHTS,
+        "timm.create_model('local-dir:{folder}', pretrained=True)",
+    ),
+    "standalone": Format(
+        _write_standalone,
+        lambda folder: _read_module(folder / "model.py").load(),
+        "model.py",
+        "copy {folder}; its model.py has load()",
+    ),
+}

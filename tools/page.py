@@ -1,4 +1,5 @@
 """A report as one HTML page that needs nothing else: pictures inside, no script, no network."""
+
 from __future__ import annotations
 
 import base64
@@ -76,9 +77,11 @@ def headline(run: Run) -> str:
     speed = f"{1 / measured:.2f} times as fast as the dense model" if measured else "not measured"
     if dense is None or run.last == "dense":
         return f"Top-1 {result['top1']:.2f} %."
-    return (f"{speed.capitalize()}, top-1 {result['top1']:.2f} % ({result['top1'] - dense['top1']:+.2f} points), "
-            f"{result['params'] / dense['params']:.0%} of its parameters, {result['macs'] / dense['macs']:.0%} of its "
-            "MACs.")  # fmt: skip
+    return (
+        f"{speed.capitalize()}, top-1 {result['top1']:.2f} % ({result['top1'] - dense['top1']:+.2f} points), "
+        f"{result['params'] / dense['params']:.0%} of its parameters, {result['macs'] / dense['macs']:.0%} of its "
+        "MACs."
+    )
 
 
 def _made(run: Run) -> str:
@@ -95,21 +98,27 @@ def _section(run: Run, level: int) -> str:
     left = run.dims(run.last)
     embed = f"Embedding {figures.embedding(left)}" + (f" of {figures.embedding(dense)}." if dense else ".")
     parts = [
-        element(heading, "Widths that are left"), element("p", escape(embed)),
+        element(heading, "Widths that are left"),
+        element("p", escape(embed)),
         charts(figures.widths(run, axis) for axis in figures.axes_of(run)),
-    ]  # fmt: skip
+    ]
     if dense and len(run.events) > 1:
-        parts += [element(heading, "Where pruning took them"),
-                  charts(figures.redistribution(run.events, dense, axis) for axis in AXES)]  # fmt: skip
-    losses = (figures.epochs(run, "train_loss", "Training loss", "loss"),
-              figures.epochs(run, "test_acc1", "Validation accuracy", "top-1 %"))  # fmt: skip
+        parts += [
+            element(heading, "Where pruning took them"),
+            charts(figures.redistribution(run.events, dense, axis) for axis in AXES),
+        ]
+    losses = (
+        figures.epochs(run, "train_loss", "Training loss", "loss"),
+        figures.epochs(run, "test_acc1", "Validation accuracy", "top-1 %"),
+    )
     if any(losses) or run.events:
         parts += [element(heading, "The way there"), charts([*figures.trajectories(run), *losses])]
     return "".join([*parts, element(heading, "How it was made"), _made(run)])
 
 
-def page(runs: Sequence[Run], labels: Sequence[str], headers: Sequence[str], rows: Sequence[Sequence[str]],
-         conditions: str) -> str:  # fmt: skip
+def page(
+    runs: Sequence[Run], labels: Sequence[str], headers: Sequence[str], rows: Sequence[Sequence[str]], conditions: str
+) -> str:
     """The whole page; labels name the runs, headers and rows are the table of all their stages."""
     title = "Compressed Vision Transformer" if len(runs) == 1 else f"{len(runs)} compressed Vision Transformers"
     notes = "".join(element("p", escape(note), class_="note", role="note") for note in incomparable(list(runs)))
@@ -117,18 +126,31 @@ def page(runs: Sequence[Run], labels: Sequence[str], headers: Sequence[str], row
         element("p", escape((f"{label}: " if len(runs) > 1 else "") + headline(run)), class_="headline")
         for run, label in zip(runs, labels, strict=True)
     )
-    main = [first, notes, element("h2", "Result"), element("p", escape(conditions)),
-            table(headers, rows, "Dense and compact")]
+    main = [
+        first,
+        notes,
+        element("h2", "Result"),
+        element("p", escape(conditions)),
+        table(headers, rows, "Dense and compact"),
+    ]
     if chart := figures.pareto(runs, labels):
         main.append(charts([chart]))
     if len(runs) == 1:
         main.append(_section(runs[0], 2))
     else:
-        main += [element("h2", escape(f"{label}: {run.name}")) + _section(run, 3)
-                 for run, label in zip(runs, labels, strict=True)]  # fmt: skip
+        main += [
+            element("h2", escape(f"{label}: {run.name}")) + _section(run, 3)
+            for run, label in zip(runs, labels, strict=True)
+        ]
     names = ", ".join(run.name for run in runs)
-    body = (element("header", element("h1", escape(title))) + element("main", "".join(main)) +
-            element("footer", element("p", escape(f"Written by tools.report from {names}."))))  # fmt: skip
-    head = ('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">' +
-            element("title", escape(title)) + element("style", STYLE))  # fmt: skip
+    body = (
+        element("header", element("h1", escape(title)))
+        + element("main", "".join(main))
+        + element("footer", element("p", escape(f"Written by tools.report from {names}.")))
+    )
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        + element("title", escape(title))
+        + element("style", STYLE)
+    )
     return "<!DOCTYPE html>\n" + element("html", element("head", head) + element("body", body), lang="en") + "\n"

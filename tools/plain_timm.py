@@ -2,6 +2,7 @@
 
 Narrower blocks are padded with zeros, so that the function stays the same and the cost is that of the widest block.
 """
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -26,8 +27,10 @@ def uniform_dims(dims: ViTDims) -> ViTDims:
     width = max((max(b.qk, b.v) for b in dims.blocks if b.heads), default=1)
     fitting = [h for h in range(max(1, heads), dims.embed + 1) if dims.embed % h == 0 and dims.embed // h >= width]
     if not fitting:
-        raise ModelError(f"timm's own ViT has heads x width = embedding, and {heads} heads of {width} do not fit into "
-                         f"an embedding of {dims.embed}; --format standalone keeps any widths")  # fmt: skip
+        raise ModelError(
+            f"timm's own ViT has heads x width = embedding, and {heads} heads of {width} do not fit into "
+            f"an embedding of {dims.embed}; --format standalone keeps any widths"
+        )
     channels, mlp = dims.embed // fitting[0], max(1, *(b.mlp for b in dims.blocks))
     return ViTDims(dims.embed, tuple(BlockDims(fitting[0], channels, channels, mlp, b.tokens) for b in dims.blocks))
 
@@ -45,17 +48,21 @@ def plain_timm(model: VisionTransformer, **pretrained_cfg: Any) -> VisionTransfo
     """
     uniform, block = uniform_dims(model.dims), uniform_dims(model.dims).blocks[0]
     parent_width = skeleton(model.arch, **model.arch_kwargs).blocks[0].attn.head_dim
-    dims = ViTDims(model.dims.embed, tuple(
-        b if b.heads else replace(b, qk=block.qk, v=block.v) for b in model.dims.blocks
-    ))  # fmt: skip
+    dims = ViTDims(
+        model.dims.embed, tuple(b if b.heads else replace(b, qk=block.qk, v=block.v) for b in model.dims.blocks)
+    )
     padded = build_vit(model.arch, uniform, **model.arch_kwargs)
     expand_(padded, Masks.first(uniform, dims), model)
     state, fold = padded.state_dict(), (block.qk / parent_width) ** 0.5  # timm's scale is the padded width's
     for name, value in state.items():
         if ".attn.qkv." in name:
             value[: block.heads * block.qk] *= fold
-    shape = dict(embed_dim=uniform.embed, depth=len(uniform.blocks), num_heads=block.heads,
-                 mlp_ratio=_mlp_ratio(uniform.embed, block.mlp))  # fmt: skip
+    shape = dict(
+        embed_dim=uniform.embed,
+        depth=len(uniform.blocks),
+        num_heads=block.heads,
+        mlp_ratio=_mlp_ratio(uniform.embed, block.mlp),
+    )
     found = timm.create_model(model.arch, **plain(model.arch_kwargs) | shape, pretrained_cfg_overlay=pretrained_cfg)
     found.load_state_dict(state)
     return found.eval()

@@ -4,6 +4,7 @@ Writes report.html, one file that needs no network: dense, pruned and finetuned 
 how pruning went, and the commands that made it; with several runs, their accuracy against latency. RUN is a finetuning
 or pruning folder with summary.json. Of a single run also widths.png and a copy of summary.json.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,11 +26,15 @@ COLUMNS = ["", "top-1 %", "params", "M MACs", "table latency", "measured latency
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
-        __doc__, "examples: python -m tools.report runs/pruned_run/ft_dense_…\n"
-                 "          python -m tools.report runs/a runs/b --output report", "tools.report")  # fmt: skip
+        __doc__,
+        "examples: python -m tools.report runs/pruned_run/ft_dense_…\n"
+        "          python -m tools.report runs/a runs/b --output report",
+        "tools.report",
+    )
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folders of finished runs")
-    parser.add_argument("--output", metavar="DIR", type=Path, default=None,
-                        help="where to write (default: the first run's folder)")
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, default=None, help="where to write (default: the first run's folder)"
+    )
     return parser
 
 
@@ -41,9 +46,14 @@ def row(name: str, stage: dict[str, Any]) -> list[str]:
     """One line of the table; latencies are ratios to the dense model, the speed-up is the measured one."""
     measured = stage["latency_measured"]
     return [
-        name, f"{stage['top1']:.2f}", f"{stage['params']:,}", f"{stage['macs'] / 1e6:,.1f}",
-        _ratio(stage["latency_predicted"]), _ratio(measured), "-" if not measured else f"{1 / measured:.2f}x",
-    ]  # fmt: skip
+        name,
+        f"{stage['top1']:.2f}",
+        f"{stage['params']:,}",
+        f"{stage['macs'] / 1e6:,.1f}",
+        _ratio(stage["latency_predicted"]),
+        _ratio(measured),
+        "-" if not measured else f"{1 / measured:.2f}x",
+    ]
 
 
 def check_args(args: argparse.Namespace) -> tuple[list[Run], Path]:
@@ -77,8 +87,11 @@ def main(args: argparse.Namespace) -> None:
         written += [output / "summary.json", output / "widths.png"]
     say(table(COLUMNS, rows))
     say(conditions)
-    say(f"written: {', '.join(map(str, written[1:]))}" if len(runs) == 1 else
-        "\n".join(f"{label}: {run.folder}" for run, label in zip(runs, labels, strict=True)))  # fmt: skip
+    say(
+        f"written: {', '.join(map(str, written[1:]))}"
+        if len(runs) == 1
+        else "\n".join(f"{label}: {run.folder}" for run, label in zip(runs, labels, strict=True))
+    )
     for run in runs:
         if (checkpoint := run.folder / "ft_checkpoint.pth").exists():
             say_next(f"-m tools.export {shlex.quote(str(checkpoint))} --format onnx")

@@ -1,4 +1,5 @@
 """What finished runs have left in their folders, as values."""
+
 from __future__ import annotations
 
 import json
@@ -86,8 +87,10 @@ def _unfinished(folder: Path) -> str:
         return f"there is no folder {folder}"
     if (folder / "args.json").exists():
         epochs = len(_lines(folder))
-        return (f"{folder} is of a run that has not finished ({epochs} {'epoch is' if epochs == 1 else 'epochs are'} "
-                "logged); go on with --resume")  # fmt: skip
+        return (
+            f"{folder} is of a run that has not finished ({epochs} {'epoch is' if epochs == 1 else 'epochs are'} "
+            "logged); go on with --resume"
+        )
     inside = sorted(p.parent for p in folder.rglob("summary.json") if p.parent != folder)[:3]
     hint = f"; these in it are: {', '.join(map(str, inside))}" if inside else ""
     return f"{folder} is not the folder of a run{hint}"
@@ -130,6 +133,7 @@ def incomparable(runs: list[Run]) -> list[str]:
             found.append(f"{run.name} has another dense model than {first.name}: their ratios to dense do not compare")
         for key, what in (("device", "on"), ("batch", "at batch"), ("dtype", "in")):
             if run.result.get(key) != first.result.get(key):
-                found.append(f"{run.name} was measured {what} {run.result.get(key)}, {first.name} {what} "
-                             f"{first.result.get(key)}")  # fmt: skip
+                found.append(
+                    f"{run.name} was measured {what} {run.result.get(key)}, {first.name} {what} {first.result.get(key)}"
+                )
     return found

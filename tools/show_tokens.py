@@ -3,6 +3,7 @@
 One row per compressed block: its tokens (patches of a group have one colour, their mean, and share an outline; skipped
 patches are white), and the image as the block puts it back (R M of the pixels, skipped patches as they are).
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,7 +37,8 @@ Merged = TokenMerge | DenseTokenMerge | Groups
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(
-        __doc__, "example: python -m tools.show_tokens runs/pm/pruned_checkpoint.pth image.jpg --output tokens.png",
+        __doc__,
+        "example: python -m tools.show_tokens runs/pm/pruned_checkpoint.pth image.jpg --output tokens.png",
         "tools.show_tokens",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of a token-compressed model")
@@ -63,8 +65,10 @@ def groups_of(model: VisionTransformer, pixels: Tensor) -> list[Merged]:
     """What merges this image in every compressed block."""
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     found, images = [], ((pixels - mean) / std).permute(2, 0, 1)[None]
-    hooks = [model.blocks[i].register_forward_pre_hook(lambda block, x: found.append(block.tokens.bound(x[0])))
-             for i, _ in layers(model)]  # fmt: skip
+    hooks = [
+        model.blocks[i].register_forward_pre_hook(lambda block, x: found.append(block.tokens.bound(x[0])))
+        for i, _ in layers(model)
+    ]
     model(images)
     for hook in hooks:
         hook.remove()

@@ -2,6 +2,7 @@
 
 `build`, `load` and `transform` are copied into that file as they stand here, so what is tested is what is shipped.
 """
+
 from __future__ import annotations
 
 import ast
@@ -112,6 +113,12 @@ def source(title: str) -> str:
     """The text of model.py."""
     ours = (f.replace("folder: Path", "folder: Path = HERE") for f in map(inspect.getsource, (build, load, transform)))
     compression = definitions(tokens, {"SKIPPED", "COMPRESSIONS", "evenly", "TokenMerge", "DenseTokenMerge", "merging"})
-    parts = [HEADER.format(title=title), definitions(attention), definitions(content), compression,
-             definitions(vit, {"Attention", "Block"}), *ours]  # fmt: skip
+    parts = [
+        HEADER.format(title=title),
+        definitions(attention),
+        definitions(content),
+        compression,
+        definitions(vit, {"Attention", "Block"}),
+        *ours,
+    ]
     return "\n\n\n".join(part.strip() for part in parts) + "\n"

@@ -4,6 +4,7 @@ FOLDER has train/ and val/ (either will do) with a folder of images per class. D
 the image files as they are, training images in random order, and _info.json: --data-set wds/NAME --data-path DIR reads
 them.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,8 +31,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder with train/ and val/")
     parser.add_argument("output", metavar="DIR", type=Path, help="folder to write")
-    parser.add_argument("--images-per-shard", metavar="N", type=int, default=1000,
-                        help="images of a shard; there must be a shard for every loader process (default: 1000)")
+    parser.add_argument(
+        "--images-per-shard",
+        metavar="N",
+        type=int,
+        default=1000,
+        help="images of a shard; there must be a shard for every loader process (default: 1000)",
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of training images (default: 0)")
     return parser
 
@@ -99,8 +105,10 @@ def main(args: argparse.Namespace) -> None:
         info[name] = write(name, samples, output, args.images_per_shard)
     write_json(output / INFO, dict(splits=info, classes=next(iter(splits.values())).classes))
     counts = ", ".join(f"{i['num_samples']:,} {n} images in {len(i['filenames'])}" for n, i in info.items())
-    say_next(f"finetune_dense.py --finetune RUN --data-set wds/{shlex.quote(output.name)} --data-path "
-             f"{shlex.quote(str(output))} --num_workers {min(len(i['filenames']) for i in info.values())}")  # fmt: skip
+    say_next(
+        f"finetune_dense.py --finetune RUN --data-set wds/{shlex.quote(output.name)} --data-path "
+        f"{shlex.quote(str(output))} --num_workers {min(len(i['filenames']) for i in info.values())}"
+    )
     say(f"{output}: shards, {counts}")
 
 

@@ -1,4 +1,5 @@
 """What TensorBoard shows of a run; silent on all ranks but the main one."""
+
 from __future__ import annotations
 
 import contextlib

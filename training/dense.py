@@ -1,4 +1,5 @@
 """Training a dense model to its end: epochs, checkpoints and log, shared by finetuning and training from scratch."""
+
 from __future__ import annotations
 
 import os
@@ -80,13 +81,22 @@ def save(name: str, args: Any, run: Run, state: State) -> None:
     dims = run.model.dims
     progress = state.progress.state_dict()
     checkpoint.save(
-        run.folder / name, keep_older=name == CHECKPOINT, arch=run.full.record, dims=dims.to_dict(), dim=dims.to_dim(),
-        model=run.model.state_dict(), model_ema=state.ema.module.state_dict() if state.ema else None,
-        optimizer=state.optimizer.state_dict(), lr_scheduler=state.scheduler.state_dict(),
-        scaler=state.precision.scaler.state_dict(), epoch=progress["epoch"], step=progress["step"],
-        rng=rng_state(), metrics=state.metrics | progress["metrics"],
+        run.folder / name,
+        keep_older=name == CHECKPOINT,
+        arch=run.full.record,
+        dims=dims.to_dict(),
+        dim=dims.to_dim(),
+        model=run.model.state_dict(),
+        model_ema=state.ema.module.state_dict() if state.ema else None,
+        optimizer=state.optimizer.state_dict(),
+        lr_scheduler=state.scheduler.state_dict(),
+        scaler=state.precision.scaler.state_dict(),
+        epoch=progress["epoch"],
+        step=progress["step"],
+        rng=rng_state(),
+        metrics=state.metrics | progress["metrics"],
         args=resuming.saved_args(args, origin, run.inputs),
-    )  # fmt: skip
+    )
 
 
 def read_resumed(args: Any, run: Run, folder: Path) -> dict[str, Any] | None:
@@ -94,8 +104,9 @@ def read_resumed(args: Any, run: Run, folder: Path) -> dict[str, Any] | None:
     fitting = dict(arch=run.full.record, dims=run.model.dims.to_dict())
     named = {name: model.state_dict() for name, model in (("teacher", run.teacher), ("CNN", run.cnn)) if model}
     run.inputs = resuming.inputs_of(run.data, weights=run.start or run.full.state, **named)
-    return resuming.read(args, folder, CHECKPOINT, run="finetuning", fitting=fitting, needed="lr_scheduler",
-                         inputs=run.inputs)  # fmt: skip
+    return resuming.read(
+        args, folder, CHECKPOINT, run="finetuning", fitting=fitting, needed="lr_scheduler", inputs=run.inputs
+    )
 
 
 def restore(run: Run, state: State) -> None:
@@ -121,8 +132,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
     optimizer = make_optimizer(args, run.model)
     scheduler, epochs = make_scheduler(args, optimizer, progress.updates)
     state = State(ema, optimizer, scheduler, make_precision(args, run.device), progress)
-    criterion = make_loss(args, run.cnn, run.teacher, tau=run.teacher_tau or args.distillation_tau,
-                                   per_token=True)  # fmt: skip
+    criterion = make_loss(args, run.cnn, run.teacher, tau=run.teacher_tau or args.distillation_tau, per_token=True)
     mixup = make_mixup(args, run.data.classes)
     provenance.record(args, run.folder, run.device, run.data, run.inputs)
     test = partial(evaluate, loader=val_loader, precision=state.precision, sharded=args.dist_eval)
@@ -135,8 +145,13 @@ def train(args: Any, run: Run) -> dict[str, Any]:
         state.metrics = test(TokenLogits(run.model)) | dict(best=0.0)
         say(f"before: top-1 {state.metrics['acc1']:.2f}, {parameters:,} parameters, widths {run.model.dims.to_dim()}")
     curves = Curves(run.folder, purge_step=progress.epoch)
-    keeper = resuming.Keeper(progress, run.folder / CHECKPOINT, args.recovery_interval,
-                             partial(save, CHECKPOINT, args, run, state), args.checkpoint_errors)  # fmt: skip
+    keeper = resuming.Keeper(
+        progress,
+        run.folder / CHECKPOINT,
+        args.recovery_interval,
+        partial(save, CHECKPOINT, args, run, state),
+        args.checkpoint_errors,
+    )
 
     def after_step(loss: Tensor) -> None:
         if ema:
@@ -150,10 +165,20 @@ def train(args: Any, run: Run) -> dict[str, Any]:
             start_epoch(train_loader, progress.epoch, skip=progress.step * args.grad_accum_steps)
             with curves.training(progress, images_per_update(args)):
                 stats = train_one_epoch(
-                    model, criterion, train_loader, optimizer, state.precision, progress, seed=args.seed,
-                    accumulate=args.grad_accum_steps, mixup=mixup, clip_grad=args.clip_grad,
-                    before_step=scheduler.step_update, after_step=after_step, log_interval=args.log_interval,
-                )  # fmt: skip
+                    model,
+                    criterion,
+                    train_loader,
+                    optimizer,
+                    state.precision,
+                    progress,
+                    seed=args.seed,
+                    accumulate=args.grad_accum_steps,
+                    mixup=mixup,
+                    clip_grad=args.clip_grad,
+                    before_step=scheduler.step_update,
+                    after_step=after_step,
+                    log_interval=args.log_interval,
+                )
             with keeper.evaluating():
                 tested = test(TokenLogits(run.model))
                 line = results.log_line(stats, tested)
@@ -168,7 +193,9 @@ def train(args: Any, run: Run) -> dict[str, Any]:
             keeper.write()
             keeper.attempt(curves.epoch, line, epoch)
             shown = f", EMA {line['test_ema_acc1']:.2f}" if ema else ""
-            say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {tested['acc1']:.2f}{shown}, "
-                f"best {state.metrics['best']:.2f}")  # fmt: skip
+            say(
+                f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {tested['acc1']:.2f}{shown}, "
+                f"best {state.metrics['best']:.2f}"
+            )
     curves.end(vars(args), state.metrics)
     return state.metrics

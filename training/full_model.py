@@ -98,8 +98,10 @@ def structural_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 def check_plain(arch: str) -> None:
     """Raises ValueError for a Swin Transformer, which most methods do not take."""
     if is_swin(arch):
-        raise ValueError(f"--model {arch} is a Swin Transformer, which main_full_global_latency.py and "
-                         "finetune_dense.py take and this script does not")  # fmt: skip
+        raise ValueError(
+            f"--model {arch} is a Swin Transformer, which main_full_global_latency.py and "
+            "finetune_dense.py take and this script does not"
+        )
 
 
 def _narrower(path: str) -> dict[str, Any] | None:

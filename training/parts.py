@@ -2,6 +2,7 @@
 
 `args` is a Namespace with the flags of `options`: full-size model, data, losses, optimizer and results follow from it.
 """
+
 from __future__ import annotations
 
 import copy
@@ -29,18 +30,6 @@ def drop_rate_kwargs(args: Any) -> dict[str, float]:
     return dict(pos_drop_rate=args.drop, proj_drop_rate=args.drop, drop_path_rate=args.drop_path)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
 @dataclass
 class Data:
     """Loaders, what the model needs to know of the data, and the updates of an epoch."""
@@ -63,11 +52,10 @@ def load_data(args: Any, full: FullModel, train: bool = True) -> Data:
         data.train = build_loader(build_dataset(True, sized)[0], args, is_train=True, **place)
         data.updates = len(data.train) // getattr(args, "grad_accum_steps", 1)  # a script that does not train has none
         if not data.updates:
-            raise ValueError(f"--grad-accum-steps {args.grad_accum_steps} is more than the {len(data.train)} batches "
-                             "of an epoch")  # fmt: skip
+            raise ValueError(
+                f"--grad-accum-steps {args.grad_accum_steps} is more than the {len(data.train)} batches of an epoch"
+            )
     return data
-
-
 
 
 def make_precision(args: Any, device: torch.device) -> Precision:
@@ -91,15 +79,19 @@ def wrap_for_training(args: Any, model: nn.Module, device: torch.device) -> nn.M
     return nn.parallel.DistributedDataParallel(both, device_ids=[device] if device.type == "cuda" else None)
 
 
-
-
 def make_mixup(args: Any, classes: int) -> Mixup | None:
     if args.mixup <= 0 and args.cutmix <= 0 and args.cutmix_minmax is None:
         return None
     return Mixup(
-        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax, prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing, num_classes=classes,
-    )  # fmt: skip
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=classes,
+    )
 
 
 def scale_lr(args: Any) -> float:
@@ -125,22 +117,26 @@ def make_optimizer(args: Any, model: nn.Module) -> torch.optim.Optimizer:
 def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> tuple[Any, int]:
     """(timm's, stepped every update, epochs to train): --epochs of schedule and --cooldown-epochs at its end."""
     return create_scheduler_v2(
-        optimizer, sched=args.sched, num_epochs=args.epochs, decay_epochs=args.decay_epochs,
-        decay_milestones=args.decay_milestones, cooldown_epochs=args.cooldown_epochs, decay_rate=args.decay_rate,
-        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs, noise=args.lr_noise,
-        noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std, noise_seed=args.seed, step_on_epochs=False,
+        optimizer,
+        sched=args.sched,
+        num_epochs=args.epochs,
+        decay_epochs=args.decay_epochs,
+        decay_milestones=args.decay_milestones,
+        cooldown_epochs=args.cooldown_epochs,
+        decay_rate=args.decay_rate,
+        min_lr=args.min_lr,
+        warmup_lr=args.warmup_lr,
+        warmup_epochs=args.warmup_epochs,
+        noise=args.lr_noise,
+        noise_pct=args.lr_noise_pct,
+        noise_std=args.lr_noise_std,
+        noise_seed=args.seed,
+        step_on_epochs=False,
         updates_per_epoch=updates_per_epoch,
-    )  # fmt: skip
+    )
 
 
-
-
-
-
-
-
-def make_loss(args: Any, cnn: nn.Module | None, full: nn.Module | None, *, tau: float,
-              per_token: bool) -> NViTLoss:  # fmt: skip
+def make_loss(args: Any, cnn: nn.Module | None, full: nn.Module | None, *, tau: float, per_token: bool) -> NViTLoss:
     """The published loss; tau is the temperature of the full model's KL."""
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     kind = args.distillation_type if cnn is not None else "none"

@@ -1,4 +1,5 @@
 """What is needed to repeat a run, in its folder: arguments; command, versions, revision, device, data of each start."""
+
 from __future__ import annotations
 
 import platform
@@ -54,11 +55,20 @@ def record(args: Any, folder: Path, device: torch.device, data: Any, inputs: dic
         return
     write_json(folder / "args.json", vars(args))
     start = dict(
-        when=time.strftime("%Y-%m-%dT%H:%M:%S%z"), command=[sys.executable, *sys.argv], revision=revision(),
-        versions=_versions(), device=device_name(device), system=platform.platform(), processes=world_size(),
-        threads=torch.get_num_threads(), inputs=inputs,
-        data={split: fingerprint(loader.dataset) for split, loader in dict(train=data.train, val=data.val).items()
-              if loader is not None},
-    )  # fmt: skip
+        when=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        command=[sys.executable, *sys.argv],
+        revision=revision(),
+        versions=_versions(),
+        device=device_name(device),
+        system=platform.platform(),
+        processes=world_size(),
+        threads=torch.get_num_threads(),
+        inputs=inputs,
+        data={
+            split: fingerprint(loader.dataset)
+            for split, loader in dict(train=data.train, val=data.val).items()
+            if loader is not None
+        },
+    )
     path = folder / "run.json"
     write_json(path, dict(starts=[*(_earlier(path) if getattr(args, "resume", "") else []), start]))

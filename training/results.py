@@ -1,4 +1,5 @@
 """What a finished run reports: one object per stage, with latency measured against the dense model."""
+
 from __future__ import annotations
 
 import shlex
@@ -43,43 +44,72 @@ class Conditions:
 def warn_of_other_conditions(table: LatencyTable | SwinTable, device: torch.device, dtype: torch.dtype | None) -> None:
     """Warn where the run's device, or its type (None: fp32), is not what the table was measured with."""
     here, computed = device_name(device), {v: k for k, v in DTYPES.items()}[dtype or torch.float32]
-    for what, theirs, ours in (("on", table.meta.get("device", here), here),
-                               ("in", table.meta.get("dtype", computed), computed)):  # fmt: skip
+    for what, theirs, ours in (
+        ("on", table.meta.get("device", here), here),
+        ("in", table.meta.get("dtype", computed), computed),
+    ):
         if theirs != ours:
-            warn(f"the latency table was measured {what} {theirs}, this run computes {what} {ours}: predictions and "
-                 "targets are for the former")  # fmt: skip
+            warn(
+                f"the latency table was measured {what} {theirs}, this run computes {what} {ours}: predictions and "
+                "targets are for the former"
+            )
 
 
 def measured_ratio(full: FullModel, dims: Dims, conditions: Conditions, device: torch.device) -> float:
     """Measured latency of the compact model relative to the dense one, the median of `BUILDS` fresh pairs of models."""
     ratios, _ = measured_ratios(
-        full.arch, full.kwargs, [dims], conditions.batch, device, conditions.dtype, conditions.compiled,
-        rounds=ROUNDS, builds=BUILDS,
-    )  # fmt: skip
+        full.arch,
+        full.kwargs,
+        [dims],
+        conditions.batch,
+        device,
+        conditions.dtype,
+        conditions.compiled,
+        rounds=ROUNDS,
+        builds=BUILDS,
+    )
     return round(float(ratios[0]), 5)
 
 
-def measured_sparse_ratio(full: FullModel, model: nn.Module, conditions: Conditions,
-                          device: torch.device) -> float | None:  # fmt: skip
+def measured_sparse_ratio(
+    full: FullModel, model: nn.Module, conditions: Conditions, device: torch.device
+) -> float | None:
     """As `measured_ratio`, of a 2:4 sparse model in bfloat16; None where the device has no kernels for it."""
     if not sparsity.has_kernels(device):
         return None
     stem = model.patch_embed
     images = torch.randn(conditions.batch, stem.proj.in_channels, *stem.img_size, device=device)
-    models = dict(dense=build_vit(full.arch, **plain(full.kwargs)).to(device),
-                  sparse=sparsity.accelerated(model, DTYPES[conditions.dtype]))  # fmt: skip
+    models = dict(
+        dense=build_vit(full.arch, **plain(full.kwargs)).to(device),
+        sparse=sparsity.accelerated(model, DTYPES[conditions.dtype]),
+    )
     timings = interleaved(models, images, dtype=conditions.dtype)
     return round(ratio(timings["sparse"], timings["dense"]).median, 5)
 
 
-def stage(full: FullModel, dims: Dims, top1: float, *, predicted: float | None, measured: float | None,
-          conditions: Conditions, device: torch.device) -> dict[str, Any]:  # fmt: skip
+def stage(
+    full: FullModel,
+    dims: Dims,
+    top1: float,
+    *,
+    predicted: float | None,
+    measured: float | None,
+    conditions: Conditions,
+    device: torch.device,
+) -> dict[str, Any]:
     """One object of summary.json: top-1 in percent, counts of one image, latencies as ratios to the dense model."""
     return dict(
-        top1=round(top1, 3), params=params(full.arch, dims, **full.kwargs), macs=macs(full.arch, dims, **full.kwargs),
-        latency_predicted=predicted, latency_measured=measured, device=device_name(device), batch=conditions.batch,
-        dtype=conditions.dtype, compiled=conditions.compiled, dims=dims.to_dict(),
-    )  # fmt: skip
+        top1=round(top1, 3),
+        params=params(full.arch, dims, **full.kwargs),
+        macs=macs(full.arch, dims, **full.kwargs),
+        latency_predicted=predicted,
+        latency_measured=measured,
+        device=device_name(device),
+        batch=conditions.batch,
+        dtype=conditions.dtype,
+        compiled=conditions.compiled,
+        dims=dims.to_dict(),
+    )
 
 
 def say_where(folder: Path, *following: str) -> None:
@@ -100,15 +130,19 @@ def data_flags(args: Any) -> str:
 def after_training(folder: Path) -> tuple[str, str]:
     """What goes on from a finetuned model: the commands for say_where."""
     quoted = shlex.quote(str(folder))
-    return (f"-m tools.report {quoted}",
-            f"-m tools.export {shlex.quote(str(folder / 'ft_checkpoint.pth'))} --format onnx")  # fmt: skip
+    return (
+        f"-m tools.report {quoted}",
+        f"-m tools.export {shlex.quote(str(folder / 'ft_checkpoint.pth'))} --format onnx",
+    )
 
 
 def after_dense(folder: Path) -> tuple[str, str]:
     """What goes on from a dense model: the commands for say_where."""
     weights, measured = (shlex.quote(str(folder / name)) for name in ("ft_checkpoint.pth", "latency.json"))
-    return (f"-m latency.build_table --initial-checkpoint {weights} --output {measured}",
-            f"-m tools.report {shlex.quote(str(folder))}")  # fmt: skip
+    return (
+        f"-m latency.build_table --initial-checkpoint {weights} --output {measured}",
+        f"-m tools.report {shlex.quote(str(folder))}",
+    )
 
 
 def earlier(folder: Path) -> dict[str, Any]:
@@ -134,8 +168,10 @@ def _checked(name: str, found: Any) -> dict[str, Any]:
 
 def result_line(path: Path, result: dict[str, Any]) -> str:
     """The line a finished run ends with."""
-    return (f"{path}: top-1 {result['top1']:.2f}, {result['params']:,} parameters, {result['macs'] / 1e6:,.1f} M MACs, "
-            f"measured latency {result['latency_measured']:.3f} of dense")  # fmt: skip
+    return (
+        f"{path}: top-1 {result['top1']:.2f}, {result['params']:,} parameters, {result['macs'] / 1e6:,.1f} M MACs, "
+        f"measured latency {result['latency_measured']:.3f} of dense"
+    )
 
 
 def log_line(stats: dict[str, float], test: dict[str, float]) -> dict[str, float]:

@@ -1,4 +1,5 @@
 """Going on where a run was broken off: which checkpoint, whether it fits, and when one is written inside an epoch."""
+
 from __future__ import annotations
 
 import contextlib
@@ -25,14 +26,40 @@ from runtime.seeds import set_rng_state
 # What may differ between a run and its continuation: the checkpoint holds the model, paths are only where things lie,
 # and the rest changes how a step is computed but not what it computes.
 PATHS = {
-    "initial_checkpoint", "finetune", "masked_model", "teacher_path", "teacher_path_full", "data_path", "output_dir",
-    "latency_look_up_table", "pruning_config", "dims",
-}  # fmt: skip
+    "initial_checkpoint",
+    "finetune",
+    "masked_model",
+    "teacher_path",
+    "teacher_path_full",
+    "data_path",
+    "output_dir",
+    "latency_look_up_table",
+    "pruning_config",
+    "dims",
+}
 MAY_DIFFER = PATHS | {
-    "model", "model_kwargs", "input_size", "resume", "start_epoch", "device", "num_workers", "pin_mem", "dist_eval",
-    "dist_timeout", "log_interval", "recovery_interval", "compile", "grad_checkpointing", "batch_size",
-    "grad_accum_steps", "world_size", "dry_run", "bad_images", "checkpoint_errors", "inputs",
-}  # fmt: skip
+    "model",
+    "model_kwargs",
+    "input_size",
+    "resume",
+    "start_epoch",
+    "device",
+    "num_workers",
+    "pin_mem",
+    "dist_eval",
+    "dist_timeout",
+    "log_interval",
+    "recovery_interval",
+    "compile",
+    "grad_checkpointing",
+    "batch_size",
+    "grad_accum_steps",
+    "world_size",
+    "dry_run",
+    "bad_images",
+    "checkpoint_errors",
+    "inputs",
+}
 
 
 def saved_args(args: Any, origin: str, inputs: dict[str, str] | None = None) -> dict[str, Any]:
@@ -46,8 +73,11 @@ def saved_args(args: Any, origin: str, inputs: dict[str, str] | None = None) -> 
 
 def inputs_of(data: Any, **states: Any) -> dict[str, str]:
     """Digests of what a run is made from: its images, and named weights and tables (None: there is none)."""
-    images = {f"{split} images": fingerprint(loader.dataset)["names"] for split, loader in
-              (("training", data.train), ("validation", data.val)) if loader is not None}  # fmt: skip
+    images = {
+        f"{split} images": fingerprint(loader.dataset)["names"]
+        for split, loader in (("training", data.train), ("validation", data.val))
+        if loader is not None
+    }
     return images | {name: checkpoint.digest(state) for name, state in states.items() if state is not None}
 
 
@@ -79,9 +109,17 @@ def _newest(path: Path) -> tuple[dict[str, Any], Path]:
         return content, before
 
 
-def read(args: Any, folder: Path, name: str, *, run: str, fitting: dict[str, Any], needed: str,
-         inputs: dict[str, str] | None = None,
-         may_differ: set[str] = frozenset()) -> dict[str, Any] | None:  # fmt: skip
+def read(
+    args: Any,
+    folder: Path,
+    name: str,
+    *,
+    run: str,
+    fitting: dict[str, Any],
+    needed: str,
+    inputs: dict[str, str] | None = None,
+    may_differ: set[str] = frozenset(),
+) -> dict[str, Any] | None:
     """The checkpoint to go on from: what --resume names, or after a restart the newest; None to start anew.
 
     run: what kind of run it must be of; fitting: what some of its keys must hold; needed: a key that it must have;
@@ -127,8 +165,12 @@ def restore(content: dict[str, Any], progress: Progress, folder: Path) -> dict[s
     Raises BadArguments where an epoch has another number of updates now.
     """
     if (before := content["metrics"]["updates"]) != progress.updates:
-        raise BadArguments([f"--resume: an epoch had {before} updates, now {progress.updates}: the data, or how it is "
-                            "shared out among processes, is another"])  # fmt: skip
+        raise BadArguments(
+            [
+                f"--resume: an epoch had {before} updates, now {progress.updates}: the data, or how it is "
+                "shared out among processes, is another"
+            ]
+        )
     progress.load_state_dict(content)
     if rank() == 0:
         set_rng_state(content["rng"])
@@ -195,8 +237,9 @@ class Keeper:
     checkpoint that cannot be written does, "stop" the run or "warn".
     """
 
-    def __init__(self, progress: Progress, path: Path, interval: int, save: Callable[[], None],
-                 errors: str = "stop") -> None:  # fmt: skip
+    def __init__(
+        self, progress: Progress, path: Path, interval: int, save: Callable[[], None], errors: str = "stop"
+    ) -> None:
         self.progress, self.path, self.interval, self.save, self.errors = progress, path, interval, save, errors
         self.request = elastic.StopRequest()
         self.unwritten = ""  # why the newest state is on no disk

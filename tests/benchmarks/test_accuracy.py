@@ -37,8 +37,18 @@ def words(tmp_path, randomise, monkeypatch):
     (tmp_path / "equal_footing.py").write_text(FOOTING)
     monkeypatch.delitem(sys.modules, "equal_footing", raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    return ["--initial-checkpoint", tmp_path / "dense.pth", "--bench", tmp_path, "--table",
-            table_file(tmp_path / "table.json"), "--rows", tmp_path / "rows.jsonl", "--calib", 128]  # fmt: skip
+    return [
+        "--initial-checkpoint",
+        tmp_path / "dense.pth",
+        "--bench",
+        tmp_path,
+        "--table",
+        table_file(tmp_path / "table.json"),
+        "--rows",
+        tmp_path / "rows.jsonl",
+        "--calib",
+        128,
+    ]
 
 
 def run(words):

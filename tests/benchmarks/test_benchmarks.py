@@ -1,4 +1,5 @@
 """Benchmarks run and print what they promise."""
+
 import itertools
 import json
 import re
@@ -46,11 +47,20 @@ def test_latency_at_targets(tmp_path, capsys):
     for e, h, q, v in itertools.product((4, 32), (1, 4), (1, 8), (1, 8)):
         seconds[f"attention/EMB_{e}/QK_{h}_{q}/V_{v}"] = 1e-6 * e * h * (q + v)
     seconds |= {f"mlp/EMB_{e}/MLP_{m}": 1e-6 * e * m for e in (4, 32) for m in (16, 128)}
-    meta = dict(model=ARCH, model_kwargs=KWARGS, batch=2, dtype="fp32", compile=None,
-                device="some CPU, 2 threads")  # fmt: skip
+    meta = dict(model=ARCH, model_kwargs=KWARGS, batch=2, dtype="fp32", compile=None, device="some CPU, 2 threads")
     LatencyTable.of_parts(seconds, meta).save(tmp_path / "t.json")
-    words = [str(tmp_path / "t.json"), "--targets", "0.7", "0.3", "--rounds", "1", "--builds", "1", "--dims-dir",
-             str(tmp_path)]  # fmt: skip
+    words = [
+        str(tmp_path / "t.json"),
+        "--targets",
+        "0.7",
+        "0.3",
+        "--rounds",
+        "1",
+        "--builds",
+        "1",
+        "--dims-dir",
+        str(tmp_path),
+    ]
     latency_targets.main(latency_targets.get_args_parser().parse_args(words))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     assert [row[0] for row in rows] == ["0.7", "0.3"]

@@ -1,4 +1,5 @@
 """Faults in running jobs, some of every kind: the long run is benchmarks/faults.py."""
+
 import pytest
 
 import finetune_dense
@@ -15,8 +16,14 @@ QUICK = ("kill -9 inside a save", "bit-flipped checkpoint", "SIGINT")  # on the 
 @pytest.fixture(scope="module")
 def material(runs, tmp_path_factory):
     results.BUILDS, results.ROUNDS, before = 1, 1, (results.BUILDS, results.ROUNDS)
-    yield Material(tmp_path_factory.mktemp("faults"), 1, main_full_global_latency, finetune_dense,
-                   runs["dense"] / "ft_checkpoint.pth", runs["pruned"] / "pruned_checkpoint.pth")  # fmt: skip
+    yield Material(
+        tmp_path_factory.mktemp("faults"),
+        1,
+        main_full_global_latency,
+        finetune_dense,
+        runs["dense"] / "ft_checkpoint.pth",
+        runs["pruned"] / "pruned_checkpoint.pth",
+    )
     results.BUILDS, results.ROUNDS = before
 
 

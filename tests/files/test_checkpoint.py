@@ -1,4 +1,5 @@
 """Checkpoints: whole or not there, the same keys in every stage, and nothing that runs code is ever loaded."""
+
 import pickle
 import random
 from argparse import Namespace
@@ -16,9 +17,12 @@ from runtime.seeds import rng_state, set_rng_state
 
 def record(model, tiny):
     return dict(
-        arch=dict(name=tiny["arch"], kwargs={k: v for k, v in tiny.items() if k != "arch"}), dims=model.dims.to_dict(),
-        dim=model.dims.to_dim(), model=model.state_dict(), args=dict(lr=0.1),
-    )  # fmt: skip
+        arch=dict(name=tiny["arch"], kwargs={k: v for k, v in tiny.items() if k != "arch"}),
+        dims=model.dims.to_dict(),
+        dim=model.dims.to_dim(),
+        model=model.state_dict(),
+        args=dict(lr=0.1),
+    )
 
 
 def test_every_stage_has_the_same_keys_and_loads_without_code(tmp_path, tiny):
@@ -107,9 +111,11 @@ def test_initial_checkpoints_of_every_kind(tmp_path, tiny):
     model = build_vit(**tiny)
     arch, kwargs = tiny["arch"], {k: v for k, v in tiny.items() if k != "arch"}
     kinds = dict(
-        ours=record(model, tiny) | dict(format=checkpoint.FORMAT, masks=None), bare=model.state_dict(),
-        deit=dict(model=model.state_dict()), described=dict(arch=arch, kwargs=kwargs, model=model.state_dict()),
-    )  # fmt: skip
+        ours=record(model, tiny) | dict(format=checkpoint.FORMAT, masks=None),
+        bare=model.state_dict(),
+        deit=dict(model=model.state_dict()),
+        described=dict(arch=arch, kwargs=kwargs, model=model.state_dict()),
+    )
     for kind, content in kinds.items():
         torch.save(content, tmp_path / f"{kind}.pth")
         found, found_kwargs, state = read_initial(tmp_path / f"{kind}.pth")
@@ -119,8 +125,11 @@ def test_initial_checkpoints_of_every_kind(tmp_path, tiny):
         assert torch.equal(fresh.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
     other = build_vit(**tiny | dict(num_classes=3))
     assert sorted(load_initial_(other, model.state_dict(), "x")) == [
-        "head.bias", "head.weight", "head_dist.bias", "head_dist.weight"
-    ]  # fmt: skip
+        "head.bias",
+        "head.weight",
+        "head_dist.bias",
+        "head_dist.weight",
+    ]
     with pytest.raises(CheckpointError, match="do not fit"):
         load_initial_(build_vit(**tiny | dict(embed_dim=64)), model.state_dict(), "x")
 

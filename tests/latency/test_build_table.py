@@ -1,4 +1,5 @@
 """python -m latency.build_table, end to end on a two-block model."""
+
 import json
 import shlex
 
@@ -96,8 +97,15 @@ def test_all_wrong_arguments_are_listed_at_once(tmp_path, capsys):
     wrong += ["--points", "depth=3", "--output", str(tmp_path / "nowhere" / "t.json")]
     assert main(get_args_parser().parse_args(wrong)) == 2
     lines = capsys.readouterr().err.splitlines()
-    expected = ["--batch-size must be at least 1", "--rounds must be", "--dtype must be one of fp32, bf16, fp16",
-                "--device must be cpu or cuda", "no folder", "no_such_vit", "depth=3"]  # fmt: skip
+    expected = [
+        "--batch-size must be at least 1",
+        "--rounds must be",
+        "--dtype must be one of fp32, bf16, fp16",
+        "--device must be cpu or cuda",
+        "no folder",
+        "no_such_vit",
+        "depth=3",
+    ]
     assert len(lines) == len(expected)
     assert [e for e, line in zip(expected, lines, strict=True) if e not in line] == []
     assert list(tmp_path.iterdir()) == []
@@ -167,8 +175,10 @@ def test_a_swin_transformer_merges_no_tokens(tmp_path, capsys):
 
 @pytest.mark.parametrize("merge", ["place", "content"])
 def test_points_are_of_plain_blocks_however_a_checkpoint_compresses(tmp_path, merge):
-    torch.save(dict(arch=ARCH, kwargs=KWARGS | dict(lean_last=True, content_merge=True), model=dict(w=torch.zeros(1))),
-               tmp_path / "m.pth")  # fmt: skip
+    torch.save(
+        dict(arch=ARCH, kwargs=KWARGS | dict(lean_last=True, content_merge=True), model=dict(w=torch.zeros(1))),
+        tmp_path / "m.pth",
+    )
     args = arguments(tmp_path / "t.json", "--initial-checkpoint", str(tmp_path / "m.pth"), "--merge", merge)
     _, kwargs, _ = parent_of(args)
     assert kwargs == KWARGS | (dict(content_merge=True) if merge == "content" else {})

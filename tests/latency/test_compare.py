@@ -1,4 +1,5 @@
 """python -m latency.compare, end to end on two-block models."""
+
 import json
 
 import pytest
@@ -20,8 +21,9 @@ NARROW = ViTDims(16, (BlockDims(2, 4, 8, 32, 18),) * 2)
 def files(tmp_path):
     torch.save(dict(arch=ARCH, kwargs=KWARGS, model=build_vit(ARCH, **KWARGS).state_dict()), tmp_path / "dense.pth")
     small = build_vit(ARCH, NARROW, **KWARGS)
-    checkpoint.save(tmp_path / "small.pth", arch=dict(name=ARCH, kwargs=KWARGS), dims=NARROW.to_dict(),
-                    model=small.state_dict())  # fmt: skip
+    checkpoint.save(
+        tmp_path / "small.pth", arch=dict(name=ARCH, kwargs=KWARGS), dims=NARROW.to_dict(), model=small.state_dict()
+    )
     return [str(tmp_path / name) for name in ("dense.pth", "small.pth")]
 
 
@@ -53,8 +55,12 @@ def test_bad_input(files, tmp_path):
     other = dict(arch=ARCH, kwargs=KWARGS | dict(img_size=24), model={})
     other["model"] = build_vit(ARCH, **other["kwargs"]).state_dict()
     torch.save(other, tmp_path / "other.pth")
-    for words, message in (([*files, tmp_path / "bad.pth"], "bad.pth"), ([files[0], files[0]], "named twice"),
-                           ([*files, tmp_path / "other.pth"], "different sizes"), (["no_such_model"], "does not exist"),
-                           ([*files, "--batch-size", "0"], "--batch-size must be at least 1")):  # fmt: skip
+    for words, message in (
+        ([*files, tmp_path / "bad.pth"], "bad.pth"),
+        ([files[0], files[0]], "named twice"),
+        ([*files, tmp_path / "other.pth"], "different sizes"),
+        (["no_such_model"], "does not exist"),
+        ([*files, "--batch-size", "0"], "--batch-size must be at least 1"),
+    ):
         with pytest.raises(BadArguments, match=message):
             run(*words)

@@ -1,4 +1,5 @@
 """Measurements of wall time: bands are loose, because test machines are shared."""
+
 import pytest
 import torch
 

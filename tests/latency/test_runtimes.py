@@ -1,4 +1,5 @@
 """Tables from other runtimes: ONNX files of the parts, timed by onnxruntime or by a command."""
+
 import json
 import sys
 
@@ -22,10 +23,27 @@ print("took", 1e-3 * sum(len(t.raw_data) for t in model.graph.initializer), "ms"
 
 
 def build(output, *extra):
-    return main(get_args_parser().parse_args(
-        ["--model", ARCH, "--model-kwargs", *KWARGS, "--batch-size", "2", "--device", "cpu", "--rounds", "2",
-         "--points", *POINTS, "--output", str(output), *extra]
-    ))  # fmt: skip
+    return main(
+        get_args_parser().parse_args(
+            [
+                "--model",
+                ARCH,
+                "--model-kwargs",
+                *KWARGS,
+                "--batch-size",
+                "2",
+                "--device",
+                "cpu",
+                "--rounds",
+                "2",
+                "--points",
+                *POINTS,
+                "--output",
+                str(output),
+                *extra,
+            ]
+        )
+    )
 
 
 @pytest.mark.slow
@@ -50,23 +68,29 @@ def test_a_command_gets_the_file_and_its_last_number_counts(tmp_path, capsys):
     assert parts["MLP_192"] / table.meta["fit"]["factor"] == pytest.approx(weights, rel=0.02)
 
 
-@pytest.mark.parametrize("words, message", [
-    (["command", "true"], "no {onnx}"),
-    (["command", "no_such_program {onnx}"], "no program no_such_program"),
-    (["command"], "--runtime must be"),
-    (["tensorrt"], "--runtime must be"),
-    (["onnxruntime", "--compile"], "--compile is torch's"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["command", "true"], "no {onnx}"),
+        (["command", "no_such_program {onnx}"], "no program no_such_program"),
+        (["command"], "--runtime must be"),
+        (["tensorrt"], "--runtime must be"),
+        (["onnxruntime", "--compile"], "--compile is torch's"),
+    ],
+)
 def test_bad_arguments(tmp_path, capsys, words, message):
     assert build(tmp_path / "t.json", "--runtime", *words) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("line, message", [
-    ("sh -c 'echo fast' {onnx}", "printed no milliseconds above 0 but 'fast'"),
-    ("sh -c 'echo -3' {onnx}", "printed no milliseconds"),
-    ("sh -c 'echo no device >&2; exit 3' {onnx}", "ended with 3: no device"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("sh -c 'echo fast' {onnx}", "printed no milliseconds above 0 but 'fast'"),
+        ("sh -c 'echo -3' {onnx}", "printed no milliseconds"),
+        ("sh -c 'echo no device >&2; exit 3' {onnx}", "ended with 3: no device"),
+    ],
+)
 def test_a_command_that_fails_says_why(tmp_path, line, message):
     with pytest.raises(RuntimeFailed, match=message):
         Command(line).timer(tmp_path / "x.onnx", torch.zeros(1))()

@@ -1,4 +1,5 @@
 """Latency tables of Swin Transformers: the sum of their stages, files, measurements; and pruning by them."""
+
 from __future__ import annotations
 
 import json
@@ -56,12 +57,15 @@ def test_a_model_is_its_stages_and_what_lies_between(table):
     table.check_covers(small)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda d: ViTDims(16, (BlockDims(2, 8, 8, 64, 64),)), "measured on a Swin .* of 2 stages but .* no stages"),
-    (lambda d: SwinDims(d.stages[:1]), "of 2 stages but the model has 1 stages"),
-    (lambda d: d.resized({"layers.0.embed": 17}), "STAGE_0: the table goes up to EMB_16 but the model has 17"),
-    (lambda d: SwinDims.of(skeleton(ARCH, **SMALL | dict(img_size=32))), "measured with 64 tokens but .* has 256"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: ViTDims(16, (BlockDims(2, 8, 8, 64, 64),)), "measured on a Swin .* of 2 stages but .* no stages"),
+        (lambda d: SwinDims(d.stages[:1]), "of 2 stages but the model has 1 stages"),
+        (lambda d: d.resized({"layers.0.embed": 17}), "STAGE_0: the table goes up to EMB_16 but the model has 17"),
+        (lambda d: SwinDims.of(skeleton(ARCH, **SMALL | dict(img_size=32))), "measured with 64 tokens but .* has 256"),
+    ],
+)
 def test_a_model_that_it_does_not_cover_is_refused(table, change, message):
     with pytest.raises(LatencyTableError, match=message):
         table.check_covers(change(DENSE))
@@ -73,15 +77,18 @@ def test_a_table_of_a_plain_vit_is_refused(tmp_path):
         LatencyTable.load(tmp_path / "t.json").check_covers(DENSE)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda d: d.pop("STAGE_0"), "STAGE_1 is no key of a table of 1 stages"),
-    (lambda d: d.update(STAGE_1=[]), "STAGE_1 must be an object"),
-    (lambda d: d["STAGE_1"].pop("_merging"), "STAGE_1 lacks _merging"),
-    (lambda d: d["STAGE_1"]["_merging"]["EMB_1"].pop("OUT_1"), "hole in the grid: STAGE_1 -> _merging -> EMB_1"),
-    (lambda d: d["STAGE_0"]["_parts"]["mlp"]["EMB_1"].update(MLP_1="x"), "MLP_1 must be a finite number"),
-    (lambda d: d.update(_meta=5), "_meta must be an object"),
-    (lambda d: d["_meta"].update(complete=False), "the table is incomplete"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda d: d.pop("STAGE_0"), "STAGE_1 is no key of a table of 1 stages"),
+        (lambda d: d.update(STAGE_1=[]), "STAGE_1 must be an object"),
+        (lambda d: d["STAGE_1"].pop("_merging"), "STAGE_1 lacks _merging"),
+        (lambda d: d["STAGE_1"]["_merging"]["EMB_1"].pop("OUT_1"), "hole in the grid: STAGE_1 -> _merging -> EMB_1"),
+        (lambda d: d["STAGE_0"]["_parts"]["mlp"]["EMB_1"].update(MLP_1="x"), "MLP_1 must be a finite number"),
+        (lambda d: d.update(_meta=5), "_meta must be an object"),
+        (lambda d: d["_meta"].update(complete=False), "the table is incomplete"),
+    ],
+)
 def test_a_damaged_table_is_refused_in_a_line(tmp_path, change, message):
     data = json.loads(json.dumps(SwinTable.of_parts(parts(), dict(tokens=[64, 16])).data))
     change(data)
@@ -166,9 +173,24 @@ def arguments(output, *extra):
     kwargs = [f"{key}={list(value) if isinstance(value, tuple) else value}" for key, value in SMALL.items()]
     kwargs = [word.replace(" ", "") for word in kwargs]
     return get_args_parser().parse_args(
-        ["--model", ARCH, "--model-kwargs", *kwargs, "--batch-size", "2", "--device", "cpu", "--rounds", "2",
-         "--points", *(f"{axis}=2" for axis in ("embed", "heads", "qk", "v", "mlp")), "--output", str(output), *extra]
-    )  # fmt: skip
+        [
+            "--model",
+            ARCH,
+            "--model-kwargs",
+            *kwargs,
+            "--batch-size",
+            "2",
+            "--device",
+            "cpu",
+            "--rounds",
+            "2",
+            "--points",
+            *(f"{axis}=2" for axis in ("embed", "heads", "qk", "v", "mlp")),
+            "--output",
+            str(output),
+            *extra,
+        ]
+    )
 
 
 @pytest.mark.slow

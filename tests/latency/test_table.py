@@ -1,4 +1,5 @@
 """Latency tables: grammar, interpolation against an independent one, parts, clean-up, errors that name their key."""
+
 import itertools
 import json
 import random
@@ -183,9 +184,15 @@ def test_parts_of_several_token_counts():
 
 def test_token_counts_around_the_published_keys():
     def tree(n):
-        return {f"EMB_{e}": {f"QK_{h}_{q}": {f"V_{v}": {f"MLP_{m}": float(n * e * (h * (2 * q + v) + m))
-                                                        for m in (16, 128)} for v in (8, 32)}
-                             for h, q in itertools.product((1, 3), (8, 32))} for e in (32, 96)}  # fmt: skip
+        return {
+            f"EMB_{e}": {
+                f"QK_{h}_{q}": {
+                    f"V_{v}": {f"MLP_{m}": float(n * e * (h * (2 * q + v) + m)) for m in (16, 128)} for v in (8, 32)
+                }
+                for h, q in itertools.product((1, 3), (8, 32))
+            }
+            for e in (32, 96)
+        }
 
     table = LatencyTable({f"TOK_{n}": tree(n) for n in (20, 66)})
     assert table.tokens == 66
@@ -273,8 +280,17 @@ BAD_FILES = {
     "overhead": (edited(lambda d: d["_overhead"].update(EMB_96=-1)), ["_overhead -> EMB_96", "above 0"]),
     "interrupted": (edited(lambda d: d["_meta"].update(complete=False)), ["incomplete", "latency.build_table again"]),
 }
-BAD_VALUES = {"negative": -0.5, "zero": 0, "nan": float("nan"), "inf": float("inf"), "bool": True, "text": "0.1",
-              "null": None, "huge": 10**400, "node": {"MLP_1": 1.0}}  # fmt: skip
+BAD_VALUES = {
+    "negative": -0.5,
+    "zero": 0,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "bool": True,
+    "text": "0.1",
+    "null": None,
+    "huge": 10**400,
+    "node": {"MLP_1": 1.0},
+}
 BAD_FILES |= {
     kind: (edited(lambda d, value=value: at(d, *V).update({M: value})), ["EMB_96 -> QK_3_8 -> V_8 -> MLP_64", "second"])
     for kind, value in BAD_VALUES.items()

@@ -1,4 +1,5 @@
 """python -m latency.validate, end to end on a two-block model."""
+
 import json
 
 import pytest
@@ -23,9 +24,11 @@ def table_data(**meta):
     data = {
         f"EMB_{e}": {
             f"QK_{h}_{q}": {f"V_{v}": {f"MLP_{m}": linear(e, h, q, v, m) for m in (1, 128)} for v in (1, 8)}
-            for h in (1, 4) for q in (1, 8)
-        } for e in (4, 32)
-    }  # fmt: skip
+            for h in (1, 4)
+            for q in (1, 8)
+        }
+        for e in (4, 32)
+    }
     return data | dict(_meta=dict(model=ARCH, model_kwargs=KWARGS, batch=2, tokens=18) | meta)
 
 
@@ -78,16 +81,19 @@ def test_the_fit_finds_scale_and_constant_and_shrugs_off_one_disturbed_model():
         assert better.model_seconds(dims) == pytest.approx(factor * table.model_seconds(dims) + constant, rel=1e-4)
 
 
-@pytest.mark.parametrize("meta, extra, words", [
-    (dict(model=None), [], "does not name its model"),
-    (dict(batch=None), [], "does not say its batch"),
-    (dict(runtime="onnxruntime 1"), [], "measured by onnxruntime 1"),
-    (dict(model="no_such_vit"), [], "no_such_vit"),
-    (dict(model_kwargs=KWARGS | dict(embed_dim=64)), [], "goes up to EMB_32 but the model has 64"),
-    (dict(), ["nowhere.json"], "nowhere.json is no dims.json"),
-    (dict(), ["--random", "0"], "nothing to check"),
-    (dict(), ["--random", "-1"], "--random must be at least 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "meta, extra, words",
+    [
+        (dict(model=None), [], "does not name its model"),
+        (dict(batch=None), [], "does not say its batch"),
+        (dict(runtime="onnxruntime 1"), [], "measured by onnxruntime 1"),
+        (dict(model="no_such_vit"), [], "no_such_vit"),
+        (dict(model_kwargs=KWARGS | dict(embed_dim=64)), [], "goes up to EMB_32 but the model has 64"),
+        (dict(), ["nowhere.json"], "nowhere.json is no dims.json"),
+        (dict(), ["--random", "0"], "nothing to check"),
+        (dict(), ["--random", "-1"], "--random must be at least 0"),
+    ],
+)
 def test_bad_input(tmp_path, meta, extra, words):
     data = table_data()
     data["_meta"] = {k: v for k, v in (data["_meta"] | meta).items() if v is not None}
@@ -98,8 +104,10 @@ def test_bad_input(tmp_path, meta, extra, words):
 
 
 def test_dims_that_do_not_fit_the_table(path, tmp_path):
-    for dims, words in ((ViTDims(32, DENSE.blocks[:1]), "1 blocks"),
-                        (ViTDims(64, DENSE.blocks), "EMB_32 but the model has 64")):  # fmt: skip
+    for dims, words in (
+        (ViTDims(32, DENSE.blocks[:1]), "1 blocks"),
+        (ViTDims(64, DENSE.blocks), "EMB_32 but the model has 64"),
+    ):
         (tmp_path / "d.json").write_text(json.dumps(dims.to_dict()))
         with pytest.raises(BadArguments, match=words):
             run(path, tmp_path / "d.json")

@@ -1,4 +1,5 @@
 """Images that cannot be read: named, counted over processes, never silent."""
+
 import re
 
 import pytest
@@ -14,8 +15,16 @@ from loading.loaders import build_loader, start_epoch
 from runtime.run import current
 from runtime.script import run_script
 
-TINY = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", "img_size=16", "patch_size=4", "embed_dim=32",
-        "depth=1", "num_heads=4"]  # fmt: skip
+TINY = [
+    "--model",
+    "deit_tiny_distilled_patch16_224",
+    "--model-kwargs",
+    "img_size=16",
+    "patch_size=4",
+    "embed_dim=32",
+    "depth=1",
+    "num_heads=4",
+]
 
 
 @pytest.fixture
@@ -73,9 +82,25 @@ def test_where_none_can_be_read(folder, capfd):
 def test_a_run_says_at_its_end_what_it_left_out(folder, tmp_path, capfd):
     root, bad = folder
     data = [flag if flag != "DIGITS" else "IMNET" for flag in PLAIN]
-    flags = [*TINY, *data, "--scratch", "--data-path", root, "--batch-size", "4", "--epochs", "1", "--bad_images",
-             "skip", "--kl_loss_coeff", "0", "--original_loss_coeff", "1",
-             "--output_dir", tmp_path / "out"]  # fmt: skip
+    flags = [
+        *TINY,
+        *data,
+        "--scratch",
+        "--data-path",
+        root,
+        "--batch-size",
+        "4",
+        "--epochs",
+        "1",
+        "--bad_images",
+        "skip",
+        "--kl_loss_coeff",
+        "0",
+        "--original_loss_coeff",
+        "1",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     run_script(finetune_dense.main, finetune_dense.get_args_parser().parse_args(list(map(str, flags))))
     last = capfd.readouterr().err.splitlines()[-2:]
     assert all(line.startswith("warning: 1 of 12 images") for line in last)

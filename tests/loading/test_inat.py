@@ -1,4 +1,5 @@
 """iNaturalist's files as delivered: classes at a level of the taxonomy, the same in both splits."""
+
 import json
 from argparse import Namespace
 
@@ -8,9 +9,11 @@ from PIL import Image
 from datasets import build_dataset
 from loading.images import DataError
 
-CATEGORIES = [dict(id=0, name="Apis mellifera", order="Hymenoptera"),
-              dict(id=1, name="Bos taurus", order="Artiodactyla"),
-              dict(id=2, name="Bison bison", order="Artiodactyla")]  # fmt: skip
+CATEGORIES = [
+    dict(id=0, name="Apis mellifera", order="Hymenoptera"),
+    dict(id=1, name="Bos taurus", order="Artiodactyla"),
+    dict(id=2, name="Bison bison", order="Artiodactyla"),
+]
 IMAGES = dict(train=[2, 0, 1, 0], val=[1, 2])  # category of every image
 
 
@@ -28,8 +31,19 @@ def folder(tmp_path):
 
 
 def args_of(folder, **changes):
-    defaults = dict(data_set="INAT", data_path=str(folder), input_size=16, inat_category="name", aa="", color_jitter=0,
-                    hflip=0.5, train_interpolation="bicubic", reprob=0, remode="pixel", recount=1)  # fmt: skip
+    defaults = dict(
+        data_set="INAT",
+        data_path=str(folder),
+        input_size=16,
+        inat_category="name",
+        aa="",
+        color_jitter=0,
+        hflip=0.5,
+        train_interpolation="bicubic",
+        reprob=0,
+        remode="pixel",
+        recount=1,
+    )
     return Namespace(**defaults | changes)
 
 
@@ -40,11 +54,14 @@ def test_classes_are_those_of_the_level(folder):
     assert classes == 2 and train.targets == [0, 1, 0, 1] and train[0][0].shape == (3, 16, 16)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: (folder / "train2018.json").unlink(), "no train2018.json in"),
-    (lambda folder: (folder / "val2018.json").write_text("{"), "val2018.json is damaged"),
-    (lambda folder: (folder / "categories.json").write_text("[]"), "do not fit together"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "train2018.json").unlink(), "no train2018.json in"),
+        (lambda folder: (folder / "val2018.json").write_text("{"), "val2018.json is damaged"),
+        (lambda folder: (folder / "categories.json").write_text("[]"), "do not fit together"),
+    ],
+)
 def test_damaged_files_are_named(folder, damage, message):
     damage(folder)
     with pytest.raises(DataError, match=message):

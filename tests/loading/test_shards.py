@@ -1,4 +1,5 @@
 """Streaming: shards written from a folder, every image once, shared out among processes, in an order of the seed."""
+
 import json
 from argparse import Namespace
 
@@ -17,8 +18,28 @@ from tools import to_shards
 
 pytest.importorskip("webdataset")
 CLASSES = ("ant", "bee", "cow")
-FLAGS = ["--num_workers", "0", "--device", "cpu", "--mixup", "0", "--cutmix", "0", "--aa", "", "--batch-size", "8",
-         "--epochs", "2", "--lr", "1e-2", "--kl_loss_coeff", "0", "--original_loss_coeff", "1"]  # fmt: skip
+FLAGS = [
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--aa",
+    "",
+    "--batch-size",
+    "8",
+    "--epochs",
+    "2",
+    "--lr",
+    "1e-2",
+    "--kl_loss_coeff",
+    "0",
+    "--original_loss_coeff",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +57,24 @@ def place(tmp_path_factory):
 
 
 def args_of(place, **changes):
-    defaults = dict(data_set="wds/tiny", data_path=str(place / "shards"), input_size=16, batch_size=8, num_workers=0,
-                    pin_mem=False, dist_eval=False, seed=0, aa="", color_jitter=0, hflip=0, reprob=0, remode="pixel",
-                    recount=1, train_interpolation="bicubic", repeated_aug=False)  # fmt: skip
+    defaults = dict(
+        data_set="wds/tiny",
+        data_path=str(place / "shards"),
+        input_size=16,
+        batch_size=8,
+        num_workers=0,
+        pin_mem=False,
+        dist_eval=False,
+        seed=0,
+        aa="",
+        color_jitter=0,
+        hflip=0,
+        reprob=0,
+        remode="pixel",
+        recount=1,
+        train_interpolation="bicubic",
+        repeated_aug=False,
+    )
     return Namespace(**defaults | changes)
 
 
@@ -88,8 +124,18 @@ def test_training_shards_are_shared_out(place):
 
 
 def test_shards_and_folder_give_the_same_accuracy(place, tmp_path, capsys):
-    run(finetune_dense, "--scratch", *MODEL, *FLAGS, "--data-set", "wds/tiny", "--data-path", place / "shards",
-        "--output_dir", tmp_path)  # fmt: skip
+    run(
+        finetune_dense,
+        "--scratch",
+        *MODEL,
+        *FLAGS,
+        "--data-set",
+        "wds/tiny",
+        "--data-path",
+        place / "shards",
+        "--output_dir",
+        tmp_path,
+    )
     (out,) = tmp_path.glob("scratch_*")
     top1 = json.loads((out / "summary.json").read_text())["dense"]["top1"]
     run(finetune_dense, *FLAGS, "--eval", "--finetune", out, "--data-path", place / "images")
@@ -107,26 +153,32 @@ def test_an_image_that_cannot_be_read_is_missed(place, tmp_path):
         list(loader_of(args_of(tmp_path), is_train=False))
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(data_set="wsd/tiny"), "closest: wds/tiny"),
-    (dict(data_set="DIGIT"), "closest: DIGITS; --data-set is one of"),
-    (dict(data_set="imnet"), "closest: IMNET"),
-    (dict(data_set="hfds/food101"), "tools.to_shards"),
-    (dict(data_path=""), "needs --data-path"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(data_set="wsd/tiny"), "closest: wds/tiny"),
+        (dict(data_set="DIGIT"), "closest: DIGITS; --data-set is one of"),
+        (dict(data_set="imnet"), "closest: IMNET"),
+        (dict(data_set="hfds/food101"), "tools.to_shards"),
+        (dict(data_path=""), "needs --data-path"),
+    ],
+)
 def test_a_spec_that_cannot_be_meant(place, changes, message):
     with pytest.raises((DataError, ShardError), match=message):
         build_dataset(False, args_of(place, **changes))
 
 
-@pytest.mark.parametrize("text, message", [
-    (None, "no _info.json in"),
-    ("gone", "no folder .*shards: python -m tools.to_shards"),
-    ("{", "lacks what a folder of shards has to say"),
-    ('{"splits": {}}', "lacks what .*classes"),
-    ('{"splits": {"val": {"num_samples": 3, "filenames": ["a.tar"], "shard_lengths": [2]}}}', "3 samples, but"),
-    ('{"splits": {"val": {"num_samples": 2, "filenames": ["a.tar"], "shard_lengths": [2]}}}', "names a.tar, which"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "no _info.json in"),
+        ("gone", "no folder .*shards: python -m tools.to_shards"),
+        ("{", "lacks what a folder of shards has to say"),
+        ('{"splits": {}}', "lacks what .*classes"),
+        ('{"splits": {"val": {"num_samples": 3, "filenames": ["a.tar"], "shard_lengths": [2]}}}', "3 samples, but"),
+        ('{"splits": {"val": {"num_samples": 2, "filenames": ["a.tar"], "shard_lengths": [2]}}}', "names a.tar, which"),
+    ],
+)
 def test_a_folder_of_shards_that_is_none(tmp_path, text, message):
     if text != "gone":
         (tmp_path / "shards").mkdir()
@@ -143,10 +195,13 @@ def test_too_few_shards(place, capsys):
     assert loader.loader.num_workers == 9 and "9 loader processes instead of 10" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["nowhere", "out"], "nowhere has neither train/ nor val/"),
-    (["nowhere", "out", "--images-per-shard", "0"], "must be at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["nowhere", "out"], "nowhere has neither train/ nor val/"),
+        (["nowhere", "out", "--images-per-shard", "0"], "must be at least 1"),
+    ],
+)
 def test_to_shards_of_nothing(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadArguments, match=message):
@@ -154,7 +209,16 @@ def test_to_shards_of_nothing(tmp_path, monkeypatch, flags, message):
 
 
 def test_the_loader_benchmark_prints_both_rates(place, capsys):
-    run(loader_benchmark, *MODEL, *FLAGS[:-8], "--data-set", "wds/tiny", "--data-path", place / "shards",
-        "--batches", "2")  # fmt: skip
+    run(
+        loader_benchmark,
+        *MODEL,
+        *FLAGS[:-8],
+        "--data-set",
+        "wds/tiny",
+        "--data-path",
+        place / "shards",
+        "--batches",
+        "2",
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-3:-1]] == ["loader", "step"] and "the model" in lines[-1]

@@ -1,4 +1,5 @@
 """Routes through attention: the same function on every one, and the rule that chooses."""
+
 import pytest
 import torch
 
@@ -51,5 +52,7 @@ def test_the_rule(monkeypatch):
         assert (route(64, 64, CPU, torch.float32), route(32, 64, CPU, torch.float32)) == ("fused", "explicit")
         assert route(32, 64, CPU, torch.float16) == "fused"
     assert [route(qk, v, CUDA, torch.bfloat16) for qk, v in ((64, 64), (32, 64), (20, 20))] == [
-        "fused", "padded", "padded"
-    ]  # fmt: skip
+        "fused",
+        "padded",
+        "padded",
+    ]

@@ -1,4 +1,5 @@
 """The table of axes against the parameters that models really have."""
+
 from math import prod
 
 import pytest

@@ -1,4 +1,5 @@
 """Masked equals compact: the same function and the same gradients, for each axis alone and for all together."""
+
 import pytest
 import torch
 

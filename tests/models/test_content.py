@@ -1,4 +1,5 @@
 """Merging by content: groups, the block formula, attention by size, counts, export, checkpoints, and the whole flow."""
+
 import json
 
 import pytest
@@ -195,8 +196,19 @@ def test_two_ways_of_merging_do_not_mix(tiny):
 @pytest.mark.parametrize("mode", ["attn", "probe"])
 def test_prune_finetune_eval(runs, tmp_path, capsys, mode):
     dense = runs["dense"] / "ft_checkpoint.pth"
-    run(main_pm_vit, *PLAIN, "--prune", "--prune_iter", "4", "--prune_mode", mode, "--resume", dense, "--output_dir",
-        tmp_path / "p")  # fmt: skip
+    run(
+        main_pm_vit,
+        *PLAIN,
+        "--prune",
+        "--prune_iter",
+        "4",
+        "--prune_mode",
+        mode,
+        "--resume",
+        dense,
+        "--output_dir",
+        tmp_path / "p",
+    )
     small = load_dense(tmp_path / "p" / "pruned_checkpoint.pth")
     assert sum(b.tokens for b in small.dims.blocks) == 2 * 2 + 2 * int(16 * 0.6)
     assert all(isinstance(tokens, ContentMerge) for _, tokens in layers(small))
@@ -206,23 +218,53 @@ def test_prune_finetune_eval(runs, tmp_path, capsys, mode):
     tuned = json.loads((tmp_path / "f" / "summary.json").read_text())["finetuned"]
     assert f"top-1 {tuned['top1']:.2f}, top-5" in capsys.readouterr().out
     if mode == "attn":
-        run(finetune_dense, *PLAIN, "--finetune", tmp_path / "p", "--epochs", "1", "--kl_loss_coeff", "0",
-            "--original_loss_coeff", "1")  # fmt: skip
-        run(main_pm_vit, *PLAIN, *start, "--prune", "--prune_mode", "seq", "--keep_rate", "0.3",
-            "--output_dir", tmp_path / "again")  # fmt: skip
+        run(
+            finetune_dense,
+            *PLAIN,
+            "--finetune",
+            tmp_path / "p",
+            "--epochs",
+            "1",
+            "--kl_loss_coeff",
+            "0",
+            "--original_loss_coeff",
+            "1",
+        )
+        run(
+            main_pm_vit,
+            *PLAIN,
+            *start,
+            "--prune",
+            "--prune_mode",
+            "seq",
+            "--keep_rate",
+            "0.3",
+            "--output_dir",
+            tmp_path / "again",
+        )
         assert sum(b.tokens for b in load_dense(tmp_path / "again" / "pruned_checkpoint.pth").dims.blocks) == 2 * 6
-        for flags, words in ((["--freeze_param"], "has no matrices to train"),
-                             (["--prune"], "seq, random and probe compress it further"),
-                             (["--prune", "--merge", "grid"], "--merge content goes on with it")):  # fmt: skip
+        for flags, words in (
+            (["--freeze_param"], "has no matrices to train"),
+            (["--prune"], "seq, random and probe compress it further"),
+            (["--prune", "--merge", "grid"], "--merge content goes on with it"),
+        ):
             with pytest.raises(BadArguments, match=words):
                 run(main_pm_vit, *PLAIN, *start, *flags, "--output_dir", tmp_path / "no")
 
 
-@pytest.mark.parametrize("flags, merge", [
-    ([], "content"), (["--prune_rate", "0"], "content"), (["--prune_mode", "probe"], "content"),
-    (["--prune_rate", "0.1"], "grid"), (["--dense_merge", "--shortcut", "skipped"], "grid"),
-    (["--merge", "raster"], "raster"), (["--prune_mode", "clus"], "grid"), (["--merge_entries", "published"], "grid"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, merge",
+    [
+        ([], "content"),
+        (["--prune_rate", "0"], "content"),
+        (["--prune_mode", "probe"], "content"),
+        (["--prune_rate", "0.1"], "grid"),
+        (["--dense_merge", "--shortcut", "skipped"], "grid"),
+        (["--merge", "raster"], "raster"),
+        (["--prune_mode", "clus"], "grid"),
+        (["--merge_entries", "published"], "grid"),
+    ],
+)
 def test_content_unless_a_flag_asks_for_places(flags, merge):
     args = main_pm_vit.get_args_parser().parse_args(["--prune", "--resume", "x", "--output_dir", "y", *flags])
     pm_vit_options.check_flags(args, problems := Problems())
@@ -233,8 +275,19 @@ def test_content_unless_a_flag_asks_for_places(flags, merge):
 def test_what_merges_by_place_goes_on_by_place(runs, tmp_path, capsys):
     """And a pruned model's speed is measured as it will merge."""
     dense, small = runs["dense"] / "ft_checkpoint.pth", tmp_path / "grid" / "pruned_checkpoint.pth"
-    run(main_pm_vit, *PLAIN, "--prune", "--prune_mode", "seq", "--merge", "grid", "--resume", dense, "--output_dir",
-        small.parent)  # fmt: skip
+    run(
+        main_pm_vit,
+        *PLAIN,
+        "--prune",
+        "--prune_mode",
+        "seq",
+        "--merge",
+        "grid",
+        "--resume",
+        dense,
+        "--output_dir",
+        small.parent,
+    )
     with pytest.raises(BadArguments, match="merges by place; --merge grid goes on with it"):
         run(main_pm_vit, *PLAIN, "--prune", "--prune_mode", "seq", "--resume", small, "--output_dir", tmp_path / "no")
     built = []
@@ -245,16 +298,29 @@ def test_what_merges_by_place_goes_on_by_place(runs, tmp_path, capsys):
     assert built == [False, True, False, True]
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--prune_rate", "0.1"], "--merge content only merges: --prune_rate 0.1 does not go with it"),
-    (["--dense_merge"], "--dense_merge is of matrices, which --merge content has none of"),
-    (["--merge_entries", "published"], "--merge_entries published is of matrices"),
-    (["--shortcut", "skipped"], "--shortcut skipped is of matrices"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--prune_rate", "0.1"], "--merge content only merges: --prune_rate 0.1 does not go with it"),
+        (["--dense_merge"], "--dense_merge is of matrices, which --merge content has none of"),
+        (["--merge_entries", "published"], "--merge_entries published is of matrices"),
+        (["--shortcut", "skipped"], "--shortcut skipped is of matrices"),
+    ],
+)
 def test_mistakes(runs, tmp_path, flags, words):
     with pytest.raises(BadArguments, match=words):
-        run(main_pm_vit, *PLAIN, "--prune", "--merge", "content", *flags, "--output_dir", tmp_path,
-            "--resume", runs["dense"] / "ft_checkpoint.pth")  # fmt: skip
+        run(
+            main_pm_vit,
+            *PLAIN,
+            "--prune",
+            "--merge",
+            "content",
+            *flags,
+            "--output_dir",
+            tmp_path,
+            "--resume",
+            runs["dense"] / "ft_checkpoint.pth",
+        )
 
 
 def test_a_picture_shows_the_groups_of_its_image(merged):

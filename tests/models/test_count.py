@@ -1,4 +1,5 @@
 """Closed-form MACs and parameters against torch's own counts, and the published figures."""
+
 import random
 from dataclasses import replace
 
@@ -33,12 +34,15 @@ def test_counts_are_torchs(monkeypatch, family, images, seed):
     assert 2 * macs(**family, dims=dims) == counter.get_total_flops()
 
 
-@pytest.mark.parametrize("arch, giga_macs, mega_params, digits", [
-    ("deit_base_distilled_patch16_224", 17.66, 87.34, 2),  # NViT, counted with both heads
-    ("deit_base_patch16_224", 17.6, 86.6, 1),  # DeiT and SAViT, tables 1
-    ("deit_small_patch16_224", 4.6, 22.1, 1),
-    ("deit_tiny_patch16_224", 1.3, 5.7, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, giga_macs, mega_params, digits",
+    [
+        ("deit_base_distilled_patch16_224", 17.66, 87.34, 2),  # NViT, counted with both heads
+        ("deit_base_patch16_224", 17.6, 86.6, 1),  # DeiT and SAViT, tables 1
+        ("deit_small_patch16_224", 4.6, 22.1, 1),
+        ("deit_tiny_patch16_224", 1.3, 5.7, 1),
+    ],
+)
 def test_published_figures(arch, giga_macs, mega_params, digits):
     assert round(macs(arch) / 1e9, digits) == giga_macs
     assert round(params(arch) / 1e6, digits) == mega_params
@@ -62,11 +66,14 @@ def test_padding_is_not_counted(tiny, images):
     assert 2 * macs(**tiny, dims=dims) < counter.get_total_flops()
 
 
-@pytest.mark.parametrize("size, heads, mlp, embed, before, after", [
-    ("base", 26, 9441, 285, (6.2935, 11.1555, 17.5675), (3.461, 5.219, 8.756)),
-    ("small", 7, 3157, 80, (1.7524, 2.7891, 4.6007), (1.320, 1.830, 3.197)),
-    ("tiny", 3, 1828, 27, (0.5276, 0.6974, 1.2546), (0.439, 0.480, 0.9448)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, heads, mlp, embed, before, after",
+    [
+        ("base", 26, 9441, 285, (6.2935, 11.1555, 17.5675), (3.461, 5.219, 8.756)),
+        ("small", 7, 3157, 80, (1.7524, 2.7891, 4.6007), (1.320, 1.830, 3.197)),
+        ("tiny", 3, 1828, 27, (0.5276, 0.6974, 1.2546), (0.439, 0.480, 0.9448)),
+    ],
+)
 def test_savits_published_logs(size, heads, mlp, embed, before, after):
     """Given what its logs say was removed; they count norms and put the classifier into each part's line."""
     arch = f"deit_{size}_patch16_224"

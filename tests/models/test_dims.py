@@ -1,4 +1,5 @@
 """The architecture as a value: conversions are exact, and what is wrong with a value is named."""
+
 import dataclasses
 import json
 
@@ -47,22 +48,31 @@ def test_values_are_frozen_hashable_and_hold_tuples():
 def test_sizes_are_keyed_by_axis():
     assert DIMS.sizes() == {
         "embed": 48,
-        "blocks.0.heads": 3, "blocks.0.qk": 16, "blocks.0.v": 20, "blocks.0.mlp": 40,
-        "blocks.1.heads": 0, "blocks.1.qk": 0, "blocks.1.v": 0, "blocks.1.mlp": 7,
-    }  # fmt: skip
+        "blocks.0.heads": 3,
+        "blocks.0.qk": 16,
+        "blocks.0.v": 20,
+        "blocks.0.mlp": 40,
+        "blocks.1.heads": 0,
+        "blocks.1.qk": 0,
+        "blocks.1.v": 0,
+        "blocks.1.mlp": 7,
+    }
 
 
-@pytest.mark.parametrize("field, value, complaint", [
-    ("heads", -1, "heads must be at least 0, not -1"),
-    ("qk", 0, "qk must be at least 1, not 0"),
-    ("v", 0, "v must be at least 1, not 0"),
-    ("mlp", -4, "mlp must be at least 0, not -4"),
-    ("tokens", 0, "tokens must be at least 1, not 0"),
-    ("heads", 2.0, r"heads must be a whole number, not 2\.0"),
-    ("mlp", "8", "mlp must be a whole number, not '8'"),
-    ("qk", True, "qk must be a whole number, not True"),
-    ("v", None, "v must be a whole number, not None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "field, value, complaint",
+    [
+        ("heads", -1, "heads must be at least 0, not -1"),
+        ("qk", 0, "qk must be at least 1, not 0"),
+        ("v", 0, "v must be at least 1, not 0"),
+        ("mlp", -4, "mlp must be at least 0, not -4"),
+        ("tokens", 0, "tokens must be at least 1, not 0"),
+        ("heads", 2.0, r"heads must be a whole number, not 2\.0"),
+        ("mlp", "8", "mlp must be a whole number, not '8'"),
+        ("qk", True, "qk must be a whole number, not True"),
+        ("v", None, "v must be a whole number, not None"),
+    ],
+)
 def test_bad_widths_are_named(field, value, complaint):
     with pytest.raises(DimsError, match=complaint):
         BlockDims(**BLOCK | {field: value})
@@ -76,29 +86,35 @@ def test_bad_embed_is_named(embed):
         ViTDims.from_dict(dict(embed=embed, blocks=[BLOCK]))
 
 
-@pytest.mark.parametrize("data, complaint", [
-    (None, "found: NoneType"),
-    ([], "found: list"),
-    (dict(embed=8), "found: embed"),
-    (dict(embed=8, blocks=[], depth=2), "depth"),
-    (dict(embed=8, blocks=3), "blocks must be a list"),
-    (dict(embed=8, blocks=[BLOCK, 5]), "block 1.*found: int"),
-    (dict(embed=8, blocks=[{k: v for k, v in BLOCK.items() if k != "mlp"}]), "block 0 needs exactly the keys.*mlp"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, complaint",
+    [
+        (None, "found: NoneType"),
+        ([], "found: list"),
+        (dict(embed=8), "found: embed"),
+        (dict(embed=8, blocks=[], depth=2), "depth"),
+        (dict(embed=8, blocks=3), "blocks must be a list"),
+        (dict(embed=8, blocks=[BLOCK, 5]), "block 1.*found: int"),
+        (dict(embed=8, blocks=[{k: v for k, v in BLOCK.items() if k != "mlp"}]), "block 0 needs exactly the keys.*mlp"),
+    ],
+)
 def test_bad_dicts_are_explained(data, complaint):
     with pytest.raises(DimsError, match=complaint):
         ViTDims.from_dict(data)
 
 
-@pytest.mark.parametrize("change, tokens, complaint", [
-    ({"EMB": 0}, 18, "embed must be at least 1"),
-    ({"QK": [16]}, 18, "different lengths.*'QK': 1"),
-    ({"V": 20}, 18, "V.* must be lists"),
-    ({"MLP": [40, "7"]}, 18, "mlp must be a whole number"),
-    ({"EXTRA": 1}, 18, "exactly the keys"),
-    ({}, [18], "2 blocks but 1 token counts"),
-    ({}, 0, "tokens must be at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, tokens, complaint",
+    [
+        ({"EMB": 0}, 18, "embed must be at least 1"),
+        ({"QK": [16]}, 18, "different lengths.*'QK': 1"),
+        ({"V": 20}, 18, "V.* must be lists"),
+        ({"MLP": [40, "7"]}, 18, "mlp must be a whole number"),
+        ({"EXTRA": 1}, 18, "exactly the keys"),
+        ({}, [18], "2 blocks but 1 token counts"),
+        ({}, 0, "tokens must be at least 1"),
+    ],
+)
 def test_bad_published_spellings_are_explained(change, tokens, complaint):
     with pytest.raises(DimsError, match=complaint):
         ViTDims.from_dim(DIMS.to_dim() | change, tokens)

@@ -1,4 +1,5 @@
 """A compact model as a backbone: the maps of the masked model's surviving channels, in one scale or several."""
+
 from dataclasses import replace
 
 import pytest

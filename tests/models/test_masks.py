@@ -1,4 +1,5 @@
 """Bookkeeping of masks, and what a masked model must never do: let a removed unit come back."""
+
 import pytest
 import torch
 
@@ -102,8 +103,9 @@ def test_install_zeroes_the_removed_moments(tiny, images, randomise, prune):
     optimizer.step()
     moments = {
         (name, key): optimizer.state[p][key].clone()
-        for name, p in model.named_parameters() for key in ("exp_avg", "exp_avg_sq")
-    }  # fmt: skip
+        for name, p in model.named_parameters()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
     assert all(m.any() for m in moments.values())
     masks = prune(Masks(model.dims), ("embed", "heads", "qk", "v", "mlp"))
     masks.install_(model, optimizer)
@@ -124,13 +126,16 @@ def test_state_dict_round_trip(prune):
     assert all(torch.equal(restored.keep[axis], keep) for axis, keep in masks.keep.items())
 
 
-@pytest.mark.parametrize("change, complaint", [
-    ({"embed": torch.ones(7, dtype=torch.bool)}, "axis embed has 7 units, not 6"),
-    ({"embed": torch.ones(6)}, "axis embed"),
-    ({"blocks.1.mlp": torch.ones(2, 2, dtype=torch.bool)}, "axis blocks.1.mlp"),
-    ({"blocks.2.mlp": torch.ones(4, dtype=torch.bool)}, "axis blocks.2.mlp has 4 units, not None"),
-    ({"blocks.2.mlp": torch.ones(4)}, "axis blocks.2.mlp"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        ({"embed": torch.ones(7, dtype=torch.bool)}, "axis embed has 7 units, not 6"),
+        ({"embed": torch.ones(6)}, "axis embed"),
+        ({"blocks.1.mlp": torch.ones(2, 2, dtype=torch.bool)}, "axis blocks.1.mlp"),
+        ({"blocks.2.mlp": torch.ones(4, dtype=torch.bool)}, "axis blocks.2.mlp has 4 units, not None"),
+        ({"blocks.2.mlp": torch.ones(4)}, "axis blocks.2.mlp"),
+    ],
+)
 def test_masks_of_another_model_are_refused(change, complaint):
     with pytest.raises(ValueError, match=complaint):
         Masks(DIMS).load_state_dict(Masks(DIMS).state_dict() | change)

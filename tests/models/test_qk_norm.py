@@ -1,4 +1,5 @@
 """A model that normalises queries and keys: everything but qk is pruned, and it says so."""
+
 import dataclasses
 import json
 import random
@@ -46,11 +47,34 @@ def test_a_narrower_qk_is_refused():
 
 def test_pruning_says_so_and_leaves_it(runs, tmp_path, capsys):
     kwargs = [f"{k}={v}" for k, v in (TINY | dict(qk_norm=True)).items() if k != "num_classes"]
-    run(finetune_dense, "--scratch", "--model", MODEL["arch"], "--model-kwargs", *kwargs, *PLAIN, "--epochs", "1",
-        "--kl_loss_coeff", "0", "--original_loss_coeff", "1", "--output_dir", tmp_path)  # fmt: skip
+    run(
+        finetune_dense,
+        "--scratch",
+        "--model",
+        MODEL["arch"],
+        "--model-kwargs",
+        *kwargs,
+        *PLAIN,
+        "--epochs",
+        "1",
+        "--kl_loss_coeff",
+        "0",
+        "--original_loss_coeff",
+        "1",
+        "--output_dir",
+        tmp_path,
+    )
     (dense,) = tmp_path.glob("scratch_*")
-    run(main_full_global_latency, *PRUNE, "--initial-checkpoint", dense / "ft_checkpoint.pth", "--output_dir", tmp_path,
-        "--latency_look_up_table", runs["table"])  # fmt: skip
+    run(
+        main_full_global_latency,
+        *PRUNE,
+        "--initial-checkpoint",
+        dense / "ft_checkpoint.pth",
+        "--output_dir",
+        tmp_path,
+        "--latency_look_up_table",
+        runs["table"],
+    )
     assert "qk is left alone: queries and keys are normalised over it" in capsys.readouterr().out
     (pruned,) = tmp_path.glob("global_*")
     summary = json.loads((pruned / "summary.json").read_text())["pruned"]

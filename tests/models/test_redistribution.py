@@ -1,4 +1,5 @@
 """ReViT's widths: the published tables, and training them from scratch."""
+
 import json
 
 import pytest
@@ -16,12 +17,19 @@ DEIT_B = "deit_base_distilled_patch16_224"
     [
         (176, "published", [10, 2, 2] + [4] * 6 + [2, 2, 10], [16, 8, 8] + [16] * 6 + [8, 8, 16], 528, 5.34, 1.135),
         (192, "published", [10, 2, 2] + [4] * 6 + [2, 2, 10], [16, 8, 8] + [16] * 6 + [8, 8, 16], 576, 6.16, 1.290),
-        (384, "published", [10, 4, 4] + [8] * 6 + [4, 4, 10], [32, 16, 16] + [32] * 6 + [16, 16, 32], 1152,
-         23.12, 4.705),
+        (
+            384,
+            "published",
+            [10, 4, 4] + [8] * 6 + [4, 4, 10],
+            [32, 16, 16] + [32] * 6 + [16, 16, 32],
+            1152,
+            23.12,
+            4.705,
+        ),
         (176, "paper", [2] * 3 + [4] * 6 + [2] * 3, [8] * 3 + [16] * 6 + [8] * 3, 528, 4.88, 0.992),
         (384, "paper", [4] * 3 + [8] * 6 + [4] * 3, [16] * 3 + [40] * 6 + [16] * 3, 1152, 22.43, 4.534),
     ],
-)  # fmt: skip
+)
 def test_both_rules_give_their_published_widths_and_counts(embed, rule, heads, qk, mlp, mega_params, giga_macs):
     dims = redistributed(embed, 198, rule)
     assert [b.heads for b in dims.blocks] == heads and [b.qk for b in dims.blocks] == qk
@@ -38,9 +46,32 @@ def test_what_no_rule_can_give_is_refused():
         redistributed(32, 198)
 
 
-FLAGS = ["--data-set", "DIGITS", "--device", "cpu", "--num_workers", "0", "--epochs", "1", "--mixup", "0", "--cutmix",
-         "0", "--model", "deit_tiny_distilled_patch16_224", "--kl_loss_coeff", "0", "--original_loss_coeff", "1",
-         "--model-kwargs", "img_size=16", "patch_size=8", "embed_dim=32", "depth=2", "num_heads=4"]  # fmt: skip
+FLAGS = [
+    "--data-set",
+    "DIGITS",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+    "--epochs",
+    "1",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--model",
+    "deit_tiny_distilled_patch16_224",
+    "--kl_loss_coeff",
+    "0",
+    "--original_loss_coeff",
+    "1",
+    "--model-kwargs",
+    "img_size=16",
+    "patch_size=8",
+    "embed_dim=32",
+    "depth=2",
+    "num_heads=4",
+]
 
 
 def run(*flags):

@@ -1,4 +1,5 @@
 """2:4 sparsity of the finished model."""
+
 import json
 
 import pytest

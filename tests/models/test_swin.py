@@ -1,4 +1,5 @@
 """Swin Transformers of any widths: timm's function at full width, and masked equals compact for every axis."""
+
 import json
 
 import pytest
@@ -160,8 +161,10 @@ def test_published_counts():
 def test_weights_under_the_published_names_load(randomise):
     """Downsampling at the end of a stage, a bare head, and buffers, as in the first release."""
     model = randomise(build_vit(ARCH, **SMALL))
-    state = {k.replace("layers.1.downsample", "layers.0.downsample").replace("head.fc", "head"): v
-             for k, v in model.state_dict().items()}  # fmt: skip
+    state = {
+        k.replace("layers.1.downsample", "layers.0.downsample").replace("head.fc", "head"): v
+        for k, v in model.state_dict().items()
+    }
     state |= {"layers.0.blocks.1.attn_mask": torch.zeros(1), "layers.0.blocks.0.attn.relative_position_index": None}
     found = as_timm_names(state, skeleton(ARCH, **SMALL), "weights.pth")
     assert found.keys() == model.state_dict().keys()
@@ -189,8 +192,9 @@ def test_a_compact_model_takes_another_classifier(remove):
 def test_dims_travel_as_plain_values():
     dims = SwinDims.of(skeleton(ARCH, **SMALL))
     assert dims_from_dict(json.loads(json.dumps(dims.to_dict()))) == dims
-    assert dims.to_dim() == dict(EMB=[16, 32], head=[[2, 2], [4, 4]], QK=[[8, 8]] * 2, V=[[8, 8]] * 2,
-                                 MLP=[[64, 64], [128, 128]])  # fmt: skip
+    assert dims.to_dim() == dict(
+        EMB=[16, 32], head=[[2, 2], [4, 4]], QK=[[8, 8]] * 2, V=[[8, 8]] * 2, MLP=[[64, 64], [128, 128]]
+    )
     assert [b.tokens for b in dims.blocks] == [64, 64, 16, 16]
     assert dims.resized(dims.sizes()) == dims
     less = dims.resized({"layers.1.embed": 20, "layers.0.blocks.1.qk": 3})
@@ -201,11 +205,16 @@ def test_dims_travel_as_plain_values():
 STAGE = dict(embed=4, blocks=[])
 
 
-@pytest.mark.parametrize("data, message", [
-    (dict(stages=[]), "1 to 16 stages"), (dict(stages=[STAGE] * 17), "1 to 16 stages"),
-    (dict(stages=5), "exactly the key stages"), (dict(stages=[STAGE], embed=4), "exactly the key stages"),
-    (dict(stages=[STAGE, dict(embed=0, blocks=[])]), "stage 1: embed must be at least 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (dict(stages=[]), "1 to 16 stages"),
+        (dict(stages=[STAGE] * 17), "1 to 16 stages"),
+        (dict(stages=5), "exactly the key stages"),
+        (dict(stages=[STAGE], embed=4), "exactly the key stages"),
+        (dict(stages=[STAGE, dict(embed=0, blocks=[])]), "stage 1: embed must be at least 1"),
+    ],
+)
 def test_odd_dims_are_refused(data, message):
     with pytest.raises(DimsError, match=message):
         dims_from_dict(data)
@@ -233,8 +242,9 @@ def test_what_cannot_be_pruned_is_refused_in_a_line():
         build_vit(ARCH, dims, **SMALL | dict(img_size=32))
 
 
-@pytest.mark.parametrize("axis", ["layers.0.embed", "layers.1.embed", "layers.0.blocks.1.heads",
-                                  "layers.1.blocks.0.mlp"])  # fmt: skip
+@pytest.mark.parametrize(
+    "axis", ["layers.0.embed", "layers.1.embed", "layers.0.blocks.1.heads", "layers.1.blocks.0.mlp"]
+)
 def test_saliency_is_the_squared_sum_over_what_the_unit_writes_and_reads(axis, randomise):
     """The embedding of a stage counts in its blocks, in its own downsampling and in the next one's."""
     model = randomise(build_vit(ARCH, **SMALL, drop_path_rate=0.0)).double()
@@ -295,8 +305,9 @@ def test_it_is_a_backbone(randomise, remove):
 def test_blocks_of_no_width_may_be_all_there_is():
     """A model whose blocks are all gone still downsamples and classifies."""
     dims = SwinDims.of(skeleton(ARCH, **SMALL))
-    empty = dims.with_stages([ViTDims(s.embed, tuple(BlockDims(0, 0, 0, 0, b.tokens) for b in s.blocks))
-                              for s in dims.stages])  # fmt: skip
+    empty = dims.with_stages(
+        [ViTDims(s.embed, tuple(BlockDims(0, 0, 0, 0, b.tokens) for b in s.blocks)) for s in dims.stages]
+    )
     model = build_vit(ARCH, empty, **SMALL).eval()
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
     assert sum(p.numel() for p in model.parameters()) == params(ARCH, empty, **SMALL)
@@ -323,8 +334,15 @@ def small_checkpoint(**odd):
     masks.remove("layers.0.embed", torch.arange(4))
     masks.install_(model)
     kwargs = {k: list(v) if isinstance(v, tuple) else v for k, v in SMALL.items()}
-    return dict(arch=dict(name=ARCH, kwargs=kwargs), dims=masks.dims.to_dict(), masks=masks.state_dict(),
-                model=model.state_dict()) | odd  # fmt: skip
+    return (
+        dict(
+            arch=dict(name=ARCH, kwargs=kwargs),
+            dims=masks.dims.to_dict(),
+            masks=masks.state_dict(),
+            model=model.state_dict(),
+        )
+        | odd
+    )
 
 
 def changed(**kwargs):
@@ -334,14 +352,27 @@ def changed(**kwargs):
 ONE = torch.ones(4, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("odd", [
-    dict(arch=changed(depths=[900, 900])), dict(arch=changed(img_size=99_999)), dict(arch=changed(num_heads=[2, 0])),
-    dict(arch=changed(window_size=999)), dict(arch=changed(depths=[2, 3])),
-    dict(arch=dict(name="swinv2_tiny_window8_256", kwargs={})), dict(arch=dict(name="vit_tiny_patch16_224", kwargs={})),
-    dict(dims=dict(embed=8, blocks=[])), dict(dims=dict(stages=[dict(embed=8, blocks=[])])), dict(dims=dict(stages=[])),
-    dict(masks={}), dict(masks={"layers.9.embed": ONE}), dict(masks={"blocks.0.tokens": ONE}), dict(masks={"x": ONE}),
-    dict(masks=Masks(SwinDims.of(skeleton(ARCH, **SMALL))).state_dict() | {"blocks.0.tokens": ONE}),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "odd",
+    [
+        dict(arch=changed(depths=[900, 900])),
+        dict(arch=changed(img_size=99_999)),
+        dict(arch=changed(num_heads=[2, 0])),
+        dict(arch=changed(window_size=999)),
+        dict(arch=changed(depths=[2, 3])),
+        dict(arch=dict(name="swinv2_tiny_window8_256", kwargs={})),
+        dict(arch=dict(name="vit_tiny_patch16_224", kwargs={})),
+        dict(dims=dict(embed=8, blocks=[])),
+        dict(dims=dict(stages=[dict(embed=8, blocks=[])])),
+        dict(dims=dict(stages=[])),
+        dict(masks={}),
+        dict(masks={"layers.9.embed": ONE}),
+        dict(masks={"blocks.0.tokens": ONE}),
+        dict(masks={"x": ONE}),
+        dict(masks=Masks(SwinDims.of(skeleton(ARCH, **SMALL))).state_dict() | {"blocks.0.tokens": ONE}),
+    ],
+    ids=str,
+)
 def test_a_checkpoint_that_lies_is_refused_in_a_line(tmp_path, odd):
     checkpoint.save(tmp_path / "good.pth", **small_checkpoint())
     assert load_dense(tmp_path / "good.pth").dims.stages[0].embed == 12

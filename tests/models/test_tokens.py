@@ -1,4 +1,5 @@
 """Blocks that compute on fewer tokens: the block formula, exactness, counts, export, and heads on all tokens."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -95,10 +96,16 @@ def test_all_tokens_means_no_compression(tiny):
     assert not list(layers(build_vit(**tiny)))
 
 
-@pytest.mark.parametrize("merge", [
-    {}, dict(dense_merge=True), dict(content_merge=True), dict(lean_last=True),
-    dict(content_merge=True, lean_last=True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "merge",
+    [
+        {},
+        dict(dense_merge=True),
+        dict(content_merge=True),
+        dict(lean_last=True),
+        dict(content_merge=True, lean_last=True),
+    ],
+)
 def test_counts_include_compression(tiny, merge, images):
     dims = with_tokens(build_vit(**tiny).dims, *((18, 9) if "lean_last" in merge else (9, 18)))
     kwargs = tiny | merge
@@ -269,10 +276,6 @@ def test_a_shortcut_is_not_folded_away(compressed, images):
         torch.testing.assert_close(compressed(images), expected, rtol=1e-4, atol=1e-5)
 
 
-
-
-
-
 def test_a_segmentation_head_trains_on_all_tokens(compressed, images):
     trains_a_segmentation_head(compressed, images)
     maps = compressed.forward_intermediates(images, indices=[0, 1], intermediates_only=True)
@@ -283,8 +286,6 @@ def test_compressed_models_export(compressed, images):
     exported = torch.export.export(compressed, (images,))
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(images), compressed(images), rtol=1e-4, atol=1e-5)
-
-
 
 
 @pytest.mark.slow

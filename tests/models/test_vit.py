@@ -1,4 +1,5 @@
 """timm's function at full width, the right function at every other width, and refusals that help."""
+
 from argparse import Namespace
 
 import pytest
@@ -154,25 +155,31 @@ def test_drop_rates_reach_the_blocks(tiny):
     assert blocks[0].attn.attn_drop == 0.3 and blocks[0].attn.proj_drop.p == 0.1
 
 
-@pytest.mark.parametrize("arch, closest", [
-    ("deit_base_distiled_patch16_224", "deit_base_distilled_patch16_224"),
-    ("vit_tiny_patch16_244", "vit_tiny_patch16_224"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, closest",
+    [
+        ("deit_base_distiled_patch16_224", "deit_base_distilled_patch16_224"),
+        ("vit_tiny_patch16_244", "vit_tiny_patch16_224"),
+    ],
+)
 def test_unknown_names_come_with_the_closest(arch, closest):
     with pytest.raises(ModelError, match=f"timm knows no model '{arch}'; closest: .*{closest}"):
         build_vit(arch)
 
 
-@pytest.mark.parametrize("arch, kwargs, reason", [
-    ("resnet50", {}, "timm.models.resnet"),
-    ("beit_base_patch16_224", {}, "timm.models.beit"),
-    ("vit_base_patch16_siglip_224", {}, "pools by attention"),
-    ("vit_giant_patch14_dinov2", {}, "blocks are not plain"),
-    ("vit_base_patch16_xp_224", {}, "ParallelScalingBlock"),
-    ("vit_tiny_patch16_224", dict(scale_attn_norm=True), "attn.norm"),
-    ("vit_tiny_patch16_224", dict(colour=3), "unexpected keyword argument 'colour'"),
-    ("vit_tiny_patch16_224", dict(num_heads=5), "divisible"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arch, kwargs, reason",
+    [
+        ("resnet50", {}, "timm.models.resnet"),
+        ("beit_base_patch16_224", {}, "timm.models.beit"),
+        ("vit_base_patch16_siglip_224", {}, "pools by attention"),
+        ("vit_giant_patch14_dinov2", {}, "blocks are not plain"),
+        ("vit_base_patch16_xp_224", {}, "ParallelScalingBlock"),
+        ("vit_tiny_patch16_224", dict(scale_attn_norm=True), "attn.norm"),
+        ("vit_tiny_patch16_224", dict(colour=3), "unexpected keyword argument 'colour'"),
+        ("vit_tiny_patch16_224", dict(num_heads=5), "divisible"),
+    ],
+)
 def test_models_that_cannot_be_built_are_refused_with_the_reason(arch, kwargs, reason):
     with pytest.raises(ModelError, match=f"{arch}.*{reason}"):
         build_vit(arch, **kwargs)

@@ -1,4 +1,5 @@
 """Flags: declared once, explained with unit and default, read by code, and spelled as published."""
+
 import argparse
 import re
 import shlex
@@ -15,12 +16,18 @@ from options import boolean
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = dict(
-    main_full_global_latency=main_full_global_latency, finetune_dense=finetune_dense, revit_scratch=revit_scratch,
-    main_savit=main_savit, main_savit_deploy=main_savit_deploy,
-)  # fmt: skip
+    main_full_global_latency=main_full_global_latency,
+    finetune_dense=finetune_dense,
+    revit_scratch=revit_scratch,
+    main_savit=main_savit,
+    main_savit_deploy=main_savit_deploy,
+)
 NO_EFFECT = {
-    "pruning_exit", "finetune_op", "pruning_per_iteration", "pruning_flops_threshold",
-}  # fmt: skip
+    "pruning_exit",
+    "finetune_op",
+    "pruning_per_iteration",
+    "pruning_flops_threshold",
+}
 PRUNE = (
     "--model deit_base_distilled_patch16_224 --epochs 50 --num_workers 10 --batch-size 128 --data-path D "
     "--data-set IMNET "
@@ -123,8 +130,14 @@ def test_resume_takes_nothing_a_path_or_the_empty_string():
 
 
 def test_savit_components():
-    values = {"3": ("heads", "mlp", "embed"), "0": ("heads",), "1": ("mlp",), "2": ("embed",),
-              "embed,qk,heads": ("heads", "embed", "qk"), "0,2": ("heads", "embed")}  # fmt: skip
+    values = {
+        "3": ("heads", "mlp", "embed"),
+        "0": ("heads",),
+        "1": ("mlp",),
+        "2": ("embed",),
+        "embed,qk,heads": ("heads", "embed", "qk"),
+        "0,2": ("heads", "embed"),
+    }
     assert {text: main_savit.components(text) for text in values} == values
     for text in ("4", "patch", "heads,heads", "", "0,3"):
         with pytest.raises(argparse.ArgumentTypeError):

@@ -25,8 +25,10 @@ def table():
         return 1e-6 * e * (h * 2 * (q + v) + 10)
 
     points = dict(e=(4, 32), h=(1, 4), q=(1, 8), v=(1, 8), m=(1, 128))
-    seconds = {f"attention/EMB_{e}/QK_{h}_{q}/V_{v}": attention(e, h, q, v)
-               for e, h, q, v in product(*(points[k] for k in "ehqv"))}  # fmt: skip
+    seconds = {
+        f"attention/EMB_{e}/QK_{h}_{q}/V_{v}": attention(e, h, q, v)
+        for e, h, q, v in product(*(points[k] for k in "ehqv"))
+    }
     seconds |= {f"mlp/EMB_{e}/MLP_{m}": 1e-6 * e * (2 * m + 10) for e, m in product(points["e"], points["m"])}
     seconds |= {f"overhead/EMB_{e}": 1e-6 * e for e in points["e"]}
     return LatencyTable.of_parts(seconds, {})
@@ -34,8 +36,12 @@ def table():
 
 def curves(heads=1.0, qk=1.0, v=1.0, mlp=1.0):
     """Prices that halve the divergence with every step up."""
-    return dict(heads={0: heads, 1: heads / 2, 2: heads / 8, 4: 0.0}, qk={1: qk, 4: qk / 16, 8: 0.0},
-                v={1: v, 4: v / 16, 8: 0.0}, mlp={0: 4 * mlp, 16: mlp, 64: mlp / 16, 128: 0.0})  # fmt: skip
+    return dict(
+        heads={0: heads, 1: heads / 2, 2: heads / 8, 4: 0.0},
+        qk={1: qk, 4: qk / 16, 8: 0.0},
+        v={1: v, 4: v / 16, 8: 0.0},
+        mlp={0: 4 * mlp, 16: mlp, 64: mlp / 16, 128: 0.0},
+    )
 
 
 EMBED = {8: 1.0, 16: 0.1, 24: 0.01, 32: 0.0}
@@ -51,13 +57,17 @@ def test_interpolation_meets_the_probes_and_falls_with_the_width():
 
 def test_the_knapsack_is_exact():
     rng = np.random.default_rng(0)
-    options = [Options(np.zeros((6, 4)), np.sort(rng.uniform(1, 9, 6)), np.sort(rng.uniform(0, 1, 6))[::-1])
-               for _ in range(4)]  # fmt: skip
+    options = [
+        Options(np.zeros((6, 4)), np.sort(rng.uniform(1, 9, 6)), np.sort(rng.uniform(0, 1, 6))[::-1]) for _ in range(4)
+    ]
     least = sum(o.seconds[0] for o in options)
     for budget in (1.1 * least, 1.5 * least, 2 * least, 99.0):
         chosen, cost = knapsack(options, budget)
-        best = min(sum(o.cost[k] for o, k in zip(options, ks, strict=True)) for ks in product(range(6), repeat=4)
-                   if sum(o.seconds[k] for o, k in zip(options, ks, strict=True)) <= budget)  # fmt: skip
+        best = min(
+            sum(o.cost[k] for o, k in zip(options, ks, strict=True))
+            for ks in product(range(6), repeat=4)
+            if sum(o.seconds[k] for o, k in zip(options, ks, strict=True)) <= budget
+        )
         assert cost == pytest.approx(best)
         assert sum(o.seconds[k] for o, k in zip(options, chosen, strict=True)) <= budget
     with pytest.raises(ValueError, match="budget"):

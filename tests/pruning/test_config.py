@@ -1,4 +1,5 @@
 """Pruning configs: the shipped files, published files, and everything that is refused."""
+
 import json
 from pathlib import Path
 
@@ -11,9 +12,14 @@ SHIPPED = Path(__file__).parents[2] / "pruning_configs"
 
 @pytest.mark.parametrize(
     ("name", "criterion", "momentum"),
-    [("m2_m0", "magnitude", 0), ("m22_m0", "taylor_elementwise", 0), ("m23_m0", "taylor_sq", 0),
-     ("m23_m05", "taylor_sq", 0.5), ("m23_m09", "taylor_sq", 0.9)],
-)  # fmt: skip
+    [
+        ("m2_m0", "magnitude", 0),
+        ("m22_m0", "taylor_elementwise", 0),
+        ("m23_m0", "taylor_sq", 0),
+        ("m23_m05", "taylor_sq", 0.5),
+        ("m23_m09", "taylor_sq", 0.9),
+    ],
+)
 def test_shipped_configs_mean_what_their_names_say(name, criterion, momentum):
     config, dead = load_config(SHIPPED / f"group8_{name}.json")
     assert config == PruningConfig(criterion, momentum, PUBLISHED_GROUPS) and not dead
@@ -29,11 +35,19 @@ def test_a_published_file_keeps_its_meaning_and_names_its_dead_keys(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "not JSON"), ("[]", "object"), ('{"method": 7}', "method 7"), ('{"method": 23, "typo": 1}', "typo"),
-     ('{"criterion": "tailor"}', "tailor"), ('{"momentum": 1}', "momentum"), ('{"momentum": true}', "momentum"),
-     ('{"group_size": {"embed": 16}}', "exactly the axes"), ('{"moment": 0.9}', "known"),
-     ('{"group_size": {"embed": 0, "heads": 1, "qk": 1, "v": 1, "mlp": 1}}', "embed")],
-)  # fmt: skip
+    [
+        ("", "not JSON"),
+        ("[]", "object"),
+        ('{"method": 7}', "method 7"),
+        ('{"method": 23, "typo": 1}', "typo"),
+        ('{"criterion": "tailor"}', "tailor"),
+        ('{"momentum": 1}', "momentum"),
+        ('{"momentum": true}', "momentum"),
+        ('{"group_size": {"embed": 16}}', "exactly the axes"),
+        ('{"moment": 0.9}', "known"),
+        ('{"group_size": {"embed": 0, "heads": 1, "qk": 1, "v": 1, "mlp": 1}}', "embed"),
+    ],
+)
 def test_what_is_refused_names_the_file_and_the_fault(tmp_path, content, message):
     path = tmp_path / "config.json"
     path.write_text(content)

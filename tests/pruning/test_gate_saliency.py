@@ -67,8 +67,11 @@ def test_the_embedding_against_finite_differences(problem):
     for unit in (0, 17):
         losses = []
         for change in (step, -step):
-            saliency._gates.values = {"embed": torch.ones(1, 32).double().index_add(
-                1, torch.tensor([unit]), torch.tensor([[change]]).double())}  # fmt: skip
+            saliency._gates.values = {
+                "embed": torch.ones(1, 32)
+                .double()
+                .index_add(1, torch.tensor([unit]), torch.tensor([[change]]).double())
+            }
             stem = model.patch_embed._forward_pre_hooks
             hooks, model.patch_embed._forward_pre_hooks = stem, {}
             losses.append(F.cross_entropy(sum(TokenLogits(model)(images)) / 2, targets).item())

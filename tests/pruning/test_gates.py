@@ -1,4 +1,5 @@
 """Gates of zero and one give the masked model; a gate's derivative is that of the function in between."""
+
 import pytest
 import torch
 

@@ -1,4 +1,5 @@
 """Selection: ranking, groups, floors, and the stop at the target."""
+
 import json
 
 import numpy as np
@@ -25,9 +26,11 @@ def table(tmp_path):
     data = {
         f"EMB_{e}": {
             f"QK_{h}_{q}": {f"V_{v}": {f"MLP_{m}": seconds(e, h, q, v, m) for m in widths["m"]} for v in widths["q"]}
-            for h in widths["h"] for q in widths["q"]
-        } for e in widths["e"]
-    }  # fmt: skip
+            for h in widths["h"]
+            for q in widths["q"]
+        }
+        for e in widths["e"]
+    }
     path = tmp_path / "table.json"
     path.write_text(json.dumps(data))
     return LatencyTable.load(path)
@@ -137,9 +140,7 @@ def test_the_target_is_met_closely_and_the_run_stops_there(table, target, steps)
 def test_the_last_group_is_the_closest_of_the_lowest_ranked(table):
     run = pruner(table, target=0.999, per_event=10)
     event = run.event(random_scores())
-    possible = [
-        table.ratio(narrowed(DENSE, axis, size), DENSE) for axis, size in run.group_sizes.items()
-    ]
+    possible = [table.ratio(narrowed(DENSE, axis, size), DENSE) for axis, size in run.group_sizes.items()]
     assert event.reached and event.ratio == pytest.approx(max(r for r in possible if r <= 0.999))
 
 
@@ -156,8 +157,16 @@ def test_a_group_that_would_overshoot_waits_for_narrower_ones(table):
 KWARGS = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=10)
 
 
-@pytest.mark.parametrize("limits", [dict(latency_ms=9.0), dict(macs_=0.5), dict(params_=0.4), dict(params_=9000.0),
-                                    dict(macs_=0.6, params_=0.3, latency_ms=14.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "limits",
+    [
+        dict(latency_ms=9.0),
+        dict(macs_=0.5),
+        dict(params_=0.4),
+        dict(params_=9000.0),
+        dict(macs_=0.6, params_=0.3, latency_ms=14.0),
+    ],
+)
 def test_every_kind_of_target_is_met_from_above(table, limits):
     arch = "deit_tiny_distilled_patch16_224"
     targets = targets_of(DENSE, table, arch, KWARGS, **limits)
@@ -167,8 +176,11 @@ def test_every_kind_of_target_is_met_from_above(table, limits):
         if run.event(random_scores(seed)).reached:
             break
     assert run.reached and run.excess(before) > 1 and 0.9 < run.excess(run.masks.dims) <= 1
-    counts = dict(latency_ms=1e3 * table.model_seconds(run.masks.dims), macs_=macs(arch, run.masks.dims, **KWARGS),
-                  params_=params(arch, run.masks.dims, **KWARGS))  # fmt: skip
+    counts = dict(
+        latency_ms=1e3 * table.model_seconds(run.masks.dims),
+        macs_=macs(arch, run.masks.dims, **KWARGS),
+        params_=params(arch, run.masks.dims, **KWARGS),
+    )
     dense = dict(latency_ms=1, macs_=macs(arch, DENSE, **KWARGS), params_=params(arch, DENSE, **KWARGS))
     for name, limit in limits.items():
         assert counts[name] <= limit * (dense[name] if limit <= 1 else 1)

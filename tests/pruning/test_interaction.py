@@ -1,4 +1,5 @@
 """Interactions between components against autograd's full Hessian over every gate, in float64."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,14 @@ def full_hessian(model, images, targets, components):
 def test_rows_are_sums_over_the_full_hessian(problem, components):
     model, images, targets = problem
     hessian, owner = full_hessian(model, images, targets, components)
-    expected = torch.stack([
-        torch.stack([
-            hessian[[o == k for o in owner]][:, [o == other for o in owner]].sum() for other in components
-        ]) for k in components
-    ])  # fmt: skip
+    expected = torch.stack(
+        [
+            torch.stack(
+                [hessian[[o == k for o in owner]][:, [o == other for o in owner]].sum() for other in components]
+            )
+            for k in components
+        ]
+    )
     with Gates(model).attached() as gates:
         exact, finite = (
             component_hessian(gates, components, lambda: F.cross_entropy(model(images), targets), form)
@@ -56,12 +60,14 @@ def test_a_sample_of_batches_is_within_its_stated_error(problem):
     """The error of 10 of 40 batches' mean, in its own standard errors, over 30 samples: about one on average."""
     model, _, _ = problem
     generator = torch.Generator().manual_seed(2)
-    data = [(torch.randn(4, 3, 16, 16, generator=generator).double(),
-             torch.randint(0, 10, (4,), generator=generator)) for _ in range(40)]  # fmt: skip
+    data = [
+        (torch.randn(4, 3, 16, 16, generator=generator).double(), torch.randint(0, 10, (4,), generator=generator))
+        for _ in range(40)
+    ]
     with Gates(model).attached() as gates:
-        each = torch.stack([
-            component_hessian(gates, COMPONENTS[:3], lambda x=x, y=y: F.cross_entropy(model(x), y)) for x, y in data
-        ])  # fmt: skip
+        each = torch.stack(
+            [component_hessian(gates, COMPONENTS[:3], lambda x=x, y=y: F.cross_entropy(model(x), y)) for x, y in data]
+        )
     truth, deviations = each.mean(0), []
     for _ in range(30):
         sampled = SampledMean(3)

@@ -1,4 +1,5 @@
 """The search: the budget is met and used to the last unit, whatever the model, target, seed or objective."""
+
 import itertools
 
 import numpy as np
@@ -12,10 +13,14 @@ from pruning.macs_search import Objective, Problem, evolution, grid, put_back
 from pruning.savit import Importance, choose, floor_dims, objective, rank
 
 DEIT_TINY = ("deit_tiny_patch16_224", {})
-DIGITS = ("deit_tiny_distilled_patch16_224",
-          dict(img_size=16, patch_size=2, embed_dim=96, depth=6, num_heads=3, num_classes=10))  # fmt: skip
-TINY = ("deit_tiny_distilled_patch16_224",
-        dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3))  # fmt: skip
+DIGITS = (
+    "deit_tiny_distilled_patch16_224",
+    dict(img_size=16, patch_size=2, embed_dim=96, depth=6, num_heads=3, num_classes=10),
+)
+TINY = (
+    "deit_tiny_distilled_patch16_224",
+    dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=3),
+)
 THREE = COMPONENTS[:3]
 
 
@@ -27,8 +32,14 @@ def random_importance(dims, components, seed, hessian=True):
         {a: torch.randn(sizes[a], generator=generator).double() for a in axes} for _ in range(3)
     )
     matrix = torch.randn(len(components), len(components), generator=generator).double()  # indefinite, most of the time
-    return Importance(components, 2, {a: s.exp() for a, s in scores.items()}, gradients, fisher,
-                      matrix + matrix.T if hessian else None)  # fmt: skip
+    return Importance(
+        components,
+        2,
+        {a: s.exp() for a, s in scores.items()},
+        gradients,
+        fisher,
+        matrix + matrix.T if hessian else None,
+    )
 
 
 def make(model, components, target, seed=0, share=0.05, hessian=True, dims=None, **options):

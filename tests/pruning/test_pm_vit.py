@@ -1,4 +1,5 @@
 """Prune and Merge: scores against autograd's attention gradient, exact budgets, groups, matrices."""
+
 import numpy as np
 import pytest
 import torch
@@ -211,8 +212,10 @@ def test_other_layers_keep_their_structure(model, images):
         both = pm_vit.compressed(small, second, Merging(shortcut=shortcut))
         state = small.blocks[0].tokens.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in both.blocks[0].tokens.state_dict().items())
-        assert torch.equal(both.blocks[0](model._pos_embed(model.patch_embed(images.double()))),
-                           small.blocks[0](model._pos_embed(model.patch_embed(images.double()))))  # fmt: skip
+        assert torch.equal(
+            both.blocks[0](model._pos_embed(model.patch_embed(images.double()))),
+            small.blocks[0](model._pos_embed(model.patch_embed(images.double()))),
+        )
     with pytest.raises(CompressionError, match="--shortcut skipped"):
         pm_vit.compressed(small, second, Merging())
 

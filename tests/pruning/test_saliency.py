@@ -1,4 +1,5 @@
 """Saliency against finite differences of a gate on every unit, and its averaging over events."""
+
 import pytest
 import torch
 import torch.nn.functional as F

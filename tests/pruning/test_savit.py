@@ -1,4 +1,5 @@
 """SAViT's scores against finite differences of gates; ranking that keeps unit identity; the objective by hand."""
+
 import math
 
 import numpy as np
@@ -125,8 +126,10 @@ def test_the_objective_by_hand(formula):
     importance = importance_of(dims, hessian=hessian)
     rankings = [rank(importance, c, dims, 0.05, None) for c in THREE]
     counts = np.array([5, 3000, 60])
-    gone = [[(r.axes[a], u) for a, u in zip(r.axis[:m], r.unit[:m], strict=True)]
-            for r, m in zip(rankings, counts, strict=True)]  # fmt: skip
+    gone = [
+        [(r.axes[a], u) for a, u in zip(r.axis[:m], r.unit[:m], strict=True)]
+        for r, m in zip(rankings, counts, strict=True)
+    ]
     expected, quadratic = 0.0, hessian.clone()
     if formula == "joint":
         sums = [sum(float(importance.scores[a].sqrt().sum()) for a in r.axes) for r in rankings]

@@ -16,8 +16,10 @@ DENSE = ViTDims(32, (BlockDims(4, 8, 8, 128, 18),) * 2)
 def table_of(attention=lambda e, h, q, v: e * h * 2 * (q + v) + 400 * (h > 0), widths=(1, 8)):
     """Seconds by branch; an attention branch costs something at any width."""
     points = dict(e=(4, 32), h=(1, 2, 3, 4), q=widths, v=widths, m=(1, 128))
-    seconds = {f"attention/EMB_{e}/QK_{h}_{q}/V_{v}": 1e-6 * attention(e, h, q, v)
-               for e, h, q, v in product(*(points[k] for k in "ehqv"))}  # fmt: skip
+    seconds = {
+        f"attention/EMB_{e}/QK_{h}_{q}/V_{v}": 1e-6 * attention(e, h, q, v)
+        for e, h, q, v in product(*(points[k] for k in "ehqv"))
+    }
     seconds |= {f"mlp/EMB_{e}/MLP_{m}": 1e-6 * e * (2 * m + 10) for e, m in product(points["e"], points["m"])}
     return LatencyTable.of_parts(seconds | {f"overhead/EMB_{e}": 1e-6 * e for e in points["e"]}, {})
 

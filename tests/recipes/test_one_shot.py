@@ -29,8 +29,18 @@ def flags(tmp_path_factory):
     root = tmp_path_factory.mktemp("dense")
     run(finetune_dense, *TRAIN, "--epochs", 14, "--lr", "3e-2", "--no-model-ema", "--output_dir", root)
     (dense,) = root.glob("scratch_*")
-    return [*PLAIN, "--one_shot", "--calib_images", 512, "--latency_target", 0.6, "--latency_look_up_table",
-            table_file(root / "table.json"), "--initial-checkpoint", dense / "ft_checkpoint.pth"]  # fmt: skip
+    return [
+        *PLAIN,
+        "--one_shot",
+        "--calib_images",
+        512,
+        "--latency_target",
+        0.6,
+        "--latency_look_up_table",
+        table_file(root / "table.json"),
+        "--initial-checkpoint",
+        dense / "ft_checkpoint.pth",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +52,13 @@ def pruned(flags, tmp_path_factory):
 
 def test_the_files_of_the_contract(pruned):
     assert sorted(p.name for p in pruned.iterdir()) == [
-        "args.json", "dims.json", "log.txt", "pruned_checkpoint.pth", "run.json", "summary.json"
-    ]  # fmt: skip
+        "args.json",
+        "dims.json",
+        "log.txt",
+        "pruned_checkpoint.pth",
+        "run.json",
+        "summary.json",
+    ]
     (line,) = (json.loads(line) for line in (pruned / "log.txt").read_text().splitlines())
     assert line["calib_images"] == 512 and list(line["seconds"]) == ["aligned", "allocated", "refitted"]
     content = torch.load(pruned / "pruned_checkpoint.pth", weights_only=True)
@@ -85,8 +100,11 @@ def test_the_same_command_gives_the_same_model(pruned, flags, tmp_path, capsys):
     one, two = (torch.load(f / "pruned_checkpoint.pth", weights_only=True) for f in (pruned, tmp_path / NAME))
     assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
     printed = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"pruned: \S+/pruned_checkpoint\.pth; top-1 \d+\.\d\d, latency predicted 0\.\d+, "
-                        r"measured \d\.\d+ of dense", printed[-1])  # fmt: skip
+    assert re.fullmatch(
+        r"pruned: \S+/pruned_checkpoint\.pth; top-1 \d+\.\d\d, latency predicted 0\.\d+, "
+        r"measured \d\.\d+ of dense",
+        printed[-1],
+    )
     assert any(line.startswith("compact: widths {'EMB': ") for line in printed)
 
 
@@ -105,12 +123,27 @@ def test_the_target_can_be_met_as_measured(flags, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_ranks_find_what_one_does(flags, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "main_full_global_latency.py", *flags, "--output_dir", tmp_path,
-               "--latency_target", "0.3"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "main_full_global_latency.py",
+        *flags,
+        "--output_dir",
+        tmp_path,
+        "--latency_target",
+        "0.3",
+    ]
     run(main_full_global_latency, *flags, "--output_dir", tmp_path / "one", "--latency_target", "0.3")
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1"),
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     name = NAME.replace("0.6", "0.3")
     one, two = (load_dense(f / name / "pruned_checkpoint.pth") for f in (tmp_path / "one", tmp_path))

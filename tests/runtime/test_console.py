@@ -1,4 +1,5 @@
 """What a run says: where everything is, which command comes next, in colour where it is seen; help with examples."""
+
 import argparse
 import importlib
 import io
@@ -72,12 +73,22 @@ def terminal(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("isatty, environment, wanted", [
-    (True, dict(TERM="xterm"), True), (True, {}, True), (False, dict(TERM="xterm"), False),
-    (True, dict(TERM="dumb"), False), (True, dict(NO_COLOR="1"), False), (True, dict(NO_COLOR="0"), False),
-    (True, dict(NO_COLOR=""), True), (False, dict(FORCE_COLOR="1"), True), (False, dict(FORCE_COLOR=""), False),
-    (False, dict(FORCE_COLOR="1", TERM="dumb"), True), (True, dict(NO_COLOR="1", FORCE_COLOR="1"), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "isatty, environment, wanted",
+    [
+        (True, dict(TERM="xterm"), True),
+        (True, {}, True),
+        (False, dict(TERM="xterm"), False),
+        (True, dict(TERM="dumb"), False),
+        (True, dict(NO_COLOR="1"), False),
+        (True, dict(NO_COLOR="0"), False),
+        (True, dict(NO_COLOR=""), True),
+        (False, dict(FORCE_COLOR="1"), True),
+        (False, dict(FORCE_COLOR=""), False),
+        (False, dict(FORCE_COLOR="1", TERM="dumb"), True),
+        (True, dict(NO_COLOR="1", FORCE_COLOR="1"), False),
+    ],
+)
 def test_colour_is_for_terminals_and_for_those_who_ask(terminal, isatty, environment, wanted):
     stream = terminal(isatty, **environment)
     assert console.coloured(stream) == wanted
@@ -115,8 +126,10 @@ def test_a_mistyped_flag_is_told_the_closest_in_one_line(capsys):
         parser.parse_args(["--latency-target=0.5", "--qqqq", "stray"])
     assert end.value.code == 2
     said = capsys.readouterr().err
-    assert said == ("error: unrecognized arguments: --latency-target=0.5 --qqqq stray; closest: --latency_target "
-                    "(--help lists all)\n")  # fmt: skip
+    assert said == (
+        "error: unrecognized arguments: --latency-target=0.5 --qqqq stray; closest: --latency_target "
+        "(--help lists all)\n"
+    )
 
 
 PEOPLE = sorted(name for name in SCRIPTS if not name.startswith("benchmarks"))

@@ -1,4 +1,5 @@
 """Checkpoints of the published NViT code become this project's."""
+
 import argparse
 
 import pytest
@@ -89,15 +90,21 @@ def test_token_masks_that_matter_are_reported(ours, tmp_path, capsys):
     assert "token masks are up to 0.250 from 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content, message", [
-    (dict(model={}, channels=[197] * 12), "is no Prune-and-Merge checkpoint"),
-    (PM_HEAD | dict(channels=[197] * 11), "with one count per block"),
-    (PM_HEAD | dict(channels=[0] * 12), "tokens must be at least 1"),
-    (dict(model={}), "is no checkpoint of the published NViT or Prune-and-Merge code"),
-    (dict(model={"head.bias": torch.zeros(10)}, dim=DIM | dict(QK=[8])), "QK"),
-    (dict(model={"head.bias": torch.zeros(10), "blocks.0.attn.Q.weight": torch.zeros(16, 32)}, dim=DIM), "lacks K, V"),
-    (dict(model=nn.Linear(2, 2)), "needs unpickling of code"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (dict(model={}, channels=[197] * 12), "is no Prune-and-Merge checkpoint"),
+        (PM_HEAD | dict(channels=[197] * 11), "with one count per block"),
+        (PM_HEAD | dict(channels=[0] * 12), "tokens must be at least 1"),
+        (dict(model={}), "is no checkpoint of the published NViT or Prune-and-Merge code"),
+        (dict(model={"head.bias": torch.zeros(10)}, dim=DIM | dict(QK=[8])), "QK"),
+        (
+            dict(model={"head.bias": torch.zeros(10), "blocks.0.attn.Q.weight": torch.zeros(16, 32)}, dim=DIM),
+            "lacks K, V",
+        ),
+        (dict(model=nn.Linear(2, 2)), "needs unpickling of code"),
+    ],
+)
 def test_what_is_not_one_is_refused(content, message, tmp_path):
     torch.save(content, tmp_path / "published.pth")
     with pytest.raises(BadArguments, match=message):

@@ -1,4 +1,5 @@
 """Handing a model over: every format computes what the model does, read back by its own means."""
+
 import json
 import subprocess
 import sys
@@ -33,8 +34,14 @@ LOADERS = ("models", "onnxruntime", "timm", "torch")
 
 def write(path, model):
     dims = model.dims
-    checkpoint.save(path, arch=dict(name=model.arch, kwargs=model.arch_kwargs), dims=dims.to_dict(), dim=dims.to_dim(),
-                    model=model.state_dict(), args={})  # fmt: skip
+    checkpoint.save(
+        path,
+        arch=dict(name=model.arch, kwargs=model.arch_kwargs),
+        dims=dims.to_dict(),
+        dim=dims.to_dim(),
+        model=model.state_dict(),
+        args={},
+    )
     return path
 
 
@@ -104,8 +111,11 @@ def test_the_hub_cache_is_read_without_network(small, tmp_path, capsys, monkeypa
 def test_push_uploads_what_was_written(small, tmp_path, capsys, monkeypatch):
     calls = []
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **_: calls.append(name))
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder",
-                        lambda self, repo_id, folder_path: calls.extend(sorted(p.name for p in folder_path.iterdir())))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "upload_folder",
+        lambda self, repo_id, folder_path: calls.extend(sorted(p.name for p in folder_path.iterdir())),
+    )
     run(export, small, "--format", "safetensors", "--output", tmp_path / "out", "--push", "someone/small")
     assert calls == ["someone/small", "config.json", "model.safetensors"]
 
@@ -115,14 +125,32 @@ def test_the_standalone_folder_needs_nothing_of_this_project(small, tmp_path, ca
     images = torch.randn(2, 3, 16, 16)
     torch.save(images, tmp_path / "images.pth")
     (tmp_path / "out" / "use.py").write_text(USE)
-    done = subprocess.run([sys.executable, "out/use.py", "images.pth", "found.pth"], cwd=tmp_path,
-                          env=dict(OMP_NUM_THREADS="1"), capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "out/use.py", "images.pth", "found.pth"],
+        cwd=tmp_path,
+        env=dict(OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     logits, shape = torch.load(tmp_path / "found.pth", weights_only=True)
     torch.testing.assert_close(logits, load_dense(small)(images), rtol=1e-5, atol=1e-6)
     assert shape == (3, 16, 16) and not {"models", "files", "runtime", "latency"} & set(done.stdout.split())
-    subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E,F,W", "--line-length", "120",
-                    tmp_path / "out" / "model.py"], check=True)  # fmt: skip
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "ruff",
+            "check",
+            "--isolated",
+            "--select",
+            "E,F,W",
+            "--line-length",
+            "120",
+            tmp_path / "out" / "model.py",
+        ],
+        check=True,
+    )
 
 
 def test_every_family_has_a_plain_and_a_standalone_form(family, tmp_path, randomise):
@@ -144,12 +172,15 @@ def test_plain_widths_are_the_narrowest_that_timm_has():
     assert uniform_dims(DIMS).blocks == (BlockDims(4, 10, 10, 50, 18),) * 3
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--push", "nobody"], "--push takes OWNER/NAME"),
-    (["--batch-size", "0"], "--batch-size must be at least 1"),
-    (["--use-ema"], "holds no moving average"),
-    (["--output", __file__], "is a file, not a folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--push", "nobody"], "--push takes OWNER/NAME"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--use-ema"], "holds no moving average"),
+        (["--output", __file__], "is a file, not a folder"),
+    ],
+)
 def test_bad_arguments(small, flags, message):
     with pytest.raises(BadArguments, match=message):
         run(export, small, "--format", "safetensors", *flags)
@@ -175,14 +206,19 @@ def test_an_export_that_differs_is_refused(small, tmp_path, monkeypatch):
         run(export, small, "--format", "safetensors", "--output", tmp_path / "out")
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: (folder / "config.json").unlink(), "no config.json in it"),
-    (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors in it"),
-    (lambda folder: (folder / "config.json").write_text("{}"), "describes no model of this project"),
-    (lambda folder: (folder / "config.json").write_text('{"format": {"name": "other"}, "arch": 1, "dims": 1}'),
-     "is of other"),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json in it"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors in it"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "describes no model of this project"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"format": {"name": "other"}, "arch": 1, "dims": 1}'),
+            "is of other",
+        ),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"short"), "cannot be read"),
+    ],
+)
 def test_a_damaged_folder(small, tmp_path, damage, message, capsys):
     exported(small, "safetensors", tmp_path / "out", capsys)
     damage(tmp_path / "out")

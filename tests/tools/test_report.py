@@ -1,4 +1,5 @@
 """The report of finished runs: one page that needs nothing else, that reads well for everyone and on every screen."""
+
 import base64
 import json
 import re
@@ -53,8 +54,9 @@ def written(runs, tmp_path_factory):
     (other / "summary.json").write_text(json.dumps(summary))
     run(report, runs["tuned"], "--output", out / "one")
     run(report, runs["tuned"], runs["pruned"], other, "--output", out / "several")
-    return dict(one=(out / "one" / "report.html").read_text(), several=(out / "several" / "report.html").read_text(),
-                path=out)  # fmt: skip
+    return dict(
+        one=(out / "one" / "report.html").read_text(), several=(out / "several" / "report.html").read_text(), path=out
+    )
 
 
 def brightness(colour):
@@ -139,8 +141,13 @@ def test_bad_runs_are_all_named(runs, tmp_path):
     with pytest.raises(BadArguments) as error:
         run(report, unfinished, damaged, runs["root"], tmp_path / "nothing", within.parent, *[runs["tuned"]] * 2)
     assert f"report is not the folder of a run; these in it are: {within}" in error.value.problems[4]
-    assert [re.search("not finished .1 epoch is|is damaged|is not the folder of a run; these in it|there is no|twice",
-                      problem) is not None for problem in error.value.problems] == [True] * 6  # fmt: skip
+    assert [
+        re.search(
+            "not finished .1 epoch is|is damaged|is not the folder of a run; these in it|there is no|twice", problem
+        )
+        is not None
+        for problem in error.value.problems
+    ] == [True] * 6
 
 
 @pytest.mark.slow
@@ -154,12 +161,20 @@ def test_nothing_sticks_out_in_a_browser(written, tmp_path, width):
         f'<body style="margin:0"><iframe src="page.html" style="border:0;width:{width}px;height:3000px"></iframe>'
         "<script>onload = () => document.body.dataset.width = frames[0].document.title</script>"
     )
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--allow-file-access-from-files",
-             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"]  # fmt: skip
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=3000",
+    ]
     shot = tmp_path / "shot.png"
     for wish in (["--dump-dom"], [f"--screenshot={shot}", f"--window-size={width},3000"]):
-        done = subprocess.run([BROWSER, *flags, *wish, (tmp_path / "frame.html").as_uri()], capture_output=True,
-                              text=True, timeout=120)  # fmt: skip
+        done = subprocess.run(
+            [BROWSER, *flags, *wish, (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr[-500:]
         if "--dump-dom" in wish:
             assert int(re.search(r'data-width="(\d+)"', done.stdout)[1]) <= width

@@ -1,4 +1,5 @@
 """The picture of token compression: groups, skipped patches, and what is put back."""
+
 import numpy as np
 import pytest
 import torch
@@ -58,8 +59,10 @@ def test_a_picture_is_written(compressed, photo, tmp_path, capsys):
 
 def test_mistakes(compressed, photo, tiny, tmp_path):
     save_model(tmp_path / "dense.pth", build_vit(**tiny))
-    for flags, words in (([tmp_path / "dense.pth", photo], "has no token structure"),
-                         ([compressed, compressed], "is no image that can be read"),
-                         ([compressed, photo, "--output", tmp_path / "no" / "x"], "there is no folder")):  # fmt: skip
+    for flags, words in (
+        ([tmp_path / "dense.pth", photo], "has no token structure"),
+        ([compressed, compressed], "is no image that can be read"),
+        ([compressed, photo, "--output", tmp_path / "no" / "x"], "there is no folder"),
+    ):
         with pytest.raises(BadArguments, match=words):
             run(show_tokens, *flags)

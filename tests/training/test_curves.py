@@ -1,4 +1,5 @@
 """What TensorBoard finds in the folders of runs."""
+
 import math
 
 import torch
@@ -16,8 +17,15 @@ def read(folder):
 def test_a_pruning_run_shows_widths_latency_saliency_and_throughput(runs):
     found = read(runs["pruned"])
     tags = set(found.Tags()["scalars"])
-    assert {"dimension/EMB", "dimension/Layer_1_MLP", "dimension/Estimated_Latency", "train/loss", "train/lr",
-            "train/images_per_second", "test/acc1"} <= tags  # fmt: skip
+    assert {
+        "dimension/EMB",
+        "dimension/Layer_1_MLP",
+        "dimension/Estimated_Latency",
+        "train/loss",
+        "train/lr",
+        "train/images_per_second",
+        "test/acc1",
+    } <= tags
     kinds = ("embed", "heads", "qk", "v", "mlp")
     assert {f"saliency_log10/{kind}" for kind in kinds} <= set(found.Tags()["histograms"])
     latency = [event.value for event in found.Scalars("dimension/Estimated_Latency")]
@@ -33,10 +41,16 @@ def test_a_finetuning_run_shows_learning_rate_throughput_and_its_arguments(runs)
 
 def test_histograms_leave_out_what_is_removed(tmp_path):
     curves = Curves(tmp_path)
-    scores = {"embed": torch.tensor([1e-4, 1e-2, 0.0]), "blocks.0.mlp": torch.tensor([1e-3]),
-              "blocks.1.mlp": torch.tensor([1e-5, 7.0])}  # fmt: skip
-    keep = {"embed": torch.tensor([True, False, True]), "blocks.0.mlp": torch.tensor([True]),
-            "blocks.1.mlp": torch.tensor([True, False])}  # fmt: skip
+    scores = {
+        "embed": torch.tensor([1e-4, 1e-2, 0.0]),
+        "blocks.0.mlp": torch.tensor([1e-3]),
+        "blocks.1.mlp": torch.tensor([1e-5, 7.0]),
+    }
+    keep = {
+        "embed": torch.tensor([True, False, True]),
+        "blocks.0.mlp": torch.tensor([True]),
+        "blocks.1.mlp": torch.tensor([True, False]),
+    }
     curves.saliency(scores, keep, step=1)
     curves.writer.flush()
     (embed,), (mlp,) = (read(tmp_path).Histograms(f"saliency_log10/{kind}") for kind in ("embed", "mlp"))

@@ -1,4 +1,5 @@
 """A run that is broken off anywhere and goes on ends where the undisturbed run ends, bit for bit."""
+
 from __future__ import annotations
 
 import json
@@ -28,8 +29,17 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def prune(runs):
     """Flags of a pruning run of 44 updates, an event every 6."""
-    return [*PRUNE, "--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth", "--latency_look_up_table",
-            runs["table"], "--prune_per_iter", "16", "--interval_prune", "6"]  # fmt: skip
+    return [
+        *PRUNE,
+        "--initial-checkpoint",
+        runs["dense"] / "ft_checkpoint.pth",
+        "--latency_look_up_table",
+        runs["table"],
+        "--prune_per_iter",
+        "16",
+        "--interval_prune",
+        "6",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +58,6 @@ def pruned(runs, tmp_path):
     for name in ("pruned_checkpoint.pth", "summary.json"):
         shutil.copy(runs["pruned"] / name, folder)
     return folder
-
-
-
-
-
-
-
-
 
 
 @pytest.mark.parametrize("updates, workers", [(1, 0), (15, 2), (22, 0), (24, 0), (40, 0)])
@@ -124,8 +126,10 @@ def test_a_new_run_in_an_old_folder_sets_its_checkpoint_aside(runs, pruned, monk
     interrupted(monkeypatch, finetune_dense, flags, 5)
     assert "its checkpoint is now ft_checkpoint.previous.pth" in capsys.readouterr().out
     folder = only(pruned, "ft_dense_*")
-    equal_models = [torch.load(f, weights_only=True)["model"] for f in
-                    (folder / "ft_checkpoint.previous.pth", runs["tuned"] / "ft_checkpoint.pth")]  # fmt: skip
+    equal_models = [
+        torch.load(f, weights_only=True)["model"]
+        for f in (folder / "ft_checkpoint.previous.pth", runs["tuned"] / "ft_checkpoint.pth")
+    ]
     assert same(*equal_models)
     assert torch.load(folder / "ft_checkpoint.pth", weights_only=True)["step"] == 5
 
@@ -137,8 +141,12 @@ def test_other_hyper_parameters_are_each_named(runs, pruned, monkeypatch):
     with pytest.raises(BadArguments) as refused:
         run(finetune_dense, *TUNE, "--finetune", pruned, "--resume", path, *changed)
     (problem,) = refused.value.problems
-    for words in ("--smoothing was 0.1, now 0.2", "global batch was 64, now 32", "--kl_loss_coeff was 10000.0, now 1",
-                  "--aa was '', now augmix"):
+    for words in (
+        "--smoothing was 0.1, now 0.2",
+        "global batch was 64, now 32",
+        "--kl_loss_coeff was 10000.0, now 1",
+        "--aa was '', now augmix",
+    ):
         assert words in problem
     free = ["--num_workers", "1", "--log-interval", "7", "--batch-size", "32", "--grad-accum-steps", "2"]
     run(finetune_dense, *TUNE, "--finetune", pruned, "--resume", path, *free)
@@ -228,8 +236,12 @@ def test_kill_9_at_random_moments(prune, whole, tmp_path):
 
     stage("main_full_global_latency.py", [*flags, "--output_dir", str(broken)], broken, "checkpoint.pth")
     equal(only(whole, "global_*"), only(broken, "global_*"), "pruned_checkpoint.pth")
-    stage("finetune_dense.py", [*TUNE, "--recovery-interval", "3", "--finetune", str(only(broken, "global_*"))],
-          only(broken, "global_*"), "ft_checkpoint.pth")  # fmt: skip
+    stage(
+        "finetune_dense.py",
+        [*TUNE, "--recovery-interval", "3", "--finetune", str(only(broken, "global_*"))],
+        only(broken, "global_*"),
+        "ft_checkpoint.pth",
+    )
     tuned = [only(only(f, "global_*"), "ft_dense_*") for f in (whole, broken)]
     equal(*tuned, "ft_checkpoint.pth")
     assert json.loads((tuned[1] / "summary.json").read_text())["finetuned"]["top1"]

@@ -1,4 +1,5 @@
 """Learning rates: the published linear rule, and timm's schedules stepped every update."""
+
 from argparse import Namespace
 
 import pytest
@@ -38,10 +39,13 @@ def test_cooldown_adds_epochs_at_the_lowest_rate():
     assert len(found) == 110 and found[-30:] == [pytest.approx(0.01)] * 30 and found[79] > 0.01
 
 
-@pytest.mark.parametrize("flags, steps", [
-    (["--sched", "step", "--decay-epochs", "3"], {30: 0.1, 60: 0.01}),
-    (["--sched", "multistep", "--decay-milestones", "2", "7"], {19: 0.1, 69: 0.01}),  # timm's steps one early
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, steps",
+    [
+        (["--sched", "step", "--decay-epochs", "3"], {30: 0.1, 60: 0.01}),
+        (["--sched", "multistep", "--decay-milestones", "2", "7"], {19: 0.1, 69: 0.01}),  # timm's steps one early
+    ],
+)
 def test_steps(flags, steps):
     found = rates(*flags)
     for update, rate in steps.items():
