@@ -33,13 +33,13 @@ class Digits(Dataset):
     """scikit-learn's 1,797 handwritten digits (8 x 8 grey), in memory: a fixed stratified split, 1,437 to 360."""
 
     def __init__(self, is_train: bool, transform: Callable[[Image.Image], Tensor] | None = None) -> None:
-        from sklearn.datasets import load_digits  # takes a second to import: only where these digits are used
+        from sklearn.datasets import load_digits  # takes a second to import: only for this data set
         from sklearn.model_selection import train_test_split
 
         digits = load_digits()
         split = train_test_split(np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
         chosen = np.sort(split[0 if is_train else 1])
-        pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 0 .. 16 as delivered
+        pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)  # 0 .. 16 in scikit-learn
         self.images = [Image.fromarray(image).convert("RGB") for image in pixels]
         self.targets: list[int] = digits.target[chosen].tolist()
         self.classes = [str(digit) for digit in digits.target_names]
@@ -56,10 +56,9 @@ class Digits(Dataset):
 def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Dataset, int]:
     """The training or the validation split of `args.data_set`, and its number of classes.
 
-    augment: False shows training images as validation sees them.
-
-    Only the split asked for has to be there: validation images are enough to evaluate. Raises DataError; reading an
-    image from the result may raise CorruptImage, or where args.bad_images is "skip" give None (`Skipping`).
+    augment: False prepares training images as validation images. Only the requested split has to exist: evaluation
+    needs no training images. Raises DataError; reading an image may raise CorruptImage, or return None if
+    args.bad_images is "skip" (`Skipping`).
     """
     transform = build_transform(is_train and augment, args)
     if args.data_set == "DIGITS":
@@ -81,12 +80,12 @@ def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Data
 
 
 def _unknown(spec: str) -> str:
-    """What is wrong with a data set that there is none of, and what would be right."""
+    """The message for an unknown data set, with the closest name."""
     source = spec.split("/")[0].lower()
     if source == "hfds":
         return (
-            f"--data-set {spec} needs Hugging Face's package called datasets, a name that a module of this project "
-            "has: write its images as a folder, python -m tools.to_shards FOLDER DIR, and take wds/NAME"
+            f"--data-set {spec} needs Hugging Face's package `datasets`, whose name a module of this project "
+            "has: write its images to a folder, python -m tools.to_shards FOLDER DIR, and take wds/NAME"
         )
     if "/" in spec and difflib.get_close_matches(source, ["wds"], cutoff=0.5):
         return f"no data set {spec!r}; closest: {shards.PREFIX}{spec.split('/', 1)[1]}"
@@ -109,7 +108,7 @@ def _cifar(is_train: bool, args: Any, transform: Callable) -> Dataset:
         say("--data-set CIFAR is CIFAR-100, as in DeiT; CIFAR10 is the one with 10 classes")
     kind = CIFAR10 if args.data_set == "CIFAR10" else CIFAR100
     root = _data_folder(args)
-    remedy = f"put the extracted {kind.base_folder} folder under DATA_PATH; nothing is downloaded"
+    remedy = f"put the extracted {kind.base_folder} folder under DATA_PATH; this project downloads no data"
     if not (root / kind.base_folder).is_dir():
         raise DataError(f"no {kind.base_folder} in {root}: {remedy}")
     try:
@@ -159,10 +158,10 @@ def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor
     """PIL image to normalised float32 (3, S, S).
 
     Validation: bicubic resize of the shorter side to S * 256 / 224 and centre crop; up to 32 pixels, to S itself.
-    Training: timm's pipeline with args.aa, color_jitter, hflip, train_interpolation, reprob, remode, recount; up to 32
-    pixels a padded random crop stands in for the random resized one, as in DeiT. DIGITS have their own: a small
-    rotation, scaling and shift, no flip (a mirrored digit is another sign), and none of those flags. Raises DataError
-    for a policy (args.aa) that timm does not know.
+    Training: timm's pipeline with args.aa, color_jitter, hflip, train_interpolation, reprob, remode and recount; up to
+    32 pixels a padded random crop replaces the random resized crop, as in DeiT. DIGITS use their own: a small rotation,
+    scaling and shift, no flip (a mirrored digit is another sign), and none of those flags. Raises DataError for a
+    policy (args.aa) that timm does not know.
     """
     size = args.input_size
     if not is_train:
@@ -170,7 +169,7 @@ def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor
             [
                 _resize(size if size <= SMALL else size * 256 // 224),
                 transforms.CenterCrop(size),
-                *_normalised(),
+                *_to_normalised_tensor(),
             ]
         )
     if args.data_set == "DIGITS":
@@ -180,7 +179,7 @@ def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor
                 _resize(size),
                 transforms.RandomAffine(degrees=10, scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR),
                 transforms.RandomCrop(size, padding=max(1, size // 8)),
-                *_normalised(),
+                *_to_normalised_tensor(),
             ]
         )
     return _timm_transform(args)
@@ -190,12 +189,12 @@ def _resize(side: int) -> transforms.Resize:
     return transforms.Resize(side, interpolation=InterpolationMode.BICUBIC)  # images of that size pass unchanged
 
 
-def _normalised() -> list[Callable]:
+def _to_normalised_tensor() -> list[Callable]:
     return [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **hparams: Any) -> Image.Image:
-    """timm's, down to no bit at all, which RandAugment at its strongest asks for and Pillow 13 no longer takes."""
+    """timm's function, also for 0 bits, which RandAugment asks for at full strength and Pillow 13 refuses."""
     return auto_augment.posterize(image, bits_to_keep, **hparams) if bits_to_keep else Image.new(image.mode, image.size)
 
 

@@ -1,4 +1,4 @@
-"""The one training loop and the one evaluation, for every script."""
+"""The training loop and the evaluation that every script shares."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from runtime.seeds import seed_everything
 class Precision:
     """Mixed precision: autocast to `dtype` (None: off), with loss scaling where float16 needs it.
 
-    overflows: updates that the scaler has left out, in all and without one in between that was not.
+    overflows: updates that the scaler has skipped in total; in_a_row: the current run of skipped updates.
     """
 
-    MOST_IN_A_ROW = 30  # from 2^16 the scale is then far below 1: the gradients are at fault
+    MOST_IN_A_ROW = 30  # after so many halvings of 2^16 the scale is far below 1: the gradients are at fault
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None) -> None:
         self.device, self.dtype = device, dtype
@@ -38,16 +38,16 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def overflowed(self, yes: bool) -> bool:
-        """Count an update; whether too many in a row overflowed."""
+        """Count an update; True once too many in a row have overflowed."""
         self.overflows += yes
         self.in_a_row = self.in_a_row + 1 if yes else 0
         return self.in_a_row > self.MOST_IN_A_ROW
 
 
 class FiniteGuard:
-    """Stops a run before an update with values that are not finite, naming epoch, step, batch and tensor.
+    """Stops a run before an update whose loss or gradients are not finite, and names epoch, step, batch and tensor.
 
-    Losses of an update are looked at together with its gradients: one value goes to the host per update.
+    The losses of an update are checked together with its gradients, so that each update costs one transfer to the host.
     """
 
     def __init__(self, precision: Precision, epoch: int = 0) -> None:
@@ -55,13 +55,13 @@ class FiniteGuard:
         self.losses: list[tuple[int, Tensor]] = []
 
     def see(self, loss: Tensor, batch: int) -> None:
-        """The loss of a batch, which `check` looks at. batch: its number in the epoch, from 0."""
+        """Remember the loss of a batch for `check`. batch: its number in the epoch, from 0."""
         self.losses.append((batch, loss.detach()))
 
     def check(self, model: nn.Module, step: int) -> bool:
-        """Whether the optimizer may go by the gradients: not so after an overflow under loss scaling.
+        """Whether the optimizer may use the gradients; False after an overflow under loss scaling.
 
-        Raises RunFailed for a loss, or a gradient where nothing is scaled, that is not finite.
+        Raises RunFailed for a loss that is not finite, and for such a gradient where nothing is scaled.
         """
         losses, self.losses = self.losses, []
         gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
@@ -87,7 +87,7 @@ class FiniteGuard:
 
 
 def progress_bar(iterable: Iterable, total: int, label: str, done: int = 0) -> tqdm:
-    """A progress bar on a terminal of the main rank; silent elsewhere, where the log has the same figures."""
+    """A progress bar on the main rank's terminal; silent elsewhere, since the log has the same figures."""
     return tqdm(
         iterable,
         total=total,
@@ -99,12 +99,12 @@ def progress_bar(iterable: Iterable, total: int, label: str, done: int = 0) -> t
     )
 
 
-def nothing(*_: Any) -> None:
-    """The hook of a method that does nothing there."""
+def do_nothing(*_: Any) -> None:
+    """The default hook."""
 
 
 class Meters:
-    """Running means of a step's values, fetched from the device only when asked for."""
+    """Running means of the values of each step, fetched from the device only on demand."""
 
     def __init__(self) -> None:
         self.means: dict[str, AverageMeter] = {}
@@ -114,7 +114,7 @@ class Meters:
         self._pending.append((values, count))
 
     def fetch(self) -> dict[str, float]:
-        """The means so far; waits for the device."""
+        """The means so far. Waits for the device."""
         for values, count in self._pending:
             for name, value in values.items():
                 self.means.setdefault(name, AverageMeter()).update(float(value), count)
@@ -133,10 +133,10 @@ class Meters:
 
 @dataclass
 class Progress:
-    """Where training stands: what a checkpoint must hold to go on inside an epoch.
+    """How far training has come: what a checkpoint needs to resume inside an epoch.
 
-    epoch: the one in course; step: its updates that are done, of `updates`; meters: its losses so far; ended: whether a
-    hook has ended it before its last update.
+    epoch: the current epoch; step: how many of its `updates` are done; meters: its losses so far; ended: whether a hook
+    ended the epoch early.
     """
 
     updates: int
@@ -149,7 +149,7 @@ class Progress:
         self.epoch, self.step, self.meters, self.ended = self.epoch + 1, 0, Meters(), False
 
     def state_dict(self) -> dict[str, Any]:
-        """Under a checkpoint's keys: the last epoch that is complete, all updates so far, the losses of the rest."""
+        """Under a checkpoint's keys: the last complete epoch, all updates, the losses of the current epoch."""
         running = self.meters.state_dict() if self.step else {}
         metrics = dict(running=running, updates=self.updates)
         return dict(epoch=self.epoch - 1, step=self.epoch * self.updates + self.step, metrics=metrics)
@@ -175,20 +175,21 @@ def train_one_epoch(
     accumulate: int = 1,
     mixup: Callable | None = None,
     clip_grad: float | None = None,
-    before_step: Callable[[int], Any] = nothing,
-    after_backward: Callable[[], Any] = nothing,
-    after_step: Callable[[Tensor], bool | None] = nothing,
+    before_step: Callable[[int], Any] = do_nothing,
+    after_backward: Callable[[], Any] = do_nothing,
+    after_step: Callable[[Tensor], bool | None] = do_nothing,
     log_interval: int = 50,
 ) -> dict[str, float]:
-    """What is left of the epoch of `progress`; returns its mean losses and the last learning rate.
+    """Train the rest of the epoch that `progress` is in; returns its mean losses and the last learning rate.
 
-    model gives both tokens' logits (`models.TokenLogits`), criterion(logits, images, targets) a loss and its parts;
-    `loader` starts with the first batch that is left, and an update takes `accumulate` of them. What an update draws is
-    a function of seed, rank and its number alone. before_step gets that number, counted since training began (timm's
-    `scheduler.step_update`); after_backward runs with gradients unscaled and weights not yet moved; after_step(loss)
-    runs with the weights moved and the update counted, and ends the epoch early by returning True. An update that
-    overflows under loss scaling is left out, without after_backward. The caller chooses train or eval mode. Raises
-    RunFailed when a loss or a gradient is not finite, before the weights move.
+    The model returns the logits of both tokens (`models.TokenLogits`); criterion(logits, images, targets) returns a
+    loss and its parts. `loader` starts with the first batch that is left, and an update takes `accumulate` batches. The
+    random numbers of an update depend on the seed, the rank and the update's number alone. Hooks: before_step gets the
+    number of the update since training began (timm's `scheduler.step_update`); after_backward runs once gradients are
+    unscaled and before the weights move; after_step(loss) runs after the weights have moved and the update is counted,
+    and ends the epoch early by returning True. An update that overflows under loss scaling is skipped, and so is its
+    after_backward. The caller chooses train or eval mode. Raises RunFailed, before the weights move, when a loss or a
+    gradient is not finite.
     """
     meters, guard = progress.meters, FiniteGuard(precision, progress.epoch)
     overflows = precision.overflows
@@ -222,31 +223,31 @@ def train_one_epoch(
             if after_step(loss):
                 progress.ended = True
                 break
-    left_out = dict(overflows=precision.overflows - overflows) if precision.scaler.is_enabled() else {}
-    return meters.fetch() | dict(lr=optimizer.param_groups[0]["lr"]) | left_out
+    skipped = dict(overflows=precision.overflows - overflows) if precision.scaler.is_enabled() else {}
+    return meters.fetch() | dict(lr=optimizer.param_groups[0]["lr"]) | skipped
 
 
 @contextlib.contextmanager
 def reading(loader: Iterable) -> Iterator[Iterator]:
-    """Its batches; the processes that read them end with the context, whatever ends it.
+    """The batches of a loader, whose worker processes end with the context, whatever ends it.
 
-    Raises RunFailed where one of them died: the connection to it is lost, unless torch notices before.
+    Raises RunFailed when a worker has died: the connection to it is lost, unless torch notices first.
     """
     batches = iter(loader)
     try:
-        yield _received(batches)
+        yield _iterate(batches)
     finally:
-        getattr(batches, "_shutdown_workers", nothing)()
+        getattr(batches, "_shutdown_workers", do_nothing)()
 
 
-def _received(batches: Iterator) -> Iterator:
+def _iterate(batches: Iterator) -> Iterator:
     while True:
         try:
             batch = next(batches)
         except StopIteration:
             return
         except (OSError, EOFError) as error:
-            raise RunFailed(f"a process that reads data died: {error}") from None
+            raise RunFailed(f"a data loader worker died: {error}") from None
         yield batch
 
 
@@ -259,7 +260,7 @@ def _backward(
     mixup: Callable | None,
     weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add weight x the gradients of one batch; returns its loss and the parts of it."""
+    """Add weight x the gradients of one batch; returns its loss and the parts of that loss."""
     if mixup is not None:
         images, targets = mixup(images, targets)
     with precision.autocast():
@@ -270,17 +271,17 @@ def _backward(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Iterable, precision: Precision, sharded: bool = False) -> dict[str, float]:
-    """Top-1 and top-5 (percent) and cross-entropy of the mean of both tokens' logits, every sample counted once.
+    """Top-1 and top-5 (percent) and cross-entropy of the mean of both tokens' logits; each sample counts once.
 
-    sharded: each rank holds a part of the data (`--dist-eval`), so the sums are all-reduced; else all hold the same.
-    Raises RunFailed when the outputs are not finite.
+    sharded: each rank holds a part of the data (`--dist-eval`), so that the sums are all-reduced; otherwise every rank
+    holds all of it. Raises RunFailed when the outputs are not finite, or there is no image.
     """
     model.eval()
     device = precision.device
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1 hits, top-5 hits, loss sum, samples
     with reading(loader) as batches:
         for images, targets in progress_bar(batches, len(loader), "evaluate"):
-            if not len(targets):  # none of them could be read
+            if not len(targets):  # no image of the batch could be read
                 continue
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             with precision.autocast():

@@ -1,4 +1,4 @@
-"""Losses of pruning and finetuning: the task with a CNN teacher, and distillation from the full model.
+"""Losses of pruning and finetuning: the task loss with a CNN teacher, and distillation from the full model.
 
 Every loss takes logits of the class token and of the distillation token, each (B, classes).
 """
@@ -14,7 +14,7 @@ Logits = tuple[Tensor, Tensor]  # class token, distillation token
 
 
 def base_criterion(mixup: bool, smoothing: float) -> nn.Module:
-    """Cross-entropy on class indices (with label smoothing), or on the soft targets that mixup makes."""
+    """Cross-entropy with class indices (and label smoothing), or with the soft targets that mixup makes."""
     if mixup:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
@@ -23,9 +23,9 @@ def base_criterion(mixup: bool, smoothing: float) -> nn.Module:
 class DistillationLoss(nn.Module):
     """(1 - alpha) x task loss + alpha x CNN distillation, as DeiT (arXiv 2012.12877, section 4).
 
-    The task loss acts on the mean of both tokens' logits (published NViT; DeiT puts it on the class token alone), the
-    distillation on the distillation token: `hard` is cross-entropy with the teacher's label, `soft` a KL at temperature
-    tau, times tau^2, averaged over batch and classes; `none` is the task loss alone.
+    The task loss uses the mean of both tokens' logits (as published for NViT; DeiT uses the class token alone), the
+    distillation loss the distillation token: `hard` is the cross-entropy with the teacher's label, `soft` the KL at
+    temperature tau, times tau^2, averaged over batch and classes; `none` is the task loss alone.
     """
 
     def __init__(self, base: nn.Module, teacher: nn.Module | None, kind: str, alpha: float, tau: float) -> None:
@@ -49,10 +49,10 @@ class DistillationLoss(nn.Module):
 
 
 def full_model_kl(student: Logits, teacher: Logits, tau: float, per_token: bool) -> Tensor:
-    """KL(teacher || student) at temperature tau, batch mean, without the tau^2 factor (NViT Eq. 9).
+    """KL(teacher || student) at temperature tau, averaged over the batch, without the factor tau^2 (NViT, Eq. 9).
 
-    per_token: the mean of one KL per token, as published finetuning; else one KL on the tokens' mean logits, as
-    published pruning.
+    per_token: average one KL per token, as in the published finetuning; otherwise one KL of the tokens' mean logits, as
+    in the published pruning.
     """
     if not per_token:
         student, teacher = (((a + b) / 2,) for a, b in (student, teacher))
@@ -66,8 +66,8 @@ def full_model_kl(student: Logits, teacher: Logits, tau: float, per_token: bool)
 class NViTLoss(nn.Module):
     """original x DistillationLoss + kl / 1000 x full-model KL.
 
-    The published KL is a mean over batch x 1000 classes; dividing its coefficient by 1000 and taking the batch mean
-    keeps the coefficient's weight for any number of classes. Returns the loss and its two parts, for the log.
+    The published KL is a mean over batch x 1000 classes. Dividing its coefficient by 1000 and averaging over the batch
+    gives a coefficient the same weight for any number of classes. Returns the loss and, for the log, its two parts.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""What a torch file says that it holds, read without running code, and without allocating what it claims.
+"""What a torch file claims to hold, read without running its code and without allocating memory for it.
 
-`header` walks a file's pickle with stand-ins: tensors come out on the meta device, and a size that the file itself does
-not have is refused. `torch.load(weights_only=True)` then reads what was found in order.
+`header` walks the pickle of a file with stand-ins: tensors come out on the meta device, and a tensor larger than the
+file is refused. `torch.load(weights_only=True)` then reads the files that pass.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ DTYPES = dict(
 
 
 class ArchiveError(ValueError):
-    """A file that is not read; the message goes on after its name."""
+    """A file that is refused; the message continues after the file's name."""
 
 
 class NeedsCode(ArchiveError):
-    """A file that would call something other than what rebuilds tensors."""
+    """A file that would call something other than the functions that rebuild tensors."""
 
 
 class Damaged(ArchiveError):
-    """A file that is not whole."""
+    """An incomplete or damaged file."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +54,18 @@ class _Storage:
 
 
 class _Opaque:
-    """Stands in for an instance of a class that the caller has allowed to torch."""
+    """Stands in for an instance of a class that the caller has declared safe to torch."""
 
 
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise Damaged(f"is damaged: {str(value)[:40]!r} is no size")
+        raise Damaged(f"is damaged: {str(value)[:40]!r} is not a size")
     return value
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> torch.Tensor:
     if not isinstance(storage, _Storage) or len(shape) != len(stride):
-        raise Damaged("is damaged: a tensor without its values")
+        raise Damaged("is damaged: a tensor has no values")
     sizes, steps = [_count(n) for n in shape], [_count(n) for n in stride]
     last = _count(offset) + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
     if (elements := math.prod(sizes)) and (last >= storage.numel or elements > storage.numel):
@@ -96,9 +96,9 @@ KNOWN = {
 }
 
 
-class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and every instruction can be looked at
+class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and each instruction can be overridden
     def __init__(self, file: BinaryIO, sizes: dict[str, int] | None) -> None:
-        """sizes: bytes of every storage by its key; None where they follow the pickle."""
+        """sizes: bytes of each storage by its key; None where the storages follow the pickle."""
         super().__init__(file, encoding="utf-8")
         self.sizes, self.claimed = sizes, {}
 
@@ -120,7 +120,7 @@ class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, numel = pid[:5]
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
-            raise Damaged("is damaged: what it refers to is no storage")
+            raise Damaged("is damaged: it refers to something that is not a storage")
         claimed = _count(numel) * dtype.itemsize
         if self.sizes is not None and self.sizes.get(key) != claimed:
             raise Damaged(f"is damaged: storage {key[:20]} has {self.sizes.get(key)} bytes, not {claimed:,}")
@@ -138,7 +138,7 @@ class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and 
         super().load_newobj()
 
     def load_build(self) -> None:
-        """Attributes that a state dict carries along are left out."""
+        """Ignore the attributes that a state dict carries along."""
         self.stack.pop()
         if not isinstance(self.stack[-1], OrderedDict | _Opaque):
             raise NeedsCode("needs unpickling of code")
@@ -154,17 +154,17 @@ class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and 
 
 
 def _records(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, int]]:
-    """(name of the pickle, bytes of every storage). Raises Damaged for names and sizes that torch does not write."""
+    """(name of the pickle, bytes of each storage). Raises Damaged for names and sizes that torch does not write."""
     found = archive.infolist()
     if len(found) > MAX_RECORDS or len({info.filename for info in found}) < len(found):
         raise Damaged(f"is damaged: {len(found):,} records, or two of one name")
     if sum(info.file_size for info in found) > size or any(info.compress_type for info in found):
-        raise Damaged("is no torch file: its records are compressed, or larger than the file")
+        raise Damaged("is not a torch file: its records are compressed, or larger than the file")
     root = found[0].filename.split("/")[0] if found else ""
     for info in found:
         parts = info.filename.split("/")
         if parts[0] != root or not root or len(parts) < 2 or {"", ".", ".."} & set(parts) or "\\" in info.filename:
-            raise Damaged(f"is no torch file: it holds {info.filename[:80]!r}")
+            raise Damaged(f"is not a torch file: it holds {info.filename[:80]!r}")
     sizes = {
         info.filename.removeprefix(f"{root}/data/"): info.file_size
         for info in found
@@ -177,7 +177,7 @@ def _of_zip(path: Path, size: int) -> Any:
     with zipfile.ZipFile(path) as archive:
         name, sizes = _records(archive, size)
         if archive.getinfo(name).file_size > MAX_PICKLE:
-            raise Damaged(f"is no torch file: {archive.getinfo(name).file_size:,} bytes of structure")
+            raise Damaged(f"is not a torch file: {archive.getinfo(name).file_size:,} bytes of structure")
         with archive.open(name) as file:
             return _Header(file, sizes).load()
 
@@ -186,7 +186,7 @@ def _of_legacy(path: Path, size: int) -> Any:
     with open(path, "rb") as file:
         if _Header(file, {}).load() != LEGACY_MAGIC or _Header(file, {}).load() != LEGACY_PROTOCOL:
             raise Damaged("is truncated or not a torch file")
-        _Header(file, {}).load()  # of the machine that wrote it
+        _Header(file, {}).load()  # describes the machine that wrote it
         header = _Header(file, None)
         content = header.load()
         _Header(file, {}).load()
@@ -205,8 +205,12 @@ def header(path: str | Path) -> Any:
         raise
     except (RecursionError, MemoryError) as error:
         raise Damaged(f"is damaged ({type(error).__name__})") from None
-    except Exception:  # a damaged pickle can fail in every instruction, each in its own way
+    except Exception:  # a damaged pickle can fail at any instruction
         with open(path, "rb") as file:
             begun = file.read(4) == b"PK\3\4"
-        what = "truncated or damaged: it only begins as a torch file does" if begun else "truncated or not a torch file"
+        what = (
+            "truncated or damaged: it begins like a torch file but does not end like one"
+            if begun
+            else "truncated or not a torch file"
+        )
         raise Damaged(f"is {what}") from None

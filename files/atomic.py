@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a temporary file, flushed and renamed."""
+"""Atomic writes: a temporary file that is flushed to disk and then renamed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 _UNFINISHED = re.compile(r"\..+\.(pth|json|txt|safetensors)\.([a-z0-9_]{8}|link)")  # as tempfile and `_set_aside` name
-os.umask(_UMASK := os.umask(0))  # temporary files are private; finished ones get the mode that open() would give
+os.umask(_UMASK := os.umask(0))  # the mode that open() would give: temporary files are private
 
 
 class _Patient:
-    """A file that remembers the first error of writing: torch's writer, in C++, would report another in its place."""
+    """A file that remembers the first write error: torch's C++ writer would report another one in its place."""
 
     def __init__(self, file: Any) -> None:
         self.file, self.error = file, None
@@ -33,14 +33,15 @@ class _Patient:
 
 
 def older(path: Path) -> Path:
-    """Where the checkpoint before `path` is kept."""
+    """Where the checkpoint before the one at `path` is kept."""
     return path.with_suffix(".older.pth")
 
 
 def write_atomically(path: str | Path, write: Any, keep_older: bool = False) -> None:
-    """Call `write(file)` on a temporary file beside `path`, flush it to disk and rename it: whole or not there.
+    """Call `write(file)` on a temporary file beside `path`, flush it to disk and rename it.
 
-    keep_older: what was there becomes `older(path)`; at no moment is there neither. Raises OSError.
+    A reader sees the old file or the new one, never a part. keep_older: the old file becomes `older(path)`, and at any
+    moment at least one of the two exists. Raises OSError.
     """
     path = Path(path)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -62,19 +63,19 @@ def write_atomically(path: str | Path, write: Any, keep_older: bool = False) -> 
 
 
 def _set_aside(path: Path) -> None:
-    """Make `path` the older one under both names, so that one is always there."""
+    """Keep `path` as `older(path)` too, without a moment in which neither exists."""
     link = path.with_name(f".{path.name}.link")
     try:
         link.unlink(missing_ok=True)
         os.link(path, link)
-    except OSError:  # a file system without links: for a moment only the older one is there
+    except OSError:  # a file system without hard links: for a moment only the older name exists
         os.replace(path, older(path))
     else:
         os.replace(link, older(path))
 
 
 def _flush_folder(folder: Path) -> None:
-    """The renaming itself on disk, where the system can do that."""
+    """Flush the renaming itself to disk, where the system supports it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -86,7 +87,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what a killed run was about to write. Only while no other run has the folder."""
+    """Remove the temporary files of a killed run. Call it only while this run holds the folder's lock."""
     for left in folder.glob(".*"):
         if _UNFINISHED.fullmatch(left.name):
             left.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Checkpoints: one schema for every stage, tensors and plain values only, written atomically, loaded without code.
+"""Checkpoints: one schema for every stage, of tensors and plain values, written atomically and loaded without code.
 
-The checksum inside, of names, values and tensors, finds damage that the format of torch's files does not. It is no
-signature: who can write the file can write the checksum.
+A checksum over names, values and tensors detects damage that torch's own format misses. It is not a signature: whoever
+can write the file can write the checksum.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ KEYS = (
 
 
 class CheckpointError(ValueError):
-    """A file that is not a whole, safe checkpoint of this project; the message says why and what would be right."""
+    """A file that is not a complete, safe checkpoint of this project; the message says why and what would help."""
 
 
 class DamagedError(CheckpointError):
-    """One that is missing or not whole: the one before it may be."""
+    """A checkpoint that is missing or damaged: the previous one may be intact."""
 
 
 def _canonical(value: Any, place: str = "it") -> Any:
-    """The same values as a file that depends on nothing else: no shared strings, no storage larger than its tensor.
+    """The same values in a form whose file depends on nothing else: compact storages and interned strings.
 
-    Raises TypeError for what is no plain value.
+    Raises TypeError for anything that is not a plain value.
     """
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu().contiguous()
@@ -69,7 +69,7 @@ def _canonical(value: Any, place: str = "it") -> Any:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of tensors and plain values, names and types included."""
+    """SHA-256 of tensors and plain values, including their names and types."""
     sha = hashlib.sha256()
 
     def take(item: Any) -> None:
@@ -95,15 +95,15 @@ def digest(value: Any) -> str:
 
 
 def not_finite(tensors: dict[str, Any] | None) -> str:
-    """The first of the named tensors that holds a value which is not finite, '' where all are."""
+    """The name of the first tensor with a value that is not finite, '' if there is none."""
     floating = ((n, t) for n, t in (tensors or {}).items() if isinstance(t, torch.Tensor) and t.is_floating_point())
     return next((name for name, t in floating if not torch.isfinite(t).all()), "")
 
 
 def save(path: str | Path, keep_older: bool = False, **state: Any) -> None:
-    """Write a checkpoint. Every key of KEYS is stored, None where this stage has no such state.
+    """Write a checkpoint. All KEYS are stored, as None where the stage has no such state.
 
-    arch is {"name": timm name, "kwargs": {...}}; masks are bool tensors per axis, True is keep. keep_older: as of
+    arch is {"name": timm name, "kwargs": {...}}; masks are bool tensors per axis, True is keep. keep_older: see
     `write_atomically`. Equal states make equal files. Raises OSError, and CheckpointError for weights that are not
     finite.
     """
@@ -112,13 +112,13 @@ def save(path: str | Path, keep_older: bool = False, **state: Any) -> None:
     content = _canonical({key: state.get(key) for key in KEYS} | dict(format=FORMAT))
     for key in ("model", "model_ema"):
         if name := not_finite(content[key]):
-            raise CheckpointError(f"{key}: {name} is not finite, so that {path} is not written")
+            raise CheckpointError(f"{key}: {name} is not finite, so {path} is not written")
     content["format"]["sha256"] = digest(content)
     write_atomically(path, lambda file: torch.save(content, file), keep_older)
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Tensors and plain values of a file, as a dict on the CPU. Raises CheckpointError; never runs code."""
+    """The tensors and plain values of a file, as a dict on the CPU. Raises CheckpointError; never runs code."""
     path = Path(path)
     if not path.is_file():
         raise DamagedError(f"checkpoint {path} does not exist")
@@ -134,37 +134,37 @@ def read(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} {error}") from None
     except CheckpointError:
         raise
-    except Exception as error:  # torch's readers raise a dozen kinds
+    except Exception as error:  # torch's readers raise a dozen types
         line = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise DamagedError(f"checkpoint {path} is truncated or not a torch file ({line})") from None
 
 
 def _check(header: dict[str, Any]) -> None:
-    """What can be said of a file's content before its tensors are read. Raises SchemaError."""
+    """Check what a file claims to hold before its tensors are read. Raises SchemaError."""
     if is_ours(header) and not set(KEYS) - set(header):
         try:
             schema.check_checkpoint(header)
         except schema.SchemaError as error:
-            raise schema.SchemaError(f"is not as this project writes it: {error}") from None
+            raise schema.SchemaError(f"does not have the form this project writes: {error}") from None
     elif isinstance(header.get("kwargs"), dict):
         try:
             schema.check_kwargs(header["kwargs"])
         except schema.SchemaError as error:
-            raise schema.SchemaError(f"describes no model: {error}") from None
+            raise schema.SchemaError(f"does not describe a model: {error}") from None
 
 
 def is_ours(content: dict[str, Any]) -> bool:
-    """Whether a file's content says that this project wrote it."""
+    """Whether the content of a file says that this project wrote it."""
     return isinstance(content.get("format"), dict) and content["format"].get("name") == FORMAT["name"]
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A checkpoint of this project. Raises CheckpointError for anything else."""
+    """Load a checkpoint of this project. Raises CheckpointError for anything else."""
     return checked(read(path), path)
 
 
 def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """What `read` found in `path`, as a checkpoint of this project. Raises CheckpointError for anything else."""
+    """Check that what `read` returned for `path` is a checkpoint of this project. Raises CheckpointError."""
     path = Path(path)
     if not is_ours(content):
         raise CheckpointError(
@@ -173,32 +173,32 @@ def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
         )
     form = dict(content["format"])
     if not isinstance(version := form.get("version", 0), int) or version > FORMAT["version"]:
-        raise CheckpointError(f"checkpoint {path} is of a newer version than this code")
+        raise CheckpointError(f"checkpoint {path} was written by a newer version of this project")
     if missing := [key for key in KEYS if key not in content]:
         raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)}")
     checksum = form.pop("sha256", None)
     if set(form) != set(FORMAT) or checksum not in (None, digest(content | dict(format=form))):
-        raise DamagedError(f"checkpoint {path} is damaged: its checksum is not that of its content")
+        raise DamagedError(f"checkpoint {path} is damaged: its checksum does not match its content")
     for key in ("model", "model_ema"):
         if name := not_finite(content[key]):
-            raise CheckpointError(f"checkpoint {path} cannot be used: {name} of its {key} is not finite")
+            raise CheckpointError(f"checkpoint {path} cannot be used: {name} in its {key} is not finite")
     return content | dict(args=_with_absolute_origin(content["args"], path.parent))
 
 
 def load_model(path: str | Path) -> dict[str, Any]:
-    """A checkpoint that a model can be built from. Raises CheckpointError."""
+    """Load a checkpoint that a model can be built from. Raises CheckpointError."""
     return with_model(load(path), path)
 
 
 def with_model(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """What `load` found in `path`, as a checkpoint that a model can be built from. Raises CheckpointError."""
+    """Check that what `load` returned for `path` describes a model. Raises CheckpointError."""
     if missing := [key for key in ("arch", "dims", "model") if content[key] is None]:
         raise CheckpointError(f"checkpoint {path} holds no model: it lacks {', '.join(missing)}")
     return content
 
 
 def _with_absolute_origin(args: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
-    """Where the dense weights are is kept relative to a finetuned checkpoint's folder."""
+    """Make the path of the dense weights, which is stored relative to the checkpoint's folder, absolute."""
     args = args or {}
     origin = args.get("initial_checkpoint")
     if not isinstance(origin, str) or not origin:

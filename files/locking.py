@@ -1,4 +1,4 @@
-"""One run per folder: the second is told which process has it."""
+"""One run per folder: a second run is told which process holds it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ NAME = ".lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[str]:
-    """Hold the folder's lock; gives a line to say where a run before ended without giving it back, else ''.
+def lock_folder(folder: Path) -> Iterator[str]:
+    """Hold the lock of a folder. Yields a line to print if an earlier run ended without releasing it, else ''.
 
-    The lock is the system's: it ends with the process, however that ends, and processes that it has started do not keep
-    it. Raises ValueError, naming the process, where another has it.
+    The operating system holds the lock: it ends with this process, however that ends, and child processes do not keep
+    it. Raises ValueError, naming the process, if another one holds the lock.
     """
-    handle = _open_locked(folder)
+    handle = _open_lock(folder)
     if handle is None:
-        yield f"{folder}: this file system has no locks, so that a second run in the folder would not be noticed"
+        yield f"{folder}: this file system has no locks, so a second run in this folder would go unnoticed"
         return
     with os.fdopen(handle, "r+") as file:
         left = _holder(file.read())
@@ -47,8 +47,8 @@ def locked(folder: Path) -> Iterator[str]:
             (folder / NAME).unlink(missing_ok=True)
 
 
-def _open_locked(folder: Path) -> int | None:
-    """The lock's file, None where the file system has no locks. Raises ValueError where another process has it."""
+def _open_lock(folder: Path) -> int | None:
+    """Descriptor of the lock file, None on a file system without locks. Raises ValueError if the lock is taken."""
     path = folder / NAME
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -66,7 +66,7 @@ def _open_locked(folder: Path) -> int | None:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.stat(path), os.fstat(handle)):
                 return handle
-        os.close(handle)  # the run before has just removed the file
+        os.close(handle)  # an earlier run has just removed the file
 
 
 def _holder(text: str) -> str:

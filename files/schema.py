@@ -1,5 +1,5 @@
-"""What files may hold, checked before anything is built or allocated from them: JSON of a bounded size, plain values,
-and the keys of a checkpoint. Knows no model: widths are `models.dims`' business, tables `latency`'s.
+"""What files may hold, checked before anything is built or allocated from them: JSON of bounded size, plain values,
+and the keys of a checkpoint. Widths are checked in `models.dims`, latency tables in `latency`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-MAX_VALUES = 200_000  # plain values of a JSON file or a checkpoint; the largest real one has a tenth
+MAX_VALUES = 200_000  # plain values in a JSON file or a checkpoint; real ones have at most a tenth
 MAX_DEPTH = 30
 MAX_WHOLE = 2**63
 MAX_TEXT = 100_000  # characters of one string
 BYTES_PER_VALUE = 50
 MAX_WIDTH = 1_000_000  # of anything that a model is built with
-# timm's own arguments, which are no part of an architecture: they fetch or load files, or change what is built.
+# Arguments of timm that are not part of an architecture: they fetch or load files, or change what is built.
 NOT_ARCHITECTURE = frozenset(
     "pretrained pretrained_cfg pretrained_cfg_overlay checkpoint_path cache_dir scriptable exportable no_jit "
     "features_only".split()
@@ -26,11 +26,11 @@ NOT_ARCHITECTURE = frozenset(
 
 
 class SchemaError(ValueError):
-    """A file whose content is not what it should be; the message names what is odd."""
+    """A file with unexpected content; the message names what is wrong."""
 
 
 def read_json(path: str | Path, values: int = MAX_VALUES) -> Any:
-    """A JSON file of at most so many values. Raises SchemaError, which names the file."""
+    """Read a JSON file of at most `values` values. Raises SchemaError, which names the file."""
     try:
         with open(path, "rb") as file:
             raw = file.read(values * BYTES_PER_VALUE + 1)
@@ -43,13 +43,13 @@ def read_json(path: str | Path, values: int = MAX_VALUES) -> Any:
     except SchemaError as error:
         raise SchemaError(f"{path} {error}") from None
     except UnicodeDecodeError:
-        raise SchemaError(f"{path} is not JSON: it is no text") from None
+        raise SchemaError(f"{path} is not JSON: it is not a text file") from None
 
 
 def parse_json(text: str, values: int = MAX_VALUES) -> Any:
-    """JSON without NaN, of at most so many values. Raises SchemaError: what is wrong, to follow the file's name."""
-    if (found := sum(map(text.count, ",[{"))) > values:  # an upper bound, before anything is made of them
-        raise SchemaError(f"holds some {found:,} values, of at most {values:,}")
+    """Parse JSON without NaN, of at most `values` values. Raises SchemaError whose message follows a file's name."""
+    if (found := sum(map(text.count, ",[{"))) > values:  # an upper bound, before anything is built from them
+        raise SchemaError(f"holds about {found:,} values; at most {values:,} are allowed")
     try:
         return json.loads(text, parse_constant=_no_number)
     except json.JSONDecodeError as error:
@@ -58,16 +58,16 @@ def parse_json(text: str, values: int = MAX_VALUES) -> Any:
         raise SchemaError("is nested too deeply") from None
     except SchemaError:
         raise
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number with thousands of digits
         raise SchemaError(f"is not JSON: {str(error)[:60]}") from None
 
 
 def _no_number(word: str) -> None:
-    raise SchemaError(f"holds {word}, which is no number")
+    raise SchemaError(f"holds {word}, which is not a number")
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Raises SchemaError unless it is finite plain values and tensors, of bounded size, in dicts, lists and tuples."""
+    """Raises SchemaError unless a value consists of finite plain values and tensors, of bounded size."""
     left, todo = MAX_VALUES, [(value, where, 0)]
     while todo:
         item, place, depth = todo.pop()
@@ -88,32 +88,32 @@ def _why_odd(item: Any) -> str:
     if isinstance(item, float) and not math.isfinite(item):
         return f"{item}, which is not finite"
     if isinstance(item, int) and abs(item) >= MAX_WHOLE:
-        return "a number of more than 64 bits"
+        return "a number with more than 64 bits"
     if isinstance(item, str) and len(item) > MAX_TEXT:
         return f"a text of {len(item):,} characters"
     plain = item is None or isinstance(item, bool | int | float | str | torch.Tensor)
-    return "" if plain else f"a {type(item).__name__}, which is no plain value"
+    return "" if plain else f"a {type(item).__name__}, which is not a plain value"
 
 
 def check_arch(arch: Any) -> None:
-    """Raises SchemaError unless it is a timm name with arguments that describe an architecture and nothing else."""
+    """Raises SchemaError unless `arch` is a timm name with arguments that describe an architecture and nothing else."""
     if not isinstance(arch, dict) or not isinstance(arch.get("name"), str) or not isinstance(arch.get("kwargs"), dict):
         raise SchemaError("arch must hold the name of a timm model and its kwargs")
     if not re.fullmatch(r"[\w.]{1,100}", arch["name"]):
-        raise SchemaError(f"arch has the name {arch['name'][:60]!r}, which is none of timm's")
+        raise SchemaError(f"arch has the name {arch['name'][:60]!r}, which is not a timm name")
     check_kwargs(arch["kwargs"])
 
 
 def check_kwargs(kwargs: dict[str, Any]) -> None:
-    """Raises SchemaError for arguments that a file must not decide, and for sizes that no model has."""
+    """Raises SchemaError for arguments that a file must not set, and for sizes that no model has."""
     check_plain(kwargs, "kwargs")
     if odd := sorted(str(key) for key in kwargs if key in NOT_ARCHITECTURE or not isinstance(key, str)):
-        raise SchemaError(f"kwargs has {odd[0]!r}, which is no part of an architecture")
+        raise SchemaError(f"kwargs has {odd[0]!r}, which is not part of an architecture")
     for key, value in kwargs.items():
         most = 1_000 if key in ("depth", "depths") else MAX_WIDTH
         numbers = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(n, int | float) and abs(n) > most for n in numbers):
-            raise SchemaError(f"kwargs has {key}={str(value)[:40]}, of at most {most:,}")
+            raise SchemaError(f"kwargs has {key}={str(value)[:40]}, more than {most:,}")
 
 
 def _check_tensors(value: Any, where: str) -> None:
@@ -125,7 +125,7 @@ def _check_tensors(value: Any, where: str) -> None:
 def _check_masks(masks: dict[str, Any]) -> None:
     _check_tensors(masks, "masks")
     if odd := [name for name, t in masks.items() if t.dtype != torch.bool or t.dim() != 1]:
-        raise SchemaError(f"masks: {odd[0][:60]} is no vector of booleans")
+        raise SchemaError(f"masks: {odd[0][:60]} is not a vector of booleans")
 
 
 def _check_position(content: dict[str, Any]) -> None:
@@ -153,7 +153,7 @@ DICTS = (
 
 
 def check_checkpoint(content: dict[str, Any]) -> None:
-    """The keys of a checkpoint of this project, None or of their types. Raises SchemaError naming what is odd."""
+    """Check that every key of a checkpoint is None or has its type. Raises SchemaError naming what is wrong."""
     for key in DICTS:
         if content[key] is not None and not isinstance(content[key], dict):
             raise SchemaError(f"{key} must be a dict, not a {type(content[key]).__name__}")

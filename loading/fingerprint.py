@@ -1,4 +1,4 @@
-"""What tells one data set from another."""
+"""Digests that tell one data set from another."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ SAMPLED = 64  # files of a folder whose content is looked at to recognise it
 
 
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
-    """What tells a data set from another: number of images, digest of names (or pixels) and classes, and, of images in
-    files, digest of the content of some."""
+    """Number of images, digest of names (or pixels) and classes, and for image files a digest of some contents."""
     if isinstance(dataset, IterableDataset):
         return dataset.fingerprint
     while not hasattr(dataset, "targets"):
-        dataset = dataset.dataset  # what wraps it
+        dataset = dataset.dataset  # unwrap it
     names, some = hashlib.sha256(), hashlib.sha256()
     names.update(repr(list(map(int, dataset.targets))).encode())
     if not isinstance(dataset, ImageFolder):

@@ -1,4 +1,4 @@
-"""Image files: read, refused by name, or left out and counted."""
+"""Image files: read them, name those that cannot be read, or skip and count them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from runtime.run import current
 
 
 class DataError(ValueError):
-    """Data that is not there or does not fit the arguments; one line: what is wrong, and what would be right."""
+    """Data that is missing or does not fit the arguments; one line says what is wrong and what would help."""
 
 
 class CorruptImage(RunFailed):
-    """An image file that cannot be read; its message is one line with the file's path.
+    """An image file that cannot be read; the message is one line with the file's path.
 
-    A DataLoader re-raises what a worker process raised with the whole traceback as the only argument. The traceback's
-    last line is the message, so that is what is kept: the error reads the same with and without workers.
+    A DataLoader re-raises an error of a worker with the whole traceback as its argument. Only the last line of that is
+    kept, so that the error reads the same with and without workers.
     """
 
     def __init__(self, message: str) -> None:
@@ -32,10 +32,10 @@ class CorruptImage(RunFailed):
 
 
 class Skipping(Dataset):
-    """Leaves out images that cannot be read, names each, and says at the run's end how many they were.
+    """Skips images that cannot be read, names each one, and reports their number when the run ends.
 
-    stand_in: the next image that can be read takes the place, so that batches keep their size; else None does. What is
-    found is shared with the processes that read.
+    stand_in: the next readable image takes the place of a skipped one, so that batches keep their size; otherwise None
+    does. Loader workers share what they find.
     """
 
     def __init__(self, dataset: ImageFolder, stand_in: bool) -> None:
@@ -51,7 +51,7 @@ class Skipping(Dataset):
                     return self.dataset[image]
                 except CorruptImage as error:
                     self.unreadable[image] = True
-                    complain("warning", f"{error}: left out")
+                    complain("warning", f"{error}: skipped")
             if not self.stand_in:
                 return None
         raise CorruptImage(f"no image of {self.dataset.root} can be read")
@@ -60,9 +60,9 @@ class Skipping(Dataset):
         return len(self.dataset)
 
     def summary(self) -> str:
-        """A line for the run's end, '' where every image could be read."""
+        """A line for the end of the run, '' if every image could be read."""
         paths = [self.dataset.samples[i][0] for i in self.unreadable.nonzero().flatten().tolist()]
-        what = "another stood in for each" if self.stand_in else "evaluation left them out"
+        what = "others replaced them" if self.stand_in else "evaluation skipped them"
         return (
             f"{len(paths)} of {len(self)} images of {self.dataset.root} could not be read, {what}: {_some(paths)}"
             if paths
@@ -77,8 +77,10 @@ def _some(names: list[str]) -> str:
 def read_image(path: str) -> Image.Image:
     """The file as an RGB image. Raises CorruptImage, which names the path."""
     try:
-        with Image.open(io.BytesIO(Path(path).read_bytes())) as image:  # Pillow reads a file in dozens of small pieces
+        with Image.open(
+            io.BytesIO(Path(path).read_bytes())
+        ) as image:  # Pillow would read the file in dozens of small pieces
             return image.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise a dozen kinds, from OSError to struct.error
+    except Exception as error:  # Pillow's decoders raise a dozen types, from OSError to struct.error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CorruptImage(f"cannot read image {path} ({reason})") from None

@@ -1,4 +1,4 @@
-"""iNaturalist 2018 and 2019 as they are delivered, with classes at any level of the taxonomy, as in DeiT."""
+"""iNaturalist 2018 and 2019 as distributed, with classes at any level of the taxonomy, as in DeiT."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", 
 
 
 class INaturalist(Dataset):
-    """Images (transformed) and class indices of a split; classes: names of the level, in alphabetical order.
+    """Transformed images and class indices of a split; classes: the names at the chosen level, in alphabetical order.
 
-    The folder holds train2018.json, val2018.json and categories.json, and the images under the paths of these files.
-    Raises ValueError for a folder that does not.
+    The folder must hold train2018.json, val2018.json, categories.json, and the images under the paths in these files.
+    Raises ValueError otherwise.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class INaturalist(Dataset):
                 (str(root / image["file_name"]), index[category_of[image["id"]]]) for image in split["images"]
             ]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"the iNaturalist files of {root} do not fit together: {error!r} is missing") from None
+            raise ValueError(f"the iNaturalist files of {root} are inconsistent: {error!r} is missing") from None
         self.targets = [target for _, target in self.samples]
         self.transform, self.read = transform, read
 
@@ -50,6 +50,6 @@ def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except OSError:
-        raise ValueError(f"no {path.name} in {path.parent}, where the files of iNaturalist belong") from None
+        raise ValueError(f"no {path.name} in {path.parent}, where the iNaturalist files belong") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from None

@@ -1,4 +1,4 @@
-"""Batches for one process of many: what it reads in which order, and what that may depend on."""
+"""Batches for one of several processes: which samples it reads, and in which order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from runtime import elastic
 from runtime.console import warn
 from runtime.seeds import preserved_random_state, seed_generators
 
-warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # `_warn_of_many` says it in a line
+warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # `_warn_of_many` says it in one line
 
 
 class ShardSampler(Sampler[int]):
@@ -37,9 +37,9 @@ class ShardSampler(Sampler[int]):
 
 
 class Reproducible(Dataset):
-    """A training set whose augmentation is a function of seed, epoch and place in the epoch's order alone.
+    """A training set whose augmentation depends only on the seed, the epoch and the place in the epoch's order.
 
-    So what the model sees depends neither on the number of workers, nor on where a run was broken off, nor, at an equal
+    What the model sees then does not depend on the number of workers, on where a run was interrupted, or, at an equal
     global batch, on the number of processes. Keys are (index, epoch, place).
     """
 
@@ -62,7 +62,7 @@ class Reproducible(Dataset):
 
 
 class EpochOrder(Sampler[tuple[int, int, int]]):
-    """What one process reads in an epoch, as the keys of `Reproducible`; `skip` leaves out what it has read already."""
+    """What one process reads in an epoch, as keys of `Reproducible`, without the first `skip` samples."""
 
     def __init__(self, sampler: Sampler, rank: int, world_size: int) -> None:
         self.sampler, self.rank, self.world_size = sampler, rank, world_size
@@ -79,7 +79,7 @@ class EpochOrder(Sampler[tuple[int, int, int]]):
 
 
 class RepeatedAugSampler(RepeatAugSampler):
-    """timm's (three augmented views of a third of the images per epoch), in an order that the seed changes as well."""
+    """timm's sampler (three augmented views of a third of the images per epoch), ordered by the seed as well."""
 
     def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int) -> None:
         rounding = 256 if len(dataset) >= 256 else 0  # older timm would round a smaller data set to nothing
@@ -95,7 +95,7 @@ class RepeatedAugSampler(RepeatAugSampler):
 def _warn_of_many(workers: int) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if workers > cores:
-        warn(f"--num_workers {workers} on {cores} CPU cores: more processes than cores may slow loading down")
+        warn(f"--num_workers {workers} on {cores} CPU cores: more workers than cores may slow loading down")
 
 
 def build_loader(
@@ -103,10 +103,10 @@ def build_loader(
 ) -> DataLoader[tuple[Tensor, Tensor]] | ShardLoader:
     """Batches of images (B, 3, S, S) and targets (B,) for one of `world_size` processes.
 
-    Training: shuffled, shared out among the processes, only whole batches of args.batch_size; repeated augmentation
-    with several processes and args.repeated_aug. Call `start_epoch` before each epoch. Validation: in order, 1.5 times
-    the batch, every sample once: on each process, or with args.dist_eval on one of them. Loading never draws from this
-    process's generators. Raises DataError when a process has fewer training images than one batch.
+    Training: shuffled and divided among the processes, in full batches of args.batch_size, with repeated augmentation
+    if there are several processes and args.repeated_aug is set. Call `start_epoch` before each epoch. Validation: in
+    order, in batches 1.5 times as large, each sample once on every process, or once in all with args.dist_eval. Loading
+    never draws from this process's generators. Raises DataError if a process has fewer training images than one batch.
     """
     _warn_of_many(args.num_workers)
     if isinstance(dataset, IterableDataset):
@@ -125,20 +125,20 @@ def build_loader(
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and torch.cuda.is_available(),
         drop_last=is_train,
-        collate_fn=None if is_train else _those_there,
-        generator=torch.Generator(),  # else a loader draws the seeds of its workers from this process's
-        worker_init_fn=_outlive_signals,
+        collate_fn=None if is_train else _collate_readable,
+        generator=torch.Generator(),  # otherwise the seeds of the workers come from this process's generator
+        worker_init_fn=_ignore_signals,
     )
 
 
-def _those_there(samples: list[tuple[Tensor, int] | None]) -> Any:
-    """A batch without the images that could not be read; it may be empty."""
+def _collate_readable(samples: list[tuple[Tensor, int] | None]) -> Any:
+    """A batch without unreadable images; it may be empty."""
     there = [sample for sample in samples if sample is not None]
     return default_collate(there) if there else (torch.empty(0), torch.empty(0, dtype=torch.int64))
 
 
-def _outlive_signals(_: int) -> None:
-    """Launchers and terminals send them to whole process groups; the main process ends its workers when it ends."""
+def _ignore_signals(_: int) -> None:
+    """Ignore signals that launchers and terminals send to whole groups: the main process ends its workers."""
     for number in elastic.STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
@@ -156,7 +156,7 @@ def _val_sampler(dataset: Dataset, args: Any, rank: int, world_size: int) -> Sam
 
 
 def start_epoch(loader: DataLoader | ShardLoader, epoch: int, skip: int = 0) -> None:
-    """Make a training loader's next pass that of `epoch`, without its first `skip` batches."""
+    """Make the next pass over a training loader that of `epoch`, without its first `skip` batches."""
     if isinstance(loader, ShardLoader):
         loader.start_epoch(epoch, skip)
         return

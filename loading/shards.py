@@ -1,4 +1,4 @@
-"""Streaming: webdataset shards through timm's reader, shared out among processes and loader workers.
+"""Streaming: webdataset shards through timm's reader, divided among processes and loader workers.
 
 A folder of shards has _info.json as timm reads it (`splits`: `train` and `val`, each with num_samples, filenames and
 shard_lengths) and in it also `classes`, their names; `python -m tools.to_shards` writes such a folder.
@@ -28,7 +28,7 @@ KEYS = "jpg;jpeg;png;webp"  # of the image in a sample
 
 
 class ShardError(ValueError):
-    """Shards that are not there, or too few; one line: what is wrong, and what would be right."""
+    """Shards that are missing, or too few; one line says what is wrong and what would help."""
 
 
 def read_info(root: Path) -> dict[str, Any]:
@@ -48,18 +48,18 @@ def read_info(root: Path) -> dict[str, Any]:
                     f"{root / INFO}: {split['num_samples']} samples, but its shards have {sum(lengths.values())}"
                 )
             if gone := [name for name in lengths if not (root / name).is_file()]:
-                raise ShardError(f"{root / INFO} names {gone[0]}, which is not there")
+                raise ShardError(f"{root / INFO} names {gone[0]}, which does not exist")
         return info | dict(classes=list(info["classes"]))
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ShardError(f"{root / INFO} lacks what a folder of shards has to say ({error!r}): {remedy}") from None
+        raise ShardError(f"{root / INFO} is incomplete ({error!r}): {remedy}") from None
     except ValueError as error:
         raise ShardError(f"{root / INFO}: {error}") from None
 
 
 def check_indexed(args: Any, what: str) -> None:
-    """Raises ShardError where `what` draws images by index from data that has none."""
+    """Raises ShardError if the data are shards, from which `what` cannot draw images by index."""
     if args.data_set.startswith(PREFIX):
-        raise ShardError(f"{what} draws images by index, which shards do not have: give it a folder of images")
+        raise ShardError(f"{what} draws images by index, which shards do not allow: use a folder of images")
 
 
 def build(is_train: bool, args: Any, transform: Callable) -> IterableDataset:
@@ -88,9 +88,10 @@ def build(is_train: bool, args: Any, transform: Callable) -> IterableDataset:
 class ShardLoader:
     """Batches of images (B, 3, S, S) and targets (B,) from shards, as `loaders.build_loader` gives them from folders.
 
-    Training: shards and images shuffled by seed and epoch, every process and worker its own shards, as many whole
-    batches on each; where shards are of unequal length, some images come twice and some not. Going on inside an epoch
-    reads what was seen already and drops it. Validation: every image once, on each process or, shared out, on one.
+    Training: shards and images are shuffled by seed and epoch, each process and worker has its own shards, and all of
+    them have equally many full batches; with shards of unequal length some images come twice and some not at all.
+    Resuming inside an epoch reads and drops what was seen before. Validation: each image once, on every process, or
+    on one of them with args.dist_eval.
     """
 
     def __init__(self, dataset: IterableDataset, args: Any, is_train: bool, rank: int, world_size: int) -> None:
@@ -101,7 +102,7 @@ class ShardLoader:
         names, sharers = list(reader.split_info.filenames), world_size if is_train or args.dist_eval else 1
         if len(names) < sharers:
             raise ShardError(
-                f"{len(names)} shards of {reader.split_info.name} for {sharers} processes: write more "
+                f"{len(names)} shards of {reader.split_info.name} are too few for {sharers} processes: write more "
                 "(tools.to_shards --images-per-shard)"
             )
         workers = min(args.num_workers, len(names) // sharers)
@@ -130,7 +131,7 @@ class ShardLoader:
             )
 
     def _keep_own(self, names: list[str], rank: int, sharers: int) -> None:
-        """Validation on this process: timm's own sharing repeats images to make processes equal."""
+        """Keep this process's share of validation shards: timm's own division repeats images to make shares equal."""
         reader = self.dataset.reader
         lengths = dict(zip(names, reader.split_info.shard_lengths, strict=True))
         own = names[rank::sharers]
@@ -146,7 +147,7 @@ class ShardLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.dataset.set_epoch(self.epoch)
-        self.loader.generator.manual_seed(self.seed + self.epoch)  # of the workers, and so of their augmentation
+        self.loader.generator.manual_seed(self.seed + self.epoch)  # seeds the workers, and so their augmentation
         if self.is_train:
             yield from islice(self.loader, self.skip, len(self))
             return

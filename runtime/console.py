@@ -1,4 +1,4 @@
-"""What a run says: lines on the main rank, warnings and errors, tables, and colour where a person sees it."""
+"""What a run prints: lines on the main rank, warnings and errors, tables, and colour on terminals."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CODES = dict(warning="1;33", error="1;31", result="1;32")  # bold yellow, red, g
 
 
 def coloured(stream: TextIO) -> bool:
-    """Whether colour belongs on a stream: on a terminal that knows it, unless the environment says otherwise.
+    """Whether to colour what goes to a stream: on a terminal that supports it, unless the environment says otherwise.
 
-    NO_COLOR (https://no-color.org) goes before FORCE_COLOR, and that before TERM=dumb, as in Python's own programs.
+    NO_COLOR (https://no-color.org) takes precedence over FORCE_COLOR, and that over TERM=dumb, as in Python itself.
     """
     if os.environ.get("NO_COLOR"):
         return False
@@ -26,7 +26,7 @@ def coloured(stream: TextIO) -> bool:
 
 
 def paint(text: str, kind: str, stream: TextIO) -> str:
-    """`text` as it goes to `stream`, in the colour of its kind: warning, error or result."""
+    """`text` in the colour of its kind (warning, error or result), where `stream` takes colour."""
     return f"\033[{CODES[kind]}m{text}\033[0m" if coloured(stream) else text
 
 
@@ -36,7 +36,7 @@ def complaint(kind: str, text: str) -> str:
 
 
 def complain(kind: str, text: str) -> None:
-    """Say a warning or an error, at once."""
+    """Print a warning or an error on stderr, at once."""
     print(complaint(kind, text), file=sys.stderr, flush=True)
 
 
@@ -48,25 +48,25 @@ def say(line: str) -> None:
 
 
 def say_result(line: str) -> None:
-    """Say what a run has come to."""
+    """Print the result of a run."""
     say(paint(line, "result", sys.stdout))
 
 
 def say_next(*commands: str) -> None:
-    """Say the commands that go on from here, without their `python`."""
+    """Print the commands to run next; they are given without `python`."""
     for command in commands:
         say(f"next: python {command}")
 
 
 def warn(line: str) -> None:
-    """A warning on the main rank, at once and above the progress bar."""
+    """Print a warning on the main rank, at once and above the progress bar."""
     if is_main():
         tqdm.write(complaint("warning", line), file=sys.stderr)
         sys.stderr.flush()
 
 
 def table(headers: list[str], rows: list[list[str]]) -> str:
-    """Plain text columns, right-aligned but for the first."""
+    """Columns of plain text, right-aligned except for the first."""
     widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
     lines = [
         "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))

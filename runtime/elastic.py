@@ -1,7 +1,4 @@
-"""What a run needs to survive on machines that come and go: SIGTERM, and ranks that fall silent.
-
-Knows torch.distributed and the console alone; `runtime.processes` starts it, training loops ask it.
-"""
+"""What a run needs to survive on machines that come and go: SIGTERM, and ranks that fall silent."""
 
 from __future__ import annotations
 
@@ -25,20 +22,20 @@ _meeting = 1  # how often the ranks of this run have met at their store
 
 
 def arrive(store: dist.Store, rank: int) -> dist.Store:
-    """A part of the store of this start alone: torchrun keeps it over restarts, with the dead ranks' addresses."""
+    """A part of the store for this start alone: torchrun keeps dead ranks' addresses in it over restarts."""
     global _meeting
     _meeting = store.add(f"starts/{rank}", 1)
     return dist.PrefixStore(f"start_{_meeting}", store)
 
 
 def restarts() -> int:
-    """How often these processes were started again, by torchrun --max-restarts or by SLURM."""
+    """How often these processes were restarted, by torchrun --max-restarts or by SLURM."""
     counts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
     return max(_meeting - 1, *map(int, counts))
 
 
 class Terminated(SystemExit):
-    """SIGTERM or SIGINT asked the run to end: exit code 143 or 130."""
+    """SIGTERM or SIGINT asked the run to stop: exit code 143 or 130."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -46,10 +43,10 @@ class Terminated(SystemExit):
 
 
 class StopRequest:
-    """SIGTERM or SIGINT, noticed between two updates, on all ranks between the same two. A second SIGINT ends at once.
+    """SIGTERM or SIGINT, handled between two updates, on all ranks between the same two. A second SIGINT ends at once.
 
-    Ranks are told at different moments, so each update's answers are gathered in the background during the next one:
-    no step waits for it, and all ranks stop one update later.
+    Signals reach the ranks at different moments. So the ranks exchange what they have seen in the background, during
+    the next update: no step waits for it, and all ranks stop one update later.
     """
 
     def __init__(self) -> None:
@@ -74,9 +71,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """A signal raises Terminated right here: for work that may be broken off anywhere, such as evaluation.
+        """Let a signal raise Terminated right here, in work that may be interrupted anywhere, such as evaluation.
 
-        Among several ranks it waits for the next updates: one that left alone would leave the others in a collective.
+        With several ranks the signal waits for the next update: a rank that leaves alone would block the others.
         """
         self.interruptible = self._group is None
         try:
@@ -86,8 +83,8 @@ class StopRequest:
         finally:
             self.interruptible = False
 
-    def agreed(self) -> int:
-        """The signal to stop for now, or 0; the same on every rank. Called after each update, by all."""
+    def poll(self) -> int:
+        """The signal to stop for, or 0; the same on every rank. All ranks call it after each update."""
         if self._group is None:
             return self.seen
         answer = self._collect()
@@ -104,7 +101,7 @@ class StopRequest:
         return int(flag)
 
     def close(self, waiting: bool) -> None:
-        """The signals mean what they meant before. waiting: for the other ranks' last answers, where they live."""
+        """Restore the earlier signal handlers. waiting: first collect the last answers of the other ranks."""
         if waiting:
             self._collect()
         for number, handler in self._before.items():
@@ -112,11 +109,11 @@ class StopRequest:
 
 
 class Heartbeat(threading.Thread):
-    """Tells the other ranks that this one lives, and ends this process when another has fallen silent for too long.
+    """Tells the other ranks that this one is alive, and ends this process when another rank is silent for too long.
 
-    A rank that was killed, stopped or cut off cannot say so; without this the others wait in a collective, and its
-    error names an address at best. Beats go through the store that the ranks met at. Only this thread touches it: where
-    its host is stopped a call never returns, and a second thread notices that.
+    A rank that was killed, stopped or cut off cannot report it: the others would wait in a collective whose error names
+    an address at best. Beats go through the store that the ranks met at. Only this thread uses it: a call to a stopped
+    host never returns, which a second thread notices.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float, interval: float = 2.0) -> None:
@@ -129,21 +126,21 @@ class Heartbeat(threading.Thread):
         self._store.set(self._keys[rank], "0")
 
     def begin(self) -> None:
-        """Once every rank has one."""
+        """Start beating, once every rank has a heartbeat."""
         self.start()
         threading.Thread(target=self._watch_the_store, daemon=True).start()
 
     def run(self) -> None:
-        """The thread itself: beat, and look at the others' beats."""
+        """The thread's work: beat, and check the beats of the others."""
         beat = 0
-        with contextlib.suppress(RuntimeError):  # the store has gone; the other thread says so
+        with contextlib.suppress(RuntimeError):  # the store is gone; the other thread reports it
             while not self._end.wait(self.interval):
                 beat += 1
                 self._exchange(str(beat))
                 if problem := self._named(self._silent(self.timeout)):
                     _end_process(problem)
             self._store.set(self._keys[self.rank], self._last_word)
-            while self.rank == 0 and self._last_word == "done" and self._waited_for():  # this rank may hold the store
+            while self.rank == 0 and self._last_word == "done" and self._waited_for():  # this rank may host the store
                 time.sleep(self.interval)
                 self._exchange("done")
 
@@ -161,7 +158,7 @@ class Heartbeat(threading.Thread):
                 _end_process(f"rank 0, or the launcher, has not answered for {silence:.0f} s")
 
     def _silent(self, seconds: float) -> dict[int, str]:
-        """Ranks that failed, with their reason, and those not heard of for that long."""
+        """Ranks that failed, with the reason, and ranks that have been silent for so many seconds."""
         now, found = time.monotonic(), {}
         for other, (said, when) in self._heard.items():
             if said.startswith("failed: "):
@@ -171,7 +168,7 @@ class Heartbeat(threading.Thread):
         return found
 
     def _waited_for(self) -> bool:
-        """Whether another rank still lives and works."""
+        """Whether another rank is alive and still working."""
         silent = self._silent(self.timeout)
         return any(said != "done" and r not in silent and r != self.rank for r, (said, _) in self._heard.items())
 
@@ -180,14 +177,14 @@ class Heartbeat(threading.Thread):
         return "; ".join(f"rank {r} {reason}" for r, reason in silent.items())
 
     def who_is_gone(self) -> str:
-        """After a collective has failed: the ranks that are to blame, '' where all answer."""
+        """After a failed collective: the ranks at fault, '' if all of them answer."""
         time.sleep(4 * self.interval)
         if time.monotonic() - self._answered > 2.5 * self.interval:
             return "rank 0, or the launcher, has gone away"
         return self._named(self._silent(2.5 * self.interval))
 
     def stop(self, failure: str = "") -> None:
-        """The last beat: this rank is done, or failed and why. Rank 0 waits for the others to be done."""
+        """Send the last beat: done, or failed with the reason. Rank 0 then waits until the others are done."""
         self._last_word = f"failed: {failure}" if failure else "done"
         self._end.set()
         self.join(None if self.rank == 0 and not failure else self.interval + 1)

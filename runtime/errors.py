@@ -1,4 +1,4 @@
-"""Errors that a person can read: what ends a run, and what is wrong with its arguments."""
+"""Errors a person can read: why a run failed, and what is wrong with its arguments."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 
 
 class RunFailed(RuntimeError):
-    """A run that cannot go on through no mistake in its arguments; exit code 1 with this one line."""
+    """A run that cannot continue although its arguments are right; exit code 1 and this line."""
 
 
 class FailedTogether(RunFailed):
-    """One that every rank comes to alike: said once."""
+    """A failure that every rank detects alike, so that only the main rank reports it."""
 
 
 class BadArguments(Exception):
-    """Arguments that cannot work together or name what is not there; exit code 2, one line per problem."""
+    """Arguments that contradict each other or name something missing; exit code 2, one line per problem."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -26,13 +26,13 @@ class BadArguments(Exception):
 
 
 class Problems:
-    """Collects everything that is wrong with the arguments, so that it is reported at once."""
+    """Collects everything that is wrong with the arguments, so that all of it is reported at once."""
 
     def __init__(self) -> None:
         self.found: list[str] = []
 
     def attempt(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The action's result, or None with its ValueError noted."""
+        """The result of the action, or None after noting its ValueError."""
         try:
             return action(*args, **kwargs)
         except ValueError as error:
@@ -48,12 +48,12 @@ class Problems:
             raise BadArguments(self.found)
 
 
-def explained(error: BaseException | None) -> str:
-    """One line for an error that is no bug: of the machine, or of a process that reads data; '' for any other."""
+def explain(error: BaseException | None) -> str:
+    """One line for an error that is not a bug: of the machine, or of a data worker; '' for any other."""
     if isinstance(error, OSError | torch.OutOfMemoryError | RunFailed):
         return " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return f"a process that reads data died: {' '.join(str(error).split())[:200]}"
+        return f"a data loader worker died: {' '.join(str(error).split())[:200]}"
     return ""
 
 

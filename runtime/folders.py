@@ -1,4 +1,4 @@
-"""The folder of a run: made, locked, and written whole, on the main rank."""
+"""The folder of a run: create it, lock it, and write its files atomically on the main rank."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from runtime.run import current
 
 
 def make_folder(path: Path, lock: bool = True) -> Path:
-    """Create a run's folder, prove that it can be written, and lock it until the run's end. Raises ValueError.
+    """Create the folder of a run, check that it can be written, and lock it until the run ends. Raises ValueError.
 
-    lock: False for what only adds to a finished run.
+    lock: False for a program that only adds to a finished run.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -36,18 +36,18 @@ def make_folder(path: Path, lock: bool = True) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all, on the main rank."""
+    """Write a text file atomically, on the main rank."""
     if is_main():
         write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all, on the main rank."""
+    """Write an indented JSON file atomically, on the main rank."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def append_log(folder: Path, **line: Any) -> None:
-    """Add one JSON object to log.txt, whole or not at all, on the main rank."""
+    """Append one JSON object to log.txt, completely or not at all, on the main rank."""
     if is_main():
         with open(folder / "log.txt", "ab", buffering=0) as file:
             before = file.tell()

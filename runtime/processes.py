@@ -1,4 +1,4 @@
-"""How the processes of a run find one another."""
+"""How the processes of a run meet: device, process group, heartbeat, seed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from runtime.seeds import seed_everything
 
 
 def init_distributed(device: str, timeout: float) -> torch.device:
-    """Join the process group that torchrun (or launch --use_env) describes; without one, a single process.
+    """Join the process group that torchrun (or launch --use_env) describes, if there is one.
 
-    timeout: seconds after which a rank that does not answer ends the run. Raises ValueError for more processes on this
-    machine than it has GPUs.
+    timeout: seconds after which a silent rank ends the run. Raises ValueError if this machine has fewer GPUs than
+    processes.
     """
     device = torch.device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -31,11 +31,11 @@ def init_distributed(device: str, timeout: float) -> torch.device:
             raise ValueError(f"--nproc_per_node is {here} but this machine has {gpus} GPUs (or --device cpu)")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    limit = datetime.timedelta(seconds=timeout + 60)  # the heartbeat is first, and knows names
+    limit = datetime.timedelta(seconds=timeout + 60)  # the heartbeat times out first, since it can name the rank
     try:
         current.join(_meet("nccl" if device.type == "cuda" else "gloo", timeout, limit))
     except RuntimeError as error:
-        raise RunFailed(f"the processes did not find one another: {error}") from None
+        raise RunFailed(f"the processes could not connect to each other: {error}") from None
     return device
 
 
@@ -50,7 +50,9 @@ def _meet(backend: str, timeout: float, limit: datetime.timedelta) -> elastic.He
         wait_for_workers=False,
         timeout=limit,
     )
-    prefix = dist.PrefixStore(f"heartbeat_{elastic.restarts()}", own)  # a connection that no other thread waits on
+    prefix = dist.PrefixStore(
+        f"heartbeat_{elastic.restarts()}", own
+    )  # a connection of its own: no other thread may block it
     heartbeat = elastic.Heartbeat(prefix, number, processes, timeout)
     dist.barrier()
     heartbeat.begin()
@@ -58,7 +60,7 @@ def _meet(backend: str, timeout: float, limit: datetime.timedelta) -> elastic.He
 
 
 def start_processes(args: Any) -> torch.device:
-    """Join the processes, seed them, and choose the device. Raises ValueError for one that is not there."""
+    """Choose the device, join the other processes and seed this one. Raises ValueError for an unusable device."""
     wanted = args.device
     if wanted == "cuda" and not torch.cuda.is_available():
         wanted = "cpu"

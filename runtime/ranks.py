@@ -1,4 +1,4 @@
-"""Which process this is, of how many, and whether all hold the same."""
+"""Which process this is, how many there are, and whether all of them agree."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from runtime.errors import FailedTogether
 
 
 def check_identical(what: str, value: bytes) -> None:
-    """Raises RunFailed, naming the ranks, when `value` is not the same on all of them."""
+    """Raises RunFailed, naming the ranks, unless `value` is the same on all of them."""
     if world_size() == 1:
         return
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, hashlib.sha256(value).hexdigest())
     if odd := [str(r) for r, digest in enumerate(found) if digest != found[0]]:
         ranks = ", ".join(odd)
-        raise FailedTogether(f"{what} of rank {ranks} differ from rank 0's: the ranks no longer train one model")
+        raise FailedTogether(f"{what} of rank {ranks} differ from rank 0's: the ranks no longer train the same model")
 
 
 def world_size() -> int:

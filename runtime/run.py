@@ -1,4 +1,4 @@
-"""What one run of a script holds until it ends: its folders, its heartbeat, and the lines it says last."""
+"""What one run of a script holds until it ends: its folders, its heartbeat, and its closing lines."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from files.locking import locked
+from files.locking import lock_folder
 from runtime.console import complain
 from runtime.elastic import Heartbeat
 from runtime.ranks import is_main, rank
 
 
 class Run:
-    """The state that the modules of `runtime` share, with this object as its only writer.
+    """The state that the modules of `runtime` share; only this object changes it.
 
-    saved: what is on disk once training is over, for the message of a failure after it.
+    saved: what is on disk once training has ended, for the message of a later failure.
     """
 
     def __init__(self) -> None:
@@ -28,38 +28,40 @@ class Run:
         self._last_words: list[Callable[[], str]] = []
 
     def begin(self) -> None:
-        """Folders are locked from here on."""
+        """Start a run: from now on, folders are locked."""
         self._folders = contextlib.ExitStack()
 
     def join(self, heartbeat: Heartbeat) -> None:
-        """Keep this process's heartbeat, to be stopped at the end."""
+        """Keep the heartbeat of this process, which `end` stops."""
         self.heartbeat = heartbeat
 
     def lock(self, folder: Path) -> tuple[bool, str]:
-        """(whether the folder is now this run's, a line to say about the run before it or ''). Raises ValueError."""
+        """(whether this run now holds the folder, a line about an earlier run or ''). Raises ValueError."""
         if self._folders is None or not is_main():
             return False, ""
-        return True, self._folders.enter_context(locked(folder))
+        return True, self._folders.enter_context(lock_folder(folder))
 
     def remember_saved(self, line: str) -> None:
         """Note what is on disk; '' while training may still change it."""
         self.saved = line
 
     def say_at_end(self, line: Callable[[], str]) -> None:
-        """Have this process say a line when the run ends, however that happens; '' for nothing."""
+        """Print what `line` returns when the run ends, however it ends; '' for nothing."""
         self._last_words.append(line)
 
     def say_last_words(self) -> None:
-        """Say what was left for the end, each line once."""
+        """Print the closing lines, each once."""
         for line in dict.fromkeys(line() for line in self._last_words):
             if line:
                 complain("warning", line if is_main() else f"rank {rank()}: {line}")
         self._last_words.clear()
 
     def end(self, reason: str) -> None:
-        """Say the last words and release what the run holds. reason: why it failed, '' where it did not."""
+        """Print the closing lines and release what the run holds. reason: why the run failed, '' if it did not."""
         self.say_last_words()
-        for reader in multiprocessing.active_children():  # they outlive SIGTERM, and this process would wait for them
+        for (
+            reader
+        ) in multiprocessing.active_children():  # workers survive SIGTERM, and this process would wait for them
             reader.kill()
         if self._folders is not None:
             self._folders.close()

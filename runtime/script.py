@@ -1,4 +1,4 @@
-"""How a script runs: its main, its exit code, and one line instead of a traceback for what is no bug."""
+"""How a script runs: its main, its exit code, and one line instead of a traceback for anything but a bug."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime.console import complain
-from runtime.errors import BadArguments, FailedTogether, explained
+from runtime.errors import BadArguments, FailedTogether, explain
 from runtime.ranks import is_main, rank
 from runtime.run import current
 
@@ -23,21 +23,21 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
         main(args)
     except BadArguments as error:
         reason = "; ".join(error.problems)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # the others of this machine say the same
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of this machine would repeat it
             for problem in error.problems:
                 complain("error", problem)
         sys.exit(2)
     except KeyboardInterrupt:
         reason = "interrupted"
         print(
-            "interrupted: what was not written yet is lost; --resume goes on from the last checkpoint",
+            "interrupted: work since the last checkpoint is lost; --resume continues from that checkpoint",
             file=sys.stderr,
             flush=True,
         )
         sys.exit(130)
     except Exception as error:
         together = isinstance(error, FailedTogether)
-        line = explained(error) + (f"; {current.saved}" if current.saved and isinstance(error, OSError) else "")
+        line = explain(error) + (f"; {current.saved}" if current.saved and isinstance(error, OSError) else "")
         if not line and isinstance(error, RuntimeError):
             line = current.heartbeat.who_is_gone() if current.heartbeat else ""
         reason = "" if together else line or type(error).__name__
@@ -49,14 +49,14 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
 
 
 def _say_unless_starting(args: Any) -> None:
-    """Python's own message, but for a loader's thread that was just starting when a dead data process ends a run."""
+    """Python's own message, except for a loader thread that was just starting when a dead worker ended the run."""
     frames = traceback.extract_tb(args.exc_traceback)
     if not frames or frames[-1].name != "_bootstrap_inner":
         sys.__unraisablehook__(args)
 
 
 def _fail(line: str, said: bool, reason: str) -> None:
-    """One line, and exit code 1; at once where other ranks may be waiting in a collective that never ends."""
+    """Print one line and exit with code 1, at once where other ranks may wait in a collective that never ends."""
     if said:
         complain("error", line if is_main() else f"rank {rank()}: {line}")
     if current.heartbeat:

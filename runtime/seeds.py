@@ -1,4 +1,4 @@
-"""Random generators: seeding them, and putting them back where they were."""
+"""Random generators: seed them, save their state and restore it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put every random generator of this process where `rng_state` found them."""
+    """Restore the state that `rng_state` returned."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -38,7 +38,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def seed_generators(*numbers: int) -> None:
-    """Seed Python, numpy and torch's CPU generator with a function of all the numbers."""
+    """Seed the generators of Python, numpy and torch (CPU) with a function of all the numbers."""
     python, numpy, torch_seed = np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(3).tolist()
     random.seed(python)
     np.random.seed(numpy)
@@ -46,7 +46,7 @@ def seed_generators(*numbers: int) -> None:
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed every generator of this process with a function of all the numbers and the rank: ranks draw differently."""
+    """Seed every generator of this process with a function of all the numbers and the rank."""
     seed_generators(*numbers, rank())
     if torch.cuda.is_available():
         torch.cuda.manual_seed(torch.initial_seed())
@@ -54,7 +54,7 @@ def seed_everything(*numbers: int) -> None:
 
 @contextlib.contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """What is drawn in here does not move the generators of this process's CPU."""
+    """Restore the CPU generators of this process on exit, whatever is drawn inside."""
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

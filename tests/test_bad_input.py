@@ -114,7 +114,9 @@ def test_data_folders(place, tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
     assert "class" in one(prune_problems(place, *folder, tmp_path))
-    assert "nothing is downloaded" in one(prune_problems(place, "--data-set", "CIFAR10", "--data-path", tmp_path))
+    assert "this project downloads no data" in one(
+        prune_problems(place, "--data-set", "CIFAR10", "--data-path", tmp_path)
+    )
 
 
 def test_models(place):

@@ -240,7 +240,7 @@ class TestCifar:
     @pytest.mark.parametrize("name, folder", [("CIFAR10", "cifar-10-batches-py"), ("CIFAR100", "cifar-100-python")])
     def test_missing_or_damaged_files(self, tmp_path, name, folder):
         args = data_args(data_set=name, data_path=str(tmp_path))
-        remedy = f"put the extracted {folder} folder under DATA_PATH; nothing is downloaded"
+        remedy = f"put the extracted {folder} folder under DATA_PATH; this project downloads no data"
         with pytest.raises(DataError, match=f"no {folder} in .*: {remedy}"):
             build_dataset(True, args)
         (tmp_path / folder).mkdir()

@@ -20,7 +20,7 @@ import main_full_global_latency
 from files import checkpoint
 from files.atomic import older
 from files.checkpoint import DamagedError
-from files.locking import locked
+from files.locking import lock_folder
 from pruning.saliency import Saliency
 from runtime.errors import BadArguments, RunFailed
 from runtime.folders import make_folder
@@ -244,15 +244,15 @@ class TestLock:
         try:
             assert first.stdout.readline() == "held\n"
             with pytest.raises(ValueError, match=rf"{tmp_path} is in use by process {first.pid} on \S+ since"):
-                with locked(tmp_path):
+                with lock_folder(tmp_path):
                     pass
             first.send_signal(signal.SIGKILL)
             first.wait()
-            with locked(tmp_path) as note:  # the lock of a process that is gone
+            with lock_folder(tmp_path) as note:  # the lock of a process that is gone
                 assert f"taken over from process {first.pid}" in note and "ended without finishing" in note
         finally:
             first.kill()
-        with locked(tmp_path) as note:
+        with lock_folder(tmp_path) as note:
             assert note == ""
         assert not list(tmp_path.iterdir())
 
@@ -340,12 +340,12 @@ def main(args):
     _thread.start_new_thread(threading.Thread(target=print)._bootstrap, ())
     time.sleep(0.2)
     {}
-    raise errors.RunFailed("a process that reads data died")
+    raise errors.RunFailed("a data loader worker died")
 script.run_script(main, None)
 """
     for more, shown in (("pass", False), ("_thread.start_new_thread(int, ('no number',)); time.sleep(0.2)", True)):
         done = subprocess.run([sys.executable, "-c", code.format(more)], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 1 and "error: a process that reads data died" in done.stderr
+        assert done.returncode == 1 and "error: a data loader worker died" in done.stderr
         assert ("Exception ignored" in done.stderr) == shown and "_limbo" not in done.stderr, done.stderr
 
 
@@ -361,6 +361,4 @@ def test_no_process_is_waited_for_that_outlives_sigterm():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == (
-        "error: a process that reads data died: DataLoader worker (pid 1) is killed by signal: Killed.\n"
-    )
+    assert done.stderr == ("error: a data loader worker died: DataLoader worker (pid 1) is killed by signal: Killed.\n")

@@ -181,7 +181,7 @@ def test_a_reader_that_died_is_named(parts):
             raise ConnectionResetError("Connection reset by peer")
             yield
 
-    with pytest.raises(RunFailed, match="a process that reads data died: Connection reset by peer"):
+    with pytest.raises(RunFailed, match="a data loader worker died: Connection reset by peer"):
         evaluate(model, Dying(), Precision(CPU, None))
 
 

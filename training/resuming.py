@@ -17,7 +17,7 @@ from files.atomic import older
 from loading.fingerprint import fingerprint
 from runtime import elastic
 from runtime.console import say, warn
-from runtime.errors import BadArguments, RunFailed, explained
+from runtime.errors import BadArguments, RunFailed, explain
 from runtime.folders import write_text
 from runtime.ranks import check_identical, is_main, rank, world_size
 from runtime.run import current
@@ -259,7 +259,7 @@ class Keeper:
         current.remember_saved(self._safe() if error is None else "")
         if isinstance(error, RunFailed):
             raise type(error)(f"{error}; {self._safe()}") from error
-        if reason := explained(error):
+        if reason := explain(error):
             raise RunFailed(f"{reason}; {self._safe()}") from error
 
     def _safe(self) -> str:
@@ -288,7 +288,7 @@ class Keeper:
 
     def after_step(self) -> None:
         """Called after every update, by all ranks. Raises elastic.Terminated."""
-        if number := self.request.agreed():
+        if number := self.request.poll():
             self._end(elastic.Terminated(number))
         if self.interval and self.progress.step % self.interval == 0:
             self.write()

@@ -52,9 +52,9 @@ def test_another_image_stands_in_and_evaluation_leaves_out(folder, capfd, worker
     said = capfd.readouterr().err
     assert classes == 2 and sizes == [[4, 4, 4], [5, 6]]
     for path in bad:
-        assert re.search(rf"warning: cannot read image {path} .*: left out", said)
-    assert f"1 of 12 images of {root / 'train'} could not be read, another stood in for each: {bad[0]}" in said
-    assert f"1 of 12 images of {root / 'val'} could not be read, evaluation left them out: {bad[1]}" in said
+        assert re.search(rf"warning: cannot read image {path} .*: skipped", said)
+    assert f"1 of 12 images of {root / 'train'} could not be read, others replaced them: {bad[0]}" in said
+    assert f"1 of 12 images of {root / 'val'} could not be read, evaluation skipped them: {bad[1]}" in said
 
 
 def test_what_stands_in_is_always_the_same(folder):

@@ -59,7 +59,7 @@ def test_classes_are_those_of_the_level(folder):
     [
         (lambda folder: (folder / "train2018.json").unlink(), "no train2018.json in"),
         (lambda folder: (folder / "val2018.json").write_text("{"), "val2018.json is damaged"),
-        (lambda folder: (folder / "categories.json").write_text("[]"), "do not fit together"),
+        (lambda folder: (folder / "categories.json").write_text("[]"), "are inconsistent"),
     ],
 )
 def test_damaged_files_are_named(folder, damage, message):
