@@ -7,7 +7,6 @@ ImageNet's mean and standard deviation; targets are class indices.
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment,
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.transforms import InterpolationMode
 
 from loading import inat, shards
-from loading.images import DataError, Skipping, _some, read_image
+from loading.folders import ClassFolders, Skipping, class_folders
+from loading.images import DataError, list_some
 from runtime.console import say
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
@@ -70,11 +70,13 @@ def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Data
     elif args.data_set in inat.YEARS:
         dataset = _inat(is_train, args, transform)
     elif args.data_set.startswith(shards.PREFIX):
-        dataset = shards.build(is_train, args, transform)
+        dataset = shards.build(is_train, args, transform, reads_exif(args))
     else:
         raise DataError(_unknown(args.data_set))
     classes = len(dataset.classes)
-    if isinstance(dataset, ImageFolder) and getattr(args, "bad_images", "error") == "skip":
+    if classes < 2 and not getattr(args, "one_shot", False):  # which looks at no label
+        raise DataError(f"the data has one class, {dataset.classes[0]}: there is nothing to tell apart")
+    if isinstance(dataset, ClassFolders) and getattr(args, "bad_images", "error") == "skip":
         dataset = Skipping(dataset, stand_in=is_train)
     return dataset, classes
 
@@ -92,6 +94,11 @@ def _unknown(spec: str) -> str:
     closest = difflib.get_close_matches(spec.upper(), DATA_SETS, n=1, cutoff=0.7)
     hint = f"closest: {closest[0]}; " if closest else ""
     return f"no data set {spec!r}; {hint}--data-set is one of {', '.join(DATA_SETS)} or wds/NAME"
+
+
+def reads_exif(args: Any) -> bool:
+    """Whether images are turned as their EXIF orientation says."""
+    return getattr(args, "exif", True)
 
 
 def _data_folder(args: Any) -> Path:
@@ -120,38 +127,25 @@ def _cifar(is_train: bool, args: Any, transform: Callable) -> Dataset:
 def _inat(is_train: bool, args: Any, transform: Callable) -> Dataset:
     root, year = _data_folder(args), inat.YEARS[args.data_set]
     try:
-        return inat.INaturalist(root, is_train, year, args.inat_category, transform, read_image)
+        return inat.INaturalist(root, is_train, year, args.inat_category, transform, reads_exif(args))
     except ValueError as error:
         raise DataError(str(error)) from None
-
-
-def _class_folders(split: Path) -> list[str]:
-    if not split.is_dir():
-        raise DataError(f"no {split.name}/ in {split.parent}; --data-path must hold train/ and val/ with class folders")
-    classes = sorted(entry.name for entry in os.scandir(split) if entry.is_dir())
-    if not classes:
-        raise DataError(f"no class folders in {split}; it must hold one folder of images per class")
-    return classes
 
 
 def _image_folder(is_train: bool, args: Any, transform: Callable) -> Dataset:
     root = _data_folder(args)
     split, other = (root / name for name in (("train", "val") if is_train else ("val", "train")))
-    classes = _class_folders(split)
+    classes = class_folders(split)
     if other.is_dir():
-        others = _class_folders(other)
+        others = class_folders(other)
         odd = [
-            f"only in {here.name}/: {_some(sorted(set(mine) - set(theirs)))}"
+            f"only in {here.name}/: {list_some(sorted(set(mine) - set(theirs)))}"
             for here, mine, theirs in ((split, classes, others), (other, others, classes))
             if set(mine) - set(theirs)
         ]
         if odd:
             raise DataError(f"train/ and val/ of {root} must hold the same class folders; {'; '.join(odd)}")
-    dataset = ImageFolder(split, transform=transform, loader=read_image, allow_empty=True)
-    filled = set(dataset.targets)
-    if empty := [name for i, name in enumerate(dataset.classes) if i not in filled]:
-        raise DataError(f"class folders of {split} without images: {_some(empty)}; each needs at least one image")
-    return dataset
+    return ClassFolders(split, transform, reads_exif(args))
 
 
 def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor]:

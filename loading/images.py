@@ -1,19 +1,20 @@
-"""Image files: read them, name those that cannot be read, or skip and count them."""
+"""Image files as RGB pictures: turned as their EXIF says, scaled from 16 and 32 bits, and named where unreadable."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
-from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
+from PIL import ExifTags, Image, ImageOps
 
-from runtime.console import complain
 from runtime.errors import RunFailed
 from runtime.run import current
+
+TURNED, SCALED = 1, 2  # what was done to an image, as bits
+RANGE_16_BIT = 65_535
+RANGE_32_BIT = 2**31 - 1
 
 
 class DataError(ValueError):
@@ -31,56 +32,70 @@ class CorruptImage(RunFailed):
         super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
-class Skipping(Dataset):
-    """Skips images that cannot be read, names each one, and reports their number when the run ends.
+class Notes:
+    """What was done to the images of a data set, shared with the loader workers and reported when the run ends."""
 
-    stand_in: the next readable image takes the place of a skipped one, so that batches keep their size; otherwise None
-    does. Loader workers share what they find.
-    """
+    def __init__(self, images: int, where: str) -> None:
+        self.bits, self.where = torch.zeros(images, dtype=torch.uint8).share_memory_(), where
+        current.say_at_end(lambda: self.summary(TURNED, "turned as their EXIF orientation says (--no-exif: as stored)"))
+        current.say_at_end(lambda: self.summary(SCALED, "scaled to 8 bits from a wider type"))
 
-    def __init__(self, dataset: ImageFolder, stand_in: bool) -> None:
-        self.dataset, self.stand_in = dataset, stand_in
-        self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
-        current.say_at_end(self.summary)
+    def add(self, index: int, bits: int) -> None:
+        """Note what was done to an image."""
+        if bits:
+            self.bits[index] |= bits
 
-    def __getitem__(self, index: int) -> tuple[Any, int] | None:
-        for number in range(len(self)):
-            image = (index + number) % len(self)
-            if not self.unreadable[image]:
-                try:
-                    return self.dataset[image]
-                except CorruptImage as error:
-                    self.unreadable[image] = True
-                    complain("warning", f"{error}: skipped")
-            if not self.stand_in:
-                return None
-        raise CorruptImage(f"no image of {self.dataset.root} can be read")
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def summary(self) -> str:
-        """A line for the end of the run, '' if every image could be read."""
-        paths = [self.dataset.samples[i][0] for i in self.unreadable.nonzero().flatten().tolist()]
-        what = "others replaced them" if self.stand_in else "evaluation skipped them"
-        return (
-            f"{len(paths)} of {len(self)} images of {self.dataset.root} could not be read, {what}: {_some(paths)}"
-            if paths
-            else ""
-        )
+    def summary(self, bit: int, what: str) -> str:
+        """A line for the end of the run, '' if nothing of the kind was done."""
+        count = int((self.bits & bit).count_nonzero())
+        return f"{count} of {len(self.bits)} images of {self.where} were {what}" if count else ""
 
 
-def _some(names: list[str]) -> str:
+def list_some(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def read_image(path: str) -> Image.Image:
-    """The file as an RGB image. Raises CorruptImage, which names the path."""
+def to_rgb(image: Image.Image, exif: bool = True) -> tuple[Image.Image, int]:
+    """A picture as 8-bit RGB, and what was done to it (TURNED, SCALED).
+
+    exif: turn it as its EXIF orientation says. Wider greyscale is scaled by the range of its type: 16 bits by 65,535,
+    32-bit integers by that too unless a value exceeds it, floating point from 0 to 1. Raises ValueError for negative
+    integers and for floating point outside that range.
+    """
+    bits = 0
+    if exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image, bits = ImageOps.exif_transpose(image), TURNED
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image, bits = _to_8_bits(image), bits | SCALED
+    return image.convert("RGB"), bits
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    lowest, highest = values.min(), values.max()
+    if image.mode == "F":
+        if not 0 <= lowest <= highest <= 1:
+            raise ValueError(f"floating-point values from {lowest:g} to {highest:g}, expected 0 to 1")
+        largest = 1
+    elif lowest < 0:
+        raise ValueError(f"negative values, down to {lowest:g}")
+    else:
+        largest = RANGE_16_BIT if highest <= RANGE_16_BIT else RANGE_32_BIT
+    return Image.fromarray(np.rint(values * (255 / largest)).astype(np.uint8))
+
+
+def open_image(path: str, exif: bool = True) -> tuple[Image.Image, int]:
+    """An image file as 8-bit RGB, and what was done to it (`to_rgb`). Raises CorruptImage, which names the path."""
     try:
-        with Image.open(
-            io.BytesIO(Path(path).read_bytes())
-        ) as image:  # Pillow would read the file in dozens of small pieces
-            return image.convert("RGB")
+        content = io.BytesIO(Path(path).read_bytes())  # Pillow would read the file in dozens of small pieces
+        with Image.open(content) as image:
+            return to_rgb(image, exif)
     except Exception as error:  # Pillow's decoders raise a dozen types, from OSError to struct.error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CorruptImage(f"cannot read image {path} ({reason})") from None
+
+
+def read_image(path: str, exif: bool = True) -> Image.Image:
+    """An image file as 8-bit RGB. Raises CorruptImage, which names the path."""
+    return open_image(path, exif)[0]

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from loading.images import Notes, open_image
+
 YEARS = dict(INAT=2018, INAT19=2019)
 CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
@@ -21,7 +23,13 @@ class INaturalist(Dataset):
     """
 
     def __init__(
-        self, root: Path, is_train: bool, year: int, category: str, transform: Callable, read: Callable[[str], Any]
+        self,
+        root: Path,
+        is_train: bool,
+        year: int,
+        category: str,
+        transform: Callable,
+        exif: bool = True,
     ) -> None:
         split = _read(root / f"{'train' if is_train else 'val'}{year}.json")
         training = split if is_train else _read(root / f"train{year}.json")
@@ -36,11 +44,14 @@ class INaturalist(Dataset):
         except (KeyError, TypeError) as error:
             raise ValueError(f"the iNaturalist files of {root} are inconsistent: {error!r} is missing") from None
         self.targets = [target for _, target in self.samples]
-        self.transform, self.read = transform, read
+        self.transform, self.exif = transform, exif
+        self.notes = Notes(len(self.samples), str(root))
 
     def __getitem__(self, number: int) -> tuple[Any, int]:
         path, target = self.samples[number]
-        return self.transform(self.read(path)), target
+        image, bits = open_image(path, self.exif)
+        self.notes.add(number, bits)
+        return self.transform(image), target
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from loading.images import to_rgb
 from runtime.console import warn
 from runtime.errors import RunFailed
 
 PREFIX = "wds/"
 INFO = "_info.json"
-KEYS = "jpg;jpeg;png;webp"  # of the image in a sample
+KEYS = "jpg;jpeg;png;webp;gif;bmp;tif;avif"  # of the image in a sample
 
 
 class ShardError(ValueError):
@@ -62,8 +64,21 @@ def check_indexed(args: Any, what: str) -> None:
         raise ShardError(f"{what} draws images by index, which shards do not allow: use a folder of images")
 
 
-def build(is_train: bool, args: Any, transform: Callable) -> IterableDataset:
-    """A split of args.data_set (wds/NAME) under args.data_path, with `classes` and `fingerprint`. Raises ShardError."""
+class _Prepare:
+    """The transform of an image as it comes out of a shard; a class, so that loader workers can be sent it."""
+
+    def __init__(self, transform: Callable, exif: bool) -> None:
+        self.transform, self.exif = transform, exif
+
+    def __call__(self, image: Image.Image) -> Any:
+        return self.transform(to_rgb(image, self.exif)[0])
+
+
+def build(is_train: bool, args: Any, transform: Callable, exif: bool = True) -> IterableDataset:
+    """A split of args.data_set (wds/NAME) under args.data_path, with `classes` and `fingerprint`. Raises ShardError.
+
+    exif: turn images as their EXIF orientation says.
+    """
     if not args.data_path:
         raise ShardError(f"--data-set {args.data_set} needs --data-path, the folder that holds the shards")
     root, split = Path(args.data_path), "train" if is_train else "val"
@@ -78,8 +93,9 @@ def build(is_train: bool, args: Any, transform: Callable) -> IterableDataset:
         seed=args.seed,
         batch_size=args.batch_size,
         input_key=KEYS,
+        input_img_mode="",
     )
-    dataset.transform, dataset.classes = transform, info["classes"]
+    dataset.transform, dataset.classes = _Prepare(transform, exif), info["classes"]
     names = hashlib.sha256(repr((info["splits"][split], info["classes"])).encode()).hexdigest()
     dataset.fingerprint = dict(images=info["splits"][split]["num_samples"], names=names)
     return dataset

@@ -13,16 +13,16 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from torchvision.datasets import ImageFolder
-
 import options
+from loading.folders import ClassFolders
 from loading.shards import INFO, KEYS
 from runtime.console import say, say_next
 from runtime.errors import BadArguments, Problems, RunFailed
 from runtime.folders import make_folder, write_json
 from runtime.script import run_script
 
-EXTENSIONS = {f".{key}": "jpg" if key == "jpeg" else key for key in KEYS.split(";")}
+SPELLINGS = dict(jpeg="jpg", jpe="jpg", jfif="jpg", tiff="tif")
+EXTENSIONS = {f".{key}": SPELLINGS.get(key, key) for key in (*KEYS.split(";"), *SPELLINGS)}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -42,18 +42,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_split(split: Path) -> ImageFolder:
+def read_split(split: Path) -> ClassFolders:
     """The images of a split. Raises ValueError."""
-    try:
-        found = ImageFolder(split)
-    except FileNotFoundError as error:
-        raise ValueError(f"{split} is no split of a folder of images: {error}") from None
+    found = ClassFolders(split)
     if odd := [path for path, _ in found.samples if Path(path).suffix.lower() not in EXTENSIONS]:
         raise ValueError(f"{odd[0]} is none of {', '.join(EXTENSIONS)}, which is what shards hold")
     return found
 
 
-def check_args(args: argparse.Namespace) -> dict[str, ImageFolder]:
+def check_args(args: argparse.Namespace) -> dict[str, ClassFolders]:
     """The splits by name. Everything wrong is reported at once; raises BadArguments."""
     problems = Problems()
     try:

@@ -1,16 +1,19 @@
 """Images that cannot be read: named, counted over processes, never silent."""
 
 import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from jobs import PLAIN
+from PIL import ExifTags, Image, ImageOps
 from test_datasets import data_args
 
 import finetune_dense
 from datasets import build_dataset
 from loading.fingerprint import fingerprint
-from loading.images import CorruptImage
+from loading.images import SCALED, TURNED, CorruptImage, DataError, open_image, read_image, to_rgb
 from loading.loaders import build_loader, start_epoch
 from runtime.run import current
 from runtime.script import run_script
@@ -118,3 +121,107 @@ def test_a_data_set_is_recognised(folder, tmp_path):
     assert first["some_files"] != second["some_files"]
     digits = [fingerprint(build_dataset(train, data_args())[0]) for train in (True, False, True)]
     assert digits[0] == digits[2] != digits[1] and digits[0]["images"] == 1437
+
+
+def grey_picture():
+    """A gradient of 40 x 32 pixels, in 8 bits."""
+    return np.add.outer(np.arange(32) * 5, np.arange(40) * 2).astype(np.uint8)
+
+
+WIDE = {
+    "png of 16 bits": ("x.png", lambda grey: grey.astype(np.uint16) * 257),
+    "tiff of 16 bits": ("x.tif", lambda grey: grey.astype(np.uint16) * 257),
+    "tiff of 32 bits with a range of 16": ("x.tif", lambda grey: grey.astype(np.int32) * 257),
+    "tiff of 32 bits": ("x.tif", lambda grey: (grey / 255 * (2**31 - 1)).astype(np.int32)),
+    "floating point from 0 to 1": ("x.tif", lambda grey: (grey / 255).astype(np.float32)),
+}
+
+
+class TestPictures:
+    @pytest.mark.parametrize("kind", WIDE)
+    def test_wide_greyscale_is_scaled_by_the_range_of_its_type(self, kind, tmp_path):
+        name, widen = WIDE[kind]
+        Image.fromarray(widen(grey_picture())).save(tmp_path / name)
+        image, bits = open_image(str(tmp_path / name))
+        assert bits == SCALED and image.mode == "RGB"
+        assert np.abs(np.asarray(image).astype(int) - grey_picture()[:, :, None]).max() <= 1
+
+    @pytest.mark.parametrize(
+        "value, kind, reason",
+        [
+            (1.5, np.float32, "from 1.5 to 1.5, expected 0"),
+            (np.nan, np.float32, "expected 0"),
+            (-3, np.int32, "down to -3"),
+        ],
+    )
+    def test_values_without_a_range_name_the_file(self, value, kind, reason, tmp_path):
+        Image.fromarray(np.full((4, 4), value, kind)).save(tmp_path / "x.tif")
+        with pytest.raises(CorruptImage, match=f"x.tif .*{reason}"):
+            read_image(str(tmp_path / "x.tif"))
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_images_are_turned_as_their_exif_says(self, orientation, tmp_path):
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8))
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        picture.save(path := tmp_path / "x.png", exif=exif)
+        upright, bits = open_image(str(path))
+        assert bits == (0 if orientation == 1 else TURNED)
+        assert upright.size == ((9, 6) if orientation < 5 else (6, 9))
+        assert np.array_equal(np.asarray(upright), np.asarray(ImageOps.exif_transpose(Image.open(path))))
+        assert np.array_equal(np.asarray(read_image(str(path), exif=False)), np.asarray(picture))
+
+    @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "HSV"])
+    def test_other_modes_are_left_to_pillow(self, mode):
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8)).convert(mode)
+        image, bits = to_rgb(picture)
+        assert bits == 0 and image.tobytes() == picture.convert("RGB").tobytes()
+
+
+class TestFolders:
+    def test_more_formats_are_read_and_the_rest_is_counted(self, tmp_path, image_folder, capsys):
+        root = image_folder(tmp_path / "data")
+        picture = Image.fromarray(grey_picture()).convert("RGB")
+        for ending, kind in dict(jfif="JPEG", jpe="JPEG", gif="GIF", avif="AVIF", jp2="JPEG2000").items():
+            picture.save(root / "train" / "ant" / f"x.{ending}", format=kind)
+        for name in ("notes.txt", "more.txt", "README"):
+            (root / "train" / "bee" / name).write_text("no image")
+        dataset = build_dataset(True, arguments(root))[0].dataset
+        assert [dataset.targets.count(i) for i in range(2)] == [3 + 5, 3]
+        assert f"{root / 'train'}: files left out: 2 .txt, 1 without an ending" in capsys.readouterr().out
+
+    def test_what_notebooks_and_file_managers_leave_is_no_image(self, tmp_path, image_folder, capsys):
+        root = image_folder(tmp_path / "data")
+        some = next(root.glob("train/ant/*.png"))
+        for folder in (".ipynb_checkpoints", "@eaDir", "__MACOSX"):
+            (inner := some.parent / folder).mkdir()
+            shutil.copy(some, inner / "copy.png")
+        shutil.copy(some, some.with_name("._0.png"))
+        (root / "train" / ".hidden").mkdir()
+        dataset, classes = build_dataset(True, arguments(root))
+        assert classes == 2 and len(dataset) == 6
+        assert "files left out: 5 hidden" in capsys.readouterr().out
+
+    def test_one_class_is_refused_but_for_calibration(self, tmp_path, image_folder):
+        root = image_folder(tmp_path / "data", classes=("ant",))
+        with pytest.raises(DataError, match="one class, ant: there is nothing to tell apart"):
+            build_dataset(True, arguments(root))
+        assert build_dataset(True, arguments(root, one_shot=True))[1] == 1
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_what_was_done_to_images_is_counted_once(self, workers, tmp_path, image_folder, capfd):
+        root = image_folder(tmp_path / "data")
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = 6
+        Image.fromarray(grey_picture()).save(root / "train" / "ant" / "0.png", exif=exif)
+        Image.fromarray(grey_picture().astype(np.uint16) * 257).save(root / "train" / "bee" / "0.png")
+        dataset, _ = build_dataset(True, arguments(root))
+        for epoch in range(2):
+            loader = build_loader(dataset, arguments(root, num_workers=workers, batch_size=2), True)
+            start_epoch(loader, epoch)
+            list(loader)
+        current.say_last_words()
+        said = capfd.readouterr().err
+        assert said.count("1 of 6 images of") == 2
+        assert f"{root / 'train'} were turned as their EXIF orientation says" in said
+        assert f"{root / 'train'} were scaled to 8 bits from a wider type" in said
