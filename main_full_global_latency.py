@@ -5,14 +5,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import options
@@ -20,20 +15,21 @@ from engine import Precision, Progress, evaluate, train_one_epoch
 from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from loading.loaders import start_epoch
-from models import Masks, compact, is_swin, left_alone, skeleton
-from models.tokens import can_be_lean, plain
+from models import Masks, is_swin, left_alone, skeleton
+from models.tokens import can_be_lean
 from models.vit import TokenLogits
 from pruning.config import load_config
 from recipes import calibration, dry_run, nvit_options, one_shot
-from recipes.nvit import CHECKPOINT, PruningSteps, Setup, State, make_pruner, read_resumed, restore, save
-from runtime.console import say, say_result, warn
-from runtime.errors import FailedTogether, Problems, RunFailed
-from runtime.folders import append_log, make_folder, write_json
+from recipes.nvit import PruningSteps, Setup, make_pruner
+from recipes.nvit_files import CHECKPOINT, State, conclude, read_resumed, restore, save
+from runtime.console import say, warn
+from runtime.errors import FailedTogether, Problems
+from runtime.folders import append_log, make_folder
 from runtime.processes import start_processes
-from runtime.ranks import is_main
 from runtime.script import run_script
 from training import provenance, results, resuming
 from training.full_model import FullModel, freeze, load_cnn_teacher, read_full_model
+from training.keeper import Keeper
 from training.parts import (
     drop_rate_kwargs,
     images_per_update,
@@ -189,77 +185,6 @@ def check_args(args: argparse.Namespace) -> Setup:
     return Setup(device, full, data, model, cnn, table, config, pruner, folder, resumed, inputs)
 
 
-@torch.inference_mode()
-def check_compact(model: nn.Module, masks: Masks) -> float:
-    """Relative difference of masked and compact logits on random images. Raises RunFailed above 1e-3."""
-    shape = (4, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
-    masked = model.eval()(images)
-    difference = float((compact(model, masks)(images) - masked).norm() / masked.norm())
-    if not difference <= 1e-3:
-        raise RunFailed(f"the compact model differs from the masked one by {difference:.1e}: please report this")
-    return difference
-
-
-def finish(args: argparse.Namespace, setup: Setup, masks: Masks, top1_dense: float, top1: float) -> dict[str, Any]:
-    """summary.json and dims.json of a finished run."""
-    conditions = results.Conditions.of(setup.table, args.batch_size)
-    common = dict(conditions=conditions, device=setup.device)
-    measured = results.measured_ratio(setup.full, masks.dims, conditions, setup.device)
-    pruned = results.stage(
-        setup.full, masks.dims, top1, predicted=round(setup.pruner.ratio, 5), measured=measured, **common
-    )
-    summary = dict(pruned=pruned)
-    if masks.full == setup.pruner.dense:
-        full = replace(setup.full, kwargs=plain(setup.full.kwargs))
-        dense = results.stage(full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
-        summary = dict(dense=dense, pruned=pruned)
-    write_json(setup.folder / "dims.json", masks.dims.to_dict())
-    write_json(setup.folder / "summary.json", summary)
-    return summary
-
-
-def conclude(
-    args: argparse.Namespace, setup: Setup, top1_dense: float, metrics: dict[str, Any], write: Callable[[str], None]
-) -> None:
-    """Check and measure the compact model, and write the results; metrics go into the checkpoint that `write` makes."""
-    if not is_main():
-        return
-    masks = setup.pruner.masks
-    say(
-        f"compact: widths {masks.dims.to_dim()}, relative difference to the masked model "
-        f"{check_compact(setup.model, masks):.1e}"
-    )
-    pruned = finish(args, setup, masks, top1_dense, metrics["acc1"])["pruned"]
-    metrics |= pruned
-    write("pruned_checkpoint.pth")
-    results.say_where(
-        setup.folder,
-        f"finetune_dense.py --finetune {shlex.quote(str(setup.folder))} "
-        f"{results.data_flags(args)} --original_loss_coeff 1 --kl_loss_coeff 100000",
-    )
-    say_result(
-        f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {metrics['acc1']:.2f}, latency predicted "
-        f"{pruned['latency_predicted']:.3f}, measured {pruned['latency_measured']:.3f} of dense"
-    )
-
-
-def prune_one_shot(args: argparse.Namespace, setup: Setup, precision: Precision, top1_dense: float) -> None:
-    """--one_shot from beginning to end."""
-    resuming.start_anew(setup.folder, CHECKPOINT)
-    provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
-    conditions = results.Conditions.of(setup.table, args.batch_size)
-    found = one_shot.prune_(
-        args,
-        setup,
-        calibration.images_of(args, setup.full),
-        lambda dims: results.measured_ratio(setup.full, dims, conditions, setup.device),
-    )
-    metrics = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
-    append_log(setup.folder, epoch=0, **found, **results.log_line({}, metrics))
-    conclude(args, setup, top1_dense, metrics, lambda name: one_shot.save(name, args, setup, metrics))
-
-
 def evaluated(dense: nn.Module, args: argparse.Namespace, setup: Setup, precision: Precision) -> float:
     """Top-1 of the dense model in percent, said."""
     found = evaluate(dense, setup.data.val, precision, args.dist_eval)
@@ -277,7 +202,7 @@ def main(args: argparse.Namespace) -> None:
     teacher = freeze(copy.deepcopy(setup.model), setup.device)
     top1_dense = evaluated(teacher, args, setup, precision)
     if args.one_shot:
-        prune_one_shot(args, setup, precision, top1_dense)
+        one_shot.run_(args, setup, precision, top1_dense)
         return
     if not args.pruning:
         say("no --pruning: nothing removed")
@@ -296,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
     if setup.resumed:
         restore(setup, state)
     provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
-    keeper = resuming.Keeper(
+    keeper = Keeper(
         progress,
         setup.folder / CHECKPOINT,
         args.recovery_interval,

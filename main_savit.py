@@ -3,43 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import math
-import shlex
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 import options
 from engine import evaluate
 from files import checkpoint
-from loading import shards
-from models import Masks, ViTDims, compact, macs
-from models.compact import difference
-from models.count import MacsFormula
-from models.pretrained import from_checkpoint
+from models import compact
 from models.vit import TokenLogits
-from pruning import savit
-from pruning.gates import COMPONENTS, axes_of_component
-from pruning.interaction import FORMS, without_second_derivative
-from pruning.macs_search import SEARCHES, Problem
-from pruning.savit import FORMULAS, METHODS, Importance
-from recipes import importance_files, savit_log
-from recipes import savit as recipe
-from runtime.console import say, say_result, warn
-from runtime.errors import Problems, RunFailed
-from runtime.folders import make_folder, write_json
+from pruning.gates import COMPONENTS
+from pruning.interaction import FORMS
+from pruning.macs_search import SEARCHES
+from pruning.savit import FORMULAS, METHODS
+from recipes import importance_files, savit_log, savit_scoring
+from recipes import savit as steps
+from runtime.console import say, warn
+from runtime.errors import Problems
+from runtime.folders import make_folder
 from runtime.processes import start_processes
 from runtime.ranks import is_main
 from runtime.script import run_script
 from runtime.seeds import rng_state
 from training import provenance, results
-from training.full_model import FullModel, check_plain, is_dense, load_cnn_teacher, read_full_model, structural_kwargs
-from training.parts import Data, load_data, make_precision
-
-DEFAULT_MODEL = "deit_base_patch16_224"
+from training.full_model import load_cnn_teacher
+from training.parts import load_data, make_precision
 
 
 def components(text: str) -> tuple[str, ...]:
@@ -197,19 +183,6 @@ def _add_pruning_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass
-class Setup:
-    """What the arguments named, loaded and checked; model is the one to prune."""
-
-    device: torch.device
-    full: FullModel
-    data: Data
-    model: nn.Module
-    cnn: nn.Module | None = None
-    importance: Importance | None = None
-    folder: Path = Path()
-
-
 def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
     if not 0 < args.pruning_flops_percentage < 1:
         problems.add(f"--pruning_flops_percentage must be in (0, 1), not {args.pruning_flops_percentage}")
@@ -224,137 +197,31 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add(f"--hessian_formula published has no weight for {', '.join(odd)}")
 
 
-def _start(args: argparse.Namespace) -> tuple[FullModel, dict[str, Any] | None]:
-    """The full-size model, and the narrower checkpoint that pruning starts from, None for full-width weights."""
-    path = args.finetune or args.initial_checkpoint
-    content = checkpoint.read(path) if path else {}
-    if "format" in content:
-        content = checkpoint.load_model(path)
-        arch, origin = content["arch"], (content["args"] or {}).get("initial_checkpoint", "")
-        if args.model not in (None, arch["name"]):
-            raise ValueError(f"--model is {args.model} but {path} holds {arch['name']}")
-        check_plain(arch["name"])
-        full = FullModel(arch["name"], structural_kwargs(arch["kwargs"]), origin)
-        if content["dims"] != full.dims.to_dict():
-            return full, content
-    named = argparse.Namespace(**vars(args) | dict(initial_checkpoint=path))
-    if named.model is None and not content.get("arch"):
-        named.model = DEFAULT_MODEL
-    return read_full_model(named), None
-
-
-def _model(full: FullModel, parent: dict[str, Any] | None, path: str) -> nn.Module:
-    if parent is None:
-        return full.build().requires_grad_(False).eval()
-    model = from_checkpoint(parent, path)
-    if model.num_classes != full.kwargs["num_classes"]:
-        raise ValueError(f"{path} has {model.num_classes} classes, the data has {full.kwargs['num_classes']}")
-    return model.requires_grad_(False).eval()
-
-
-def floor_share(args: argparse.Namespace) -> float | None:
-    return args.pruning_floor if args.pruning_protect else None
-
-
-def _check_target(args: argparse.Namespace, model: nn.Module) -> None:
-    """Raises ValueError for a component that the model lacks, or a target that the floors make unreachable."""
-    dims, components = model.dims, args.pruning_layers
-    if lacking := [c for c in components if not axes_of_component(dims, c)]:
-        raise ValueError(f"--pruning_layers: the model has no {', '.join(lacking)} to prune")
-    lowest = savit.floor_dims(dims, components, floor_share(args))
-    least = macs(model.arch, lowest, **model.arch_kwargs)
-    if budget(args, model) < least:
-        most = 1 - least / macs(model.arch, dims, **model.arch_kwargs)
-        most = math.floor(1e4 * most) / 1e4
-        raise ValueError(
-            f"--pruning_flops_percentage {args.pruning_flops_percentage} cannot be reached: removing "
-            f"{', '.join(components)} down to the floors takes away at most {most:.4f}"
-        )
-
-
-def _check_scoring(args: argparse.Namespace, model: nn.Module, images: int) -> None:
-    """Raises ValueError for too little data, or a layer that has no second derivative."""
-    shards.check_indexed(args, "the pruning pass")
-    recipe.batches_needed(args, images)
-    if args.need_hessian and args.hessian_form == "exact":
-        sample = torch.randn(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-        if layer := without_second_derivative(model, sample):
-            raise ValueError(f"--need_hessian: no second derivative in layer {layer}; --hessian_form finite needs none")
-
-
-def check_args(args: argparse.Namespace) -> Setup:
+def check_args(args: argparse.Namespace) -> steps.Setup:
     """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
     problems = Problems()
     options.check_values(args, problems)
     _check_flags(args, problems)
     device = problems.attempt(start_processes, args)
-    start = problems.attempt(_start, args)
+    start = problems.attempt(steps.read_start, args)
     problems.raise_if_any()
     full, parent = start
     data = problems.attempt(load_data, args, full, train=not args.pruning_pickle_from)
     problems.raise_if_any()
-    model = problems.attempt(_model, full, parent, args.finetune or args.initial_checkpoint)
+    model = problems.attempt(steps.build, full, parent, args.finetune or args.initial_checkpoint)
     cnn = problems.attempt(load_cnn_teacher, args, data.classes, device)
     problems.raise_if_any()
-    setup = Setup(device, full, data, model, cnn)
-    problems.attempt(_check_target, args, model)
+    setup = steps.Setup(device, full, data, model, cnn)
+    problems.attempt(steps.check_target, args, model)
     if args.pruning_pickle_from:
         setup.importance = problems.attempt(importance_files.read_for, args, model)
     else:
-        problems.attempt(_check_scoring, args, model, len(data.train.dataset))
+        problems.attempt(steps.check_scoring, args, model, len(data.train.dataset))
     problems.raise_if_any()
     setup.folder = problems.attempt(make_folder, Path(args.output_dir))
     problems.raise_if_any()
     model.to(device)
     return setup
-
-
-def budget(args: argparse.Namespace, model: nn.Module) -> int:
-    """MACs of one image that may stay."""
-    return int((1 - args.pruning_flops_percentage) * macs(model.arch, model.dims, **model.arch_kwargs))
-
-
-def select(
-    args: argparse.Namespace, model: nn.Module, importance: Importance, device: torch.device
-) -> tuple[Masks, Problem]:
-    """What goes. Raises RunFailed where the search finds nothing."""
-    dims = model.dims
-    norm = args.pruning_normalize_by_layer_type if args.pruning_normalize_by_layer else None
-    rankings = [savit.rank(importance, c, dims, floor_share(args), norm) for c in args.pruning_layers]
-    objective = savit.objective(
-        importance,
-        rankings,
-        dims,
-        formula=args.hessian_formula,
-        linear=args.linear_term,
-        hessian_embed=args.hessian_embed,
-    )
-    formula = MacsFormula.of(model.arch, dims, **model.arch_kwargs)
-    problem = Problem(formula, dims, rankings, objective, budget(args, model))
-    try:
-        return savit.choose(problem, dims, args.search, args.seed, device), problem
-    except ValueError as error:
-        raise RunFailed(str(error)) from None
-
-
-def finish(args: argparse.Namespace, setup: Setup, start: ViTDims, dims: ViTDims, top1: tuple[float, float]) -> None:
-    """summary.json and dims.json; a start that was pruned already, or is lean, has no stage of its own."""
-    conditions = results.Conditions(args.batch_size)
-    common = dict(conditions=conditions, device=setup.device, predicted=None)
-    summary = {}
-    if is_dense(setup.full, start):
-        summary["dense"] = results.stage(setup.full, start, top1[0], measured=1.0, **common | dict(predicted=1.0))
-    measured = results.measured_ratio(setup.full, dims, conditions, setup.device)
-    summary["pruned"] = results.stage(setup.full, dims, top1[1], measured=measured, **common)
-    write_json(setup.folder / "dims.json", dims.to_dict())
-    write_json(setup.folder / "summary.json", summary)
-    quoted = shlex.quote(str(setup.folder / "pruned_checkpoint.pth"))
-    results.say_where(
-        setup.folder,
-        f"main_savit_deploy.py --masked_model {quoted} {results.data_flags(args)} "
-        f"--output_dir {shlex.quote(str(setup.folder / 'finetuned'))}",
-    )
-    say_result(results.result_line(setup.folder / "pruned_checkpoint.pth", summary["pruned"]))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -369,18 +236,17 @@ def main(args: argparse.Namespace) -> None:
     # ---------------------------------------------------------------- score
     importance = setup.importance
     if importance is None:
-        importance, data = recipe.measure(args, model, setup.data.train.dataset.dataset, setup.cnn, setup.device)
+        importance, data = savit_scoring.measure(args, model, setup.data.train.dataset.dataset, setup.cnn, setup.device)
         if is_main() and not args.pruning_silent:
             importance_files.save(setup.folder, importance, importance_files.model_record(model), data)
     if importance.hessian is None:
         warn("no interactions (--need_hessian): the units' scores alone decide how much of each component goes")
 
     # ---------------------------------------------------------------- prune
-    masks, problem = select(args, model, importance, setup.device)
+    masks, problem = steps.select(args, model, importance, setup.device)
     masks.install_(model)
     small = compact(model, masks).eval()
-    if not (error := difference(model, small)) <= 1e-3:
-        raise RunFailed(f"the compact model differs from the masked one by {error:.1e}: please report this")
+    results.check_compact(model, small)
     after = evaluate(TokenLogits(small), setup.data.val, precision, args.dist_eval)["acc1"]
 
     # ---------------------------------------------------------------- result
@@ -400,7 +266,7 @@ def main(args: argparse.Namespace) -> None:
         metrics=dict(acc1=after),
         args=vars(args) | dict(initial_checkpoint=setup.full.path),
     )
-    finish(args, setup, start, dims, (before, after))
+    steps.finish(args, setup, start, dims, (before, after))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from models.pretrained import load_initial_, read_initial
 from pruning.gates import COMPONENTS, Gates, axes_of_component
 from pruning.interaction import SampledMean, component_hessian
 from pruning.savit import Scores
-from recipes.savit import GROUP
+from recipes.savit_scoring import GROUP
 from runtime.console import table
 from runtime.device import device_name
 

@@ -1,4 +1,4 @@
-"""What pruning does inside the training loop, what it holds, and how that is saved."""
+"""NViT inside the training loop: what the run holds, and what it does after every backward pass and step."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import Precision, Progress
-from files import checkpoint
+from engine import Precision
 from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from losses import NViTLoss
@@ -28,13 +27,9 @@ from recipes.calibration import Compensation
 from runtime.console import say
 from runtime.errors import RunFailed
 from runtime.ranks import check_identical, is_main
-from runtime.seeds import rng_state
-from training import resuming
 from training.curves import Curves
 from training.full_model import FullModel
 from training.parts import Data, wrap_for_training
-
-CHECKPOINT = "checkpoint.pth"
 
 
 @dataclass
@@ -232,73 +227,3 @@ class PruningSteps:
         self.masks.load_state_dict({a: keep[self.shrunk.outer.keep[a]] for a, keep in full.keep.items()})
         self.masks.install_(self.model)
         self.set_phase()
-
-
-@dataclass
-class State:
-    """What pruning moves, and so what a checkpoint holds."""
-
-    steps: PruningSteps
-    optimizer: torch.optim.Optimizer
-    precision: Precision
-    progress: Progress
-    metrics: dict[str, Any] = field(default_factory=dict)
-
-
-def save(name: str, args: Any, setup: Setup, state: State) -> None:
-    """Write a checkpoint into the run's folder, on the main rank."""
-    if not is_main():
-        return
-    steps, progress = state.steps, state.progress.state_dict()
-    model, masks = steps.shrunk.expanded(steps.model, steps.masks)
-    checkpoint.save(
-        setup.folder / name,
-        keep_older=name == CHECKPOINT,
-        arch=setup.full.record,
-        dims=masks.dims.to_dict(),
-        dim=masks.dims.to_dim(),
-        masks=masks.state_dict(),
-        model=model.state_dict(),
-        optimizer=steps.shrunk.optimizer_state(steps.model),
-        scaler=state.precision.scaler.state_dict(),
-        pruner=steps.state_dict(),
-        epoch=progress["epoch"],
-        step=steps.steps,
-        rng=rng_state(),
-        metrics=state.metrics | progress["metrics"],
-        args=resuming.saved_args(args, setup.full.path, setup.inputs),
-    )
-
-
-def read_resumed(
-    args: Any, full: FullModel, config: PruningConfig, folder: Path, inputs: dict[str, str]
-) -> dict[str, Any] | None:
-    """The checkpoint to go on from, or None. Raises ValueError where it does not fit the arguments."""
-    content = resuming.read(
-        args,
-        folder,
-        CHECKPOINT,
-        run="pruning",
-        fitting=dict(arch=full.record),
-        needed="pruner",
-        inputs=inputs,
-        may_differ={"epochs"},
-    )  # the learning rate is constant
-    if content is not None and content["pruner"]["config"] != asdict(config):
-        raise ValueError(f"--resume: {args.pruning_config} is not the pruning config of that run")
-    return content
-
-
-def restore(setup: Setup, state: State) -> None:
-    """Go on from the resumed checkpoint."""
-    content = setup.resumed
-    with resuming.restoring(content["path"]):
-        masks = state.steps.masks.fresh()
-        masks.load_state_dict(content["masks"])
-        masks.install_tokens_(setup.model)
-        setup.model.load_state_dict(content["model"])
-        state.optimizer.load_state_dict(content["optimizer"])
-        state.precision.scaler.load_state_dict(content["scaler"])
-        state.steps.restore(content["pruner"], content["masks"])
-        state.metrics = resuming.restore(content, state.progress, setup.folder)
-    state.progress.ended = state.steps.done

@@ -10,21 +10,25 @@ import torch
 from torch import Tensor
 
 import options
+from engine import Precision, evaluate
 from files import checkpoint
 from loading import shards
 from models import Masks, ViTDims, compact
 from models.compact import expand_
+from models.vit import TokenLogits
 from pruning.allocation import allocate
 from pruning.moments import all_reduced
 from pruning.probe import prices
 from pruning.refit import refit_
 from recipes import calibration
 from recipes.nvit import Setup
+from recipes.nvit_files import CHECKPOINT, conclude
 from runtime.console import say
 from runtime.errors import Problems, RunFailed
+from runtime.folders import append_log
 from runtime.ranks import is_main
 from runtime.seeds import rng_state
-from training import resuming
+from training import provenance, results, resuming
 
 ROUNDS, CLOSE = 5, 0.01  # of aiming at a measured ratio, and how close below it is close enough
 
@@ -135,3 +139,19 @@ def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
         metrics=metrics,
         args=resuming.saved_args(args, setup.full.path),
     )
+
+
+def run_(args: Any, setup: Setup, precision: Precision, top1_dense: float) -> None:
+    """--one_shot from beginning to end."""
+    resuming.start_anew(setup.folder, CHECKPOINT)
+    provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
+    conditions = results.Conditions.of(setup.table, args.batch_size)
+    found = prune_(
+        args,
+        setup,
+        calibration.images_of(args, setup.full),
+        lambda dims: results.measured_ratio(setup.full, dims, conditions, setup.device),
+    )
+    metrics = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
+    append_log(setup.folder, epoch=0, **found, **results.log_line({}, metrics))
+    conclude(args, setup, top1_dense, metrics, lambda name: save(name, args, setup, metrics))

@@ -1,221 +1,151 @@
-"""SAViT's pass over the data: scores on every batch, interactions on as many as their stated error needs.
-
-The pass is a list of batches that the seed decides, images and augmentation included; processes share the list out and
-add up what they measure, so that the result is the same for any number of them.
-"""
+"""SAViT's parts between its command line and its mathematics: which model, whether the budget can be met, what goes."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
-from scipy.stats import spearmanr
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
 
-from engine import Precision, progress_bar
-from losses import DistillationLoss, base_criterion
-from models.vit import TokenLogits
-from pruning.gates import Gates
-from pruning.interaction import SampledMean, component_hessian
-from pruning.savit import Importance, Scores
-from runtime.console import say, table, warn
+from files import checkpoint
+from loading import shards
+from models import Masks, ViTDims, macs
+from models.count import MacsFormula
+from models.pretrained import from_checkpoint
+from pruning import savit
+from pruning.gates import axes_of_component
+from pruning.interaction import without_second_derivative
+from pruning.macs_search import Problem
+from pruning.savit import Importance
+from recipes import savit_scoring
+from runtime.console import say_result
 from runtime.errors import RunFailed
-from runtime.ranks import rank, world_size
-from training.parts import make_mixup, make_precision
+from runtime.folders import write_json
+from training import results
+from training.full_model import FullModel, check_plain, is_dense, read_full_model, structural_kwargs
+from training.parts import Data
 
-GROUP = 8  # batches between looks at the error: a whole number of them per process, for up to 8 processes
-REPEATS = 3  # views of an image with repeated augmentation
-AGREEMENT = 0.99  # rank correlation of the scores in reduced precision with those in fp32
-
-
-def _seed(*numbers: int) -> None:
-    """Seed what transforms and mixup draw from."""
-    first, second = np.random.SeedSequence(numbers).generate_state(2)
-    random.seed(int(first))
-    np.random.seed(first)
-    torch.default_generator.manual_seed(int(second))
+DEFAULT_MODEL = "deit_base_patch16_224"
 
 
-class Feed(Dataset):
-    """Training images by position in the pass; what a position holds follows from the seed alone."""
+@dataclass
+class Setup:
+    """What the arguments named, loaded and checked; model is the one to prune."""
 
-    def __init__(self, dataset: Dataset, seed: int, repeated: bool) -> None:
-        self.dataset, self.seed = dataset, seed
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        self.order = order.repeat_interleave(REPEATS)[: len(order)] if repeated else order
+    device: torch.device
+    full: FullModel
+    data: Data
+    model: nn.Module
+    cnn: nn.Module | None = None
+    importance: Importance | None = None
+    folder: Path = Path()
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        _seed(self.seed, position)
-        return self.dataset[int(self.order[position])]
+
+def read_start(args: Any) -> tuple[FullModel, dict[str, Any] | None]:
+    """The full-size model, and the narrower checkpoint that pruning starts from, None for full-width weights."""
+    path = args.finetune or args.initial_checkpoint
+    content = checkpoint.read(path) if path else {}
+    if "format" in content:
+        content = checkpoint.load_model(path)
+        arch, origin = content["arch"], (content["args"] or {}).get("initial_checkpoint", "")
+        if args.model not in (None, arch["name"]):
+            raise ValueError(f"--model is {args.model} but {path} holds {arch['name']}")
+        check_plain(arch["name"])
+        full = FullModel(arch["name"], structural_kwargs(arch["kwargs"]), origin)
+        if content["dims"] != full.dims.to_dict():
+            return full, content
+    named = SimpleNamespace(**vars(args) | dict(initial_checkpoint=path))
+    if named.model is None and not content.get("arch"):
+        named.model = DEFAULT_MODEL
+    return read_full_model(named), None
 
 
-def batches_needed(args: Any, images: int) -> int:
-    """Batches of the pass. Raises ValueError where the training images do not make as many."""
-    available = images // args.batch_size
-    least = 2 if args.need_hessian else 1
-    needed = max(least, int(args.pruning_feed_percent * available))
-    if available < needed:
-        why = "--need_hessian states its error from at least 2 batches" if args.need_hessian else "scoring needs one"
+def build(full: FullModel, parent: dict[str, Any] | None, path: str) -> nn.Module:
+    """The frozen model to prune, of what `read_start` found. Raises ValueError for other classes than the data's."""
+    if parent is None:
+        return full.build().requires_grad_(False).eval()
+    model = from_checkpoint(parent, path)
+    if model.num_classes != full.kwargs["num_classes"]:
+        raise ValueError(f"{path} has {model.num_classes} classes, the data has {full.kwargs['num_classes']}")
+    return model.requires_grad_(False).eval()
+
+
+def _floor_share(args: Any) -> float | None:
+    return args.pruning_floor if args.pruning_protect else None
+
+
+def check_target(args: Any, model: nn.Module) -> None:
+    """Raises ValueError for a component that the model lacks, or a target that the floors make unreachable."""
+    dims, components = model.dims, args.pruning_layers
+    if lacking := [c for c in components if not axes_of_component(dims, c)]:
+        raise ValueError(f"--pruning_layers: the model has no {', '.join(lacking)} to prune")
+    lowest = savit.floor_dims(dims, components, _floor_share(args))
+    least = macs(model.arch, lowest, **model.arch_kwargs)
+    if budget(args, model) < least:
+        most = 1 - least / macs(model.arch, dims, **model.arch_kwargs)
+        most = math.floor(1e4 * most) / 1e4
         raise ValueError(
-            f"{why}, the {images} training images make {available} of {args.batch_size}: "
-            f"--batch-size can be at most {images // least}"
-        )
-    return needed
-
-
-class Pass:
-    """The batches of one pass over the data, as images and (mixed) targets on the device."""
-
-    def __init__(self, args: Any, dataset: Dataset, batches: int, classes: int, device: torch.device) -> None:
-        self.seed, self.device, self.batches = args.seed, device, batches
-        self.mixup = make_mixup(args, classes)
-        size = args.batch_size
-        self.mine = range(rank(), batches, world_size())
-        self.loader = DataLoader(
-            Feed(dataset, args.seed, args.repeated_aug),
-            batch_sampler=[range(t * size, (t + 1) * size) for t in self.mine],
-            num_workers=args.num_workers,
-            pin_memory=args.pin_mem and device.type == "cuda",
-            generator=torch.Generator(),
+            f"--pruning_flops_percentage {args.pruning_flops_percentage} cannot be reached: removing "
+            f"{', '.join(components)} down to the floors takes away at most {most:.4f}"
         )
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for t, (images, targets) in zip(self.mine, self.loader, strict=True):
-            images, targets = (x.to(self.device, non_blocking=True) for x in (images, targets))
-            if self.mixup is not None:
-                _seed(self.seed, self.batches, t)
-                images, targets = self.mixup(images, targets)
-            yield images, targets
 
-    def groups(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """This process's share of GROUP batches at a time: empty where the others have the rest."""
-        bar = iter(progress_bar(self, len(self.mine), "scoring"))
-        for start in range(0, self.batches, GROUP):
-            stop = min(start + GROUP, self.batches)
-            yield [next(bar) for t in self.mine if start <= t < stop]
+def check_scoring(args: Any, model: nn.Module, images: int) -> None:
+    """Raises ValueError for too little data, or a layer that has no second derivative."""
+    shards.check_indexed(args, "the pruning pass")
+    savit_scoring.batches_needed(args, images)
+    if args.need_hessian and args.hessian_form == "exact":
+        sample = torch.randn(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+        if layer := without_second_derivative(model, sample):
+            raise ValueError(f"--need_hessian: no second derivative in layer {layer}; --hessian_form finite needs none")
 
 
-def _summed(value: Tensor, device: torch.device) -> Tensor:
-    if world_size() > 1:
-        value = value.to(device)
-        dist.all_reduce(value)
-    return value.cpu()
+def budget(args: Any, model: nn.Module) -> int:
+    """MACs of one image that may stay."""
+    return int((1 - args.pruning_flops_percentage) * macs(model.arch, model.dims, **model.arch_kwargs))
 
 
-class Scoring:
-    """What is measured on the batches: scores, and interactions until their stated error is reached."""
-
-    def __init__(self, args: Any, model: nn.Module, cnn: nn.Module | None, precision: Precision) -> None:
-        mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-        self.model, self.both, self.precision = model, TokenLogits(model), precision
-        self.criterion = DistillationLoss(
-            base_criterion(mixing, args.smoothing),
-            cnn,
-            args.distillation_type,
-            args.distillation_alpha,
-            args.distillation_tau,
-        )
-        self.components, self.form, self.wanted_error = args.pruning_layers, args.hessian_form, args.hessian_error
-        self.scores = Scores(model.dims, args.pruning_layers, args.pruning_method)
-        self.interactions = SampledMean(len(args.pruning_layers)) if args.need_hessian else None
-
-    def loss(self, images: Tensor, targets: Tensor, precision: Precision) -> Tensor:
-        with precision.autocast():
-            logits = self.both(images)
-        return self.criterion(tuple(t.float() for t in logits), images, targets)
-
-    def measure(self, gates: Gates, images: Tensor, targets: Tensor, precision: Precision) -> Tensor:
-        return self.scores.measure(gates, len(images), lambda: self.loss(images, targets, precision))
-
-    def check_precision(self, gates: Gates, first: list[tuple[Tensor, Tensor]]) -> None:
-        """Reduced precision stays only where it ranks the units of the first batch as fp32 does."""
-        full, correlation = Precision(self.precision.device, None), torch.zeros(1)
-        if rank() == 0:
-            measured = (self.scores.per_component(self.measure(gates, *first[0], p)) for p in (self.precision, full))
-            correlation += min(spearmanr(a, b).statistic for a, b in zip(*measured, strict=True))
-        worst = float(_summed(correlation, self.precision.device))
-        name = str(self.precision.dtype).removeprefix("torch.")
-        if worst >= AGREEMENT:
-            say(f"scoring in {name}: it ranks the first batch's units as fp32 does (correlation {worst:.4f})")
-        else:
-            warn(
-                f"scoring in fp32: {name} ranks the first batch's units too differently (correlation {worst:.4f}, "
-                f"needed {AGREEMENT})"
-            )
-            self.precision = full
-
-    def see(self, gates: Gates, group: list[tuple[Tensor, Tensor]]) -> None:
-        """Take in a group of batches, this process's share; all processes together."""
-        device, full = self.precision.device, Precision(self.precision.device, None)
-        measured = [self.measure(gates, *batch, self.precision) for batch in group]
-        self.scores.add(_summed(sum(measured, torch.zeros_like(self.scores.sums)), device))
-        if self.interactions is None or self.interactions.largest_error <= self.wanted_error:
-            return
-        packed = [
-            SampledMean.pack(component_hessian(gates, self.components, lambda b=b: self.loss(*b, full), self.form))
-            for b in group
-        ]
-        self.interactions.merge(_summed(sum(packed, torch.zeros_like(self.interactions.sums)), device))
-
-    def importance(self) -> Importance:
-        """Raises RunFailed where it is not finite."""
-        try:
-            if self.interactions is None:
-                return self.scores.importance()
-            return self.scores.importance(self.interactions.mean, self.interactions.standard_error)
-        except ValueError as error:
-            raise RunFailed(str(error)) from None
-
-
-def measure(
-    args: Any, model: nn.Module, dataset: Dataset, cnn: nn.Module | None, device: torch.device
-) -> tuple[Importance, dict[str, Any]]:
-    """Importance of the units of `model` (in eval mode, frozen), and the pass as a description. Raises RunFailed."""
-    batches = batches_needed(args, len(dataset))
-    scoring = Scoring(args, model, cnn, make_precision(args, device))
-    with Gates(model).attached() as gates:
-        for number, group in enumerate(Pass(args, dataset, batches, model.num_classes, device).groups()):
-            if number == 0 and scoring.precision.dtype is not None:
-                scoring.check_precision(gates, group)
-            scoring.see(gates, group)
-            if number * GROUP % args.log_interval < GROUP:
-                seen = min((number + 1) * GROUP, batches)
-                say(f"scored {seen} of {batches} batches of {args.batch_size}: loss {scoring.scores.loss:.4f}")
-    importance = scoring.importance()
-    data = dict(
-        data_set=args.data_set,
-        images=batches * args.batch_size,
-        batches=batches,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        repeated_aug=args.repeated_aug,
-        loss=scoring.scores.loss,
-        hessian_batches=0,
+def select(args: Any, model: nn.Module, importance: Importance, device: torch.device) -> tuple[Masks, Problem]:
+    """What goes. Raises RunFailed where the search finds nothing."""
+    dims = model.dims
+    norm = args.pruning_normalize_by_layer_type if args.pruning_normalize_by_layer else None
+    rankings = [savit.rank(importance, c, dims, _floor_share(args), norm) for c in args.pruning_layers]
+    objective = savit.objective(
+        importance,
+        rankings,
+        dims,
+        formula=args.hessian_formula,
+        linear=args.linear_term,
+        hessian_embed=args.hessian_embed,
     )
-    if scoring.interactions is not None:
-        used, error = scoring.interactions.count, scoring.interactions.largest_error
-        data["hessian_batches"] = used
-        say(f"interactions from {used} of {batches} batches, largest error {100 * error:.1f} %")
-        say(interaction_table(importance))
-        if error > args.hessian_error:
-            warn(
-                f"the interactions' error is above --hessian_error {args.hessian_error} after all batches of "
-                f"--pruning_feed_percent {args.pruning_feed_percent}"
-            )
-    return importance, data
+    formula = MacsFormula.of(model.arch, dims, **model.arch_kwargs)
+    problem = Problem(formula, dims, rankings, objective, budget(args, model))
+    try:
+        return savit.choose(problem, dims, args.search, args.seed, device), problem
+    except ValueError as error:
+        raise RunFailed(str(error)) from None
 
 
-def interaction_table(importance: Importance) -> str:
-    """Every entry of the interactions with its standard error."""
-    rows = [
-        [name, *(f"{h:+.4g} ± {e:.1g}" for h, e in zip(row, errors, strict=True))]
-        for name, row, errors in zip(
-            importance.components, importance.hessian.tolist(), importance.error.tolist(), strict=True
-        )
-    ]
-    return table(["1'H1", *importance.components], rows)
+def finish(args: Any, setup: Setup, start: ViTDims, dims: ViTDims, top1: tuple[float, float]) -> None:
+    """summary.json and dims.json; a start that was pruned already, or is lean, has no stage of its own."""
+    conditions = results.Conditions(args.batch_size)
+    common = dict(conditions=conditions, device=setup.device, predicted=None)
+    summary = {}
+    if is_dense(setup.full, start):
+        summary["dense"] = results.stage(setup.full, start, top1[0], measured=1.0, **common | dict(predicted=1.0))
+    measured = results.measured_ratio(setup.full, dims, conditions, setup.device)
+    summary["pruned"] = results.stage(setup.full, dims, top1[1], measured=measured, **common)
+    write_json(setup.folder / "dims.json", dims.to_dict())
+    write_json(setup.folder / "summary.json", summary)
+    quoted = shlex.quote(str(setup.folder / "pruned_checkpoint.pth"))
+    results.say_where(
+        setup.folder,
+        f"main_savit_deploy.py --masked_model {quoted} {results.data_flags(args)} "
+        f"--output_dir {shlex.quote(str(setup.folder / 'finetuned'))}",
+    )
+    say_result(results.result_line(setup.folder / "pruned_checkpoint.pth", summary["pruned"]))

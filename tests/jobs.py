@@ -11,7 +11,7 @@ import torch
 
 from files import checkpoint
 from latency.table import LatencyTable
-from training import resuming
+from training.keeper import Keeper
 
 MODEL = [
     "--model",
@@ -141,7 +141,7 @@ def same(a, b):
 
 def terminate_after(monkeypatch, updates):
     """SIGTERM arrives while the update of that number (from 1) is computed."""
-    after_step, done = resuming.Keeper.after_step, []
+    after_step, done = Keeper.after_step, []
 
     def patched(self):
         done.append(1)
@@ -149,7 +149,7 @@ def terminate_after(monkeypatch, updates):
             os.kill(os.getpid(), signal.SIGTERM)
         after_step(self)
 
-    monkeypatch.setattr(resuming.Keeper, "after_step", patched)
+    monkeypatch.setattr(Keeper, "after_step", patched)
 
 
 def interrupted(monkeypatch, script, flags, updates):

@@ -25,7 +25,8 @@ from pruning.saliency import Saliency
 from runtime.errors import BadArguments, RunFailed
 from runtime.folders import make_folder
 from runtime.script import run_script
-from training import provenance, results, resuming
+from training import provenance, results
+from training.keeper import Keeper
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,7 +142,7 @@ def test_a_full_disk(runs, tmp_path, errors, monkeypatch, capsys):
     folder = tmp_path / "pruned"
     folder.mkdir()
     shutil.copy(runs["pruned"] / "pruned_checkpoint.pth", folder)
-    original = resuming.Keeper.after_step
+    original = Keeper.after_step
 
     def after_step(self):
         full = self.progress.epoch == 1 and self.progress.step < 20
@@ -152,7 +153,7 @@ def test_a_full_disk(runs, tmp_path, errors, monkeypatch, capsys):
     args = finetune_dense.get_args_parser().parse_args(list(map(str, flags)))
     try:
         with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
-            patch.setattr(resuming.Keeper, "after_step", after_step)
+            patch.setattr(Keeper, "after_step", after_step)
             run_script(finetune_dense.main, args)
             assert errors == "warn"
     finally:
@@ -183,7 +184,7 @@ def test_a_new_run_does_not_show_an_earlier_ones_results(tuned, monkeypatch):
     def crash(self):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(resuming.Keeper, "after_step", crash)
+    monkeypatch.setattr(Keeper, "after_step", crash)
     with pytest.raises(KeyboardInterrupt):
         run(finetune_dense, *flags)
     there = {p.name for p in folder.iterdir()}
@@ -265,7 +266,7 @@ class TestLock:
 
 def test_ctrl_c_writes_a_checkpoint_first(runs, tmp_path, monkeypatch, capsys):
     shutil.copy(runs["pruned"] / "pruned_checkpoint.pth", tmp_path)
-    original, done = resuming.Keeper.after_step, []
+    original, done = Keeper.after_step, []
 
     def after_step(self):
         done.append(1)
@@ -273,7 +274,7 @@ def test_ctrl_c_writes_a_checkpoint_first(runs, tmp_path, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGINT)
         original(self)
 
-    monkeypatch.setattr(resuming.Keeper, "after_step", after_step)
+    monkeypatch.setattr(Keeper, "after_step", after_step)
     with pytest.raises(SystemExit) as stopped:
         run(finetune_dense, *TUNE, "--finetune", tmp_path)
     assert stopped.value.code == 130 and "stopped by SIGINT" in capsys.readouterr().out

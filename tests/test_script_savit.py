@@ -19,6 +19,7 @@ import main_savit_deploy
 from files import checkpoint
 from models import Masks, ViTDims, build_vit, load_dense, macs
 from pruning.savit import published_sizes
+from recipes import savit
 from runtime.errors import BadArguments
 from tools import convert_importance, export, formats
 
@@ -313,7 +314,7 @@ class Hard(nn.Module):
 
 def test_a_layer_without_second_derivative_and_a_component_that_is_not_there(runs, tmp_path, monkeypatch, prune):
     good = [*PRUNE, "--output_dir", tmp_path / "out"]
-    original = main_savit._model
+    original = savit.build
 
     def patched(*args):
         model = original(*args)
@@ -321,7 +322,7 @@ def test_a_layer_without_second_derivative_and_a_component_that_is_not_there(run
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr(main_savit, "_model", patched)
+        patch.setattr(savit, "build", patched)
         found = one(problems(main_savit, *good, "--finetune", runs / "dense.pth", "--need_hessian"))
         assert "layer blocks.0.mlp.act (Hard)" in found and "--hessian_form finite" in found
     model = build_vit(ARCH, **KWARGS)

@@ -23,6 +23,7 @@ from runtime.seeds import rng_state
 from training import provenance, results, resuming
 from training.curves import Curves
 from training.full_model import FullModel
+from training.keeper import Keeper
 from training.parts import (
     Data,
     images_per_update,
@@ -145,7 +146,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
         state.metrics = test(TokenLogits(run.model)) | dict(best=0.0)
         say(f"before: top-1 {state.metrics['acc1']:.2f}, {parameters:,} parameters, widths {run.model.dims.to_dim()}")
     curves = Curves(run.folder, purge_step=progress.epoch)
-    keeper = resuming.Keeper(
+    keeper = Keeper(
         progress,
         run.folder / CHECKPOINT,
         args.recovery_interval,

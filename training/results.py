@@ -16,10 +16,13 @@ from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from latency.whole import measured_ratios
 from models import build_vit, macs, params, sparsity
+from models.arch import Model
+from models.compact import difference
 from models.swin_dims import Dims
 from models.tokens import plain
 from runtime.console import say, say_next, warn
 from runtime.device import device_name
+from runtime.errors import RunFailed
 from training.full_model import FullModel
 
 MOST_BATCH = 65_536  # of a measurement that a file asks for
@@ -69,6 +72,13 @@ def measured_ratio(full: FullModel, dims: Dims, conditions: Conditions, device: 
         builds=BUILDS,
     )
     return round(float(ratios[0]), 5)
+
+
+def check_compact(model: Model, small: Model) -> float:
+    """Relative difference of the logits of a masked model and its compact one. Raises RunFailed above 1e-3."""
+    if not (found := difference(model, small)) <= 1e-3:
+        raise RunFailed(f"the compact model differs from the masked one by {found:.1e}: please report this")
+    return found
 
 
 def measured_sparse_ratio(

@@ -21,7 +21,8 @@ import main_full_global_latency
 from engine import Progress
 from files import checkpoint
 from runtime.errors import BadArguments
-from training import dense, resuming
+from training import dense
+from training.keeper import Keeper
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,8 +103,8 @@ def test_twice_broken_off_during_evaluation_and_after_an_interval(runs, pruned, 
             if self.progress.step == 17:
                 raise KeyboardInterrupt
 
-        original = resuming.Keeper.after_step
-        patch.setattr(resuming.Keeper, "after_step", crash)
+        original = Keeper.after_step
+        patch.setattr(Keeper, "after_step", crash)
         run(finetune_dense, *flags, "--resume")
     content = torch.load(only(pruned, "ft_dense_*") / "ft_checkpoint.pth", weights_only=True)
     assert (content["epoch"], content["step"]) == (0, 22 + 10)

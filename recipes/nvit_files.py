@@ -1,0 +1,137 @@
+"""The files of a pruning run: checkpoints to resume from, and what is written when it has ended."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import Precision, Progress
+from files import checkpoint
+from models import Masks, compact
+from models.tokens import plain
+from pruning.config import PruningConfig
+from recipes.nvit import PruningSteps, Setup
+from runtime.console import say, say_result
+from runtime.folders import write_json
+from runtime.ranks import is_main
+from runtime.seeds import rng_state
+from training import results, resuming
+from training.full_model import FullModel
+
+CHECKPOINT = "checkpoint.pth"
+
+
+@dataclass
+class State:
+    """What pruning moves, and so what a checkpoint holds."""
+
+    steps: PruningSteps
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    progress: Progress
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def save(name: str, args: Any, setup: Setup, state: State) -> None:
+    """Write a checkpoint into the run's folder, on the main rank."""
+    if not is_main():
+        return
+    steps, progress = state.steps, state.progress.state_dict()
+    model, masks = steps.shrunk.expanded(steps.model, steps.masks)
+    checkpoint.save(
+        setup.folder / name,
+        keep_older=name == CHECKPOINT,
+        arch=setup.full.record,
+        dims=masks.dims.to_dict(),
+        dim=masks.dims.to_dim(),
+        masks=masks.state_dict(),
+        model=model.state_dict(),
+        optimizer=steps.shrunk.optimizer_state(steps.model),
+        scaler=state.precision.scaler.state_dict(),
+        pruner=steps.state_dict(),
+        epoch=progress["epoch"],
+        step=steps.steps,
+        rng=rng_state(),
+        metrics=state.metrics | progress["metrics"],
+        args=resuming.saved_args(args, setup.full.path, setup.inputs),
+    )
+
+
+def read_resumed(
+    args: Any, full: FullModel, config: PruningConfig, folder: Path, inputs: dict[str, str]
+) -> dict[str, Any] | None:
+    """The checkpoint to go on from, or None. Raises ValueError where it does not fit the arguments."""
+    content = resuming.read(
+        args,
+        folder,
+        CHECKPOINT,
+        run="pruning",
+        fitting=dict(arch=full.record),
+        needed="pruner",
+        inputs=inputs,
+        may_differ={"epochs"},
+    )  # the learning rate is constant
+    if content is not None and content["pruner"]["config"] != asdict(config):
+        raise ValueError(f"--resume: {args.pruning_config} is not the pruning config of that run")
+    return content
+
+
+def restore(setup: Setup, state: State) -> None:
+    """Go on from the resumed checkpoint."""
+    content = setup.resumed
+    with resuming.restoring(content["path"]):
+        masks = state.steps.masks.fresh()
+        masks.load_state_dict(content["masks"])
+        masks.install_tokens_(setup.model)
+        setup.model.load_state_dict(content["model"])
+        state.optimizer.load_state_dict(content["optimizer"])
+        state.precision.scaler.load_state_dict(content["scaler"])
+        state.steps.restore(content["pruner"], content["masks"])
+        state.metrics = resuming.restore(content, state.progress, setup.folder)
+    state.progress.ended = state.steps.done
+
+
+def finish(args: Any, setup: Setup, masks: Masks, top1_dense: float, top1: float) -> dict[str, Any]:
+    """summary.json and dims.json of a finished run."""
+    conditions = results.Conditions.of(setup.table, args.batch_size)
+    common = dict(conditions=conditions, device=setup.device)
+    measured = results.measured_ratio(setup.full, masks.dims, conditions, setup.device)
+    pruned = results.stage(
+        setup.full, masks.dims, top1, predicted=round(setup.pruner.ratio, 5), measured=measured, **common
+    )
+    summary = dict(pruned=pruned)
+    if masks.full == setup.pruner.dense:
+        full = replace(setup.full, kwargs=plain(setup.full.kwargs))
+        dense = results.stage(full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
+        summary = dict(dense=dense, pruned=pruned)
+    write_json(setup.folder / "dims.json", masks.dims.to_dict())
+    write_json(setup.folder / "summary.json", summary)
+    return summary
+
+
+def conclude(args: Any, setup: Setup, top1_dense: float, metrics: dict[str, Any], write: Callable[[str], None]) -> None:
+    """Check and measure the compact model, and write the results; metrics go into the checkpoint that `write` makes."""
+    if not is_main():
+        return
+    model, masks = setup.model.eval(), setup.pruner.masks
+    say(
+        f"compact: widths {masks.dims.to_dim()}, relative difference to the masked model "
+        f"{results.check_compact(model, compact(model, masks)):.1e}"
+    )
+    pruned = finish(args, setup, masks, top1_dense, metrics["acc1"])["pruned"]
+    metrics |= pruned
+    write("pruned_checkpoint.pth")
+    results.say_where(
+        setup.folder,
+        f"finetune_dense.py --finetune {shlex.quote(str(setup.folder))} "
+        f"{results.data_flags(args)} --original_loss_coeff 1 --kl_loss_coeff 100000",
+    )
+    say_result(
+        f"pruned: {setup.folder / 'pruned_checkpoint.pth'}; top-1 {metrics['acc1']:.2f}, latency predicted "
+        f"{pruned['latency_predicted']:.3f}, measured {pruned['latency_measured']:.3f} of dense"
+    )
