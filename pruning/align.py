@@ -180,7 +180,7 @@ def why_not_rotated(model: VisionTransformer) -> str | None:
 def _rotate_(model: VisionTransformer, readers: list[_Reader]) -> None:
     """Principal components first: of the normalised stream, averaged over all that read it."""
     E = model.embed_dim
-    total = sum(reader.moments.products / reader.moments.rows for reader in readers)
+    total = sum(reader.moments.second_moment for reader in readers)
     ones = torch.ones(E, E, dtype=torch.float64, device=total.device)
     components = torch.linalg.eigh(total - ones * total.trace()).eigenvectors.flip(-1)[:, : E - 1]  # ones come last
     change = helmert(E).to(total.device) @ components.T  # E E
