@@ -163,6 +163,28 @@ def test_an_overflow_under_loss_scaling_is_left_out_and_counted(parts):
     assert precision.scaler.get_scale() == 2.0**9
 
 
+def test_hooks_read_the_gradients_of_the_loss_itself(parts):
+    """Not scaled, and not clipped, which the step is."""
+    model, loader, optimizer = parts
+    batches, limit, steps = iter(loader), 1e-3, []
+
+    def after_backward():
+        images, targets = next(batches)
+        expected = torch.autograd.grad(criterion(model(images), images, targets)[0], model.parameters())
+        found = [p.grad.clone() for p in model.parameters()]
+        torch.testing.assert_close(found, list(expected))
+        norm = torch.cat([g.flatten() for g in expected]).norm()
+        assert norm > 10 * limit
+        steps.append([p.detach() - 0.1 * g * limit / norm for p, g in zip(model.parameters(), expected, strict=True)])
+
+    def after_step(loss):
+        torch.testing.assert_close([p.detach() for p in model.parameters()], steps[-1])
+
+    hooks = dict(after_backward=after_backward, after_step=after_step)
+    train_one_epoch(model, criterion, loader, optimizer, scaled(), Progress(4), clip_grad=limit, **hooks)
+    assert len(steps) == 4
+
+
 def test_overflows_without_end_are_a_fault(parts):
     model, _, optimizer = parts
     loader = DataLoader(TensorDataset(torch.randn(40, 4), torch.randint(0, 3, (40,))), batch_size=1)

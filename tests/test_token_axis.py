@@ -66,28 +66,29 @@ def test_an_empty_block_merges_nothing(model):
     assert masks.dims.blocks[0].tokens == 18 and model.blocks[0].tokens is None
 
 
+@pytest.mark.parametrize("index", [0, 1])
 @pytest.mark.parametrize("removed", [0, 9])
-def test_saliency_is_the_loss_along_the_way_to_the_common_mean(model, images, removed):
-    """Against central differences of the loss of every image by itself."""
+def test_saliency_is_the_loss_along_the_way_to_the_common_mean(model, images, removed, index):
+    """Against central differences of the loss of every image by itself; of block 0, patches also pass the block by."""
     masks = Masks(model.dims, grid=GRID)
-    masks.remove("blocks.1.tokens", torch.randperm(16)[:removed])
+    masks.remove(axis := f"blocks.{index}.tokens", torch.randperm(16)[:removed])
     masks.install_(model)
     images, labels = images.double(), torch.tensor([1, 5, 7])
     saliency = TokenSaliency(model, masks, 0.0, torch.amp.GradScaler("cpu", enabled=False))
     F.cross_entropy(model(images), labels).backward()
     saliency.step()
-    found = saliency.close_window()["blocks.1.tokens"]
+    found = saliency.close_window()[axis]
 
-    survivors = masks.keep["blocks.1.tokens"].nonzero().flatten().tolist()
-    block, merge = model.blocks[1], model.blocks[1].tokens
+    survivors = masks.keep[axis].nonzero().flatten().tolist()
+    block, merge = model.blocks[index], model.blocks[index].tokens
     with torch.no_grad():
-        x = model.blocks[0](model._pos_embed(model.patch_embed(images)))
+        x = model.blocks[:index](model._pos_embed(model.patch_embed(images)))
         M, R = (torch.eye(18).double(),) * 2 if merge is None else merge.matrices()[:2]
     distance = {(a, b): (a // 4 - b // 4) ** 2 + (a % 4 - b % 4) ** 2 for a in range(16) for b in range(16)}
 
     def loss(moved):
         z = M @ x + moved
-        logits = model.forward_head(model.norm(x + R @ (block.branches(z) - z)))
+        logits = model.forward_head(model.norm(model.blocks[index + 1 :](x + R @ (block.branches(z) - z))))
         return F.cross_entropy(logits, labels, reduction="none")
 
     expected = torch.zeros(16).double()

@@ -1,5 +1,7 @@
 """Alignment changes coordinates, never the function; and what comes first is what matters."""
 
+import copy
+
 import torch
 from conftest import TINY
 
@@ -88,6 +90,23 @@ def test_first_query_and_key_channels_are_the_best_low_rank_form():
     u, s, vt = torch.linalg.svd(q @ k.T)
     for r in range(1, 6):
         torch.testing.assert_close(q_new[:, :r] @ k_new[:, :r].T, u[:, :r] * s[:r] @ vt[:r], rtol=1e-6, atol=1e-6)
+
+
+def test_queries_and_keys_do_not_see_what_all_keys_share(tiny, randomise):
+    """A shift of all keys changes no softmax, so it changes no basis: the products of the first r channels stay."""
+    model = randomise(build_vit(**tiny)).double().eval()
+    shifted, images = copy.deepcopy(model), torch.randn(24, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        for block in shifted.blocks:
+            block.attn.qkv.bias[32:64] += 5 * torch.randn(32).double()
+    for aligned in (model, shifted):
+        align_(aligned, images.split(8), embedding=False)
+    for one, other in zip(model.blocks, shifted.blocks, strict=True):
+        q, k, _ = one.attn.qkv.weight.view(3, 4, 8, 32)  # H d E
+        q_other, k_other, _ = other.attn.qkv.weight.view(3, 4, 8, 32)
+        for r in range(1, 8):
+            products = (q_other[:, :r].mT @ k_other[:, :r], q[:, :r].mT @ k[:, :r])
+            torch.testing.assert_close(*products, rtol=1e-6, atol=1e-6)
 
 
 def test_first_value_channels_are_the_best_low_rank_form():

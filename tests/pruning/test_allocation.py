@@ -1,5 +1,6 @@
 """The solver against brute force, and what probing finds in models whose answer is known."""
 
+import copy
 from itertools import product
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from latency.table import LatencyTable
 from models import BlockDims, ViTDims, build_vit
 from pruning.align import align_
-from pruning.allocation import Options, allocate, interpolated, knapsack
+from pruning.allocation import BINS, Options, allocate, candidates, interpolated, knapsack
 from pruning.config import PruningConfig
-from pruning.probe import block_curves, embed_curve, probed_widths
+from pruning.moments import PLAIN_RIDGE
+from pruning.probe import FITTED, JUDGED, block_curves, embed_curve, prices, probed_widths
 
 FULL = ViTDims(32, (BlockDims(4, 8, 8, 128, 18),) * 2)
 GROUPS = PruningConfig().group_sizes(FULL)
@@ -76,6 +78,26 @@ def test_the_knapsack_is_exact():
         knapsack(options, 0.0)
 
 
+def test_times_are_rounded_up():
+    """40 blocks, each of 0.9 units above a five-hundredth of them: rounded down, they would fit the budget."""
+    unit = 1.0
+    block = Options(np.zeros((2, 4)), np.array([400.0, BINS / 40 + 0.9]) * unit, np.array([1.0, 0.0]))
+    chosen, cost = knapsack([block] * 40, BINS * unit)
+    assert sum(block.seconds[k] for k in chosen) <= BINS * unit and cost == chosen.count(0) == 1
+
+
+def test_narrower_queries_and_values_cost_what_heads_are_left():
+    """Prices are of all heads: with h of H left, a cut of qk or v costs h / H of its own."""
+    known, group = curves(heads=0.8, qk=0.3, v=0.2, mlp=0.1), dict(heads=1, qk=4, v=4, mlp=64)
+    widths, cost = candidates(FULL.blocks[0], group, known)
+    for row, found in zip(widths.tolist(), cost.tolist(), strict=True):
+        heads, qk, v, mlp, tokens = row
+        if heads in (1, 2, 4) and mlp:
+            cut = known["heads"][heads] + (known["qk"][qk] + known["v"][v]) * heads / 4 + known["mlp"][mlp]
+            assert found == pytest.approx(cut, rel=1e-6, abs=1e-8) and tokens == 18
+    assert len(widths) == (1 + 4 * 2 * 2) * (1 + 2)
+
+
 @pytest.mark.parametrize("target", [0.8, 0.5, 0.3])
 def test_the_target_is_met_closely_from_below(table, target):
     found = allocate(table, FULL, GROUPS, [curves(), curves()], EMBED, target)
@@ -133,3 +155,36 @@ def test_probes_see_what_a_model_does_not_need(tiny, randomise):
         assert prices == sorted(prices, reverse=True) and prices[0] > 1e-5
     prices = embed_curve(model, images, groups["embed"], 32)
     assert sorted(prices) == [8, 16, 24, 32] and prices[8] > prices[16] > prices[24] > prices[32] == 0
+
+
+@pytest.mark.parametrize("index, width", [(0, 64), (1, 32)])
+def test_a_price_is_of_images_that_compensated_nothing(tiny, randomise, index, width):
+    """An MLP cut to its first units, compensated by ridge regression and judged by hand, in float64."""
+    model = randomise(build_vit(**tiny)).eval().requires_grad_(False)
+    images = torch.randn(160, 3, 16, 16)
+    found = prices(model, images, PruningConfig().group_sizes(model.dims), 16)[0][index]["mlp"]
+    exact, images = copy.deepcopy(model).double(), images.double()
+    fit, judge = images[: len(images) // FITTED], images[len(images) // FITTED :][: len(images) // JUDGED]
+    block, read = exact.blocks[index], slice(None) if index == 0 else slice(2)
+
+    def hidden(images):
+        x = exact.blocks[:index](exact._pos_embed(exact.patch_embed(images)))
+        x = x + block.attn(block.norm1(x))
+        return x, block.mlp.act(block.mlp.fc1(block.norm2(x)))
+
+    def price(x, h, weight, bias):
+        logits = exact.forward_head(exact.norm(exact.blocks[index + 1 :](x + h @ weight.T + bias))).log_softmax(1)
+        dense = exact(judge).log_softmax(1)
+        return float((dense.exp() * (dense - logits)).sum(1).mean())
+
+    h = hidden(fit)[1][:, read].flatten(0, 1)
+    mean, (kept, cut) = h.mean(0), (h - h.mean(0)).tensor_split([width], 1)
+    ridge = (PLAIN_RIDGE * kept.square().sum(0)).sqrt().diag()
+    carried = torch.linalg.lstsq(
+        torch.cat([kept, ridge]), torch.cat([cut, cut.new_zeros(width, cut.shape[1])])
+    ).solution
+    weight = block.mlp.fc2.weight[:, :width] + block.mlp.fc2.weight[:, width:] @ carried.T
+    bias = block.mlp.fc2.bias + block.mlp.fc2.weight @ mean - weight @ mean[:width]
+    x, h = hidden(judge)
+    assert found[width] == pytest.approx(price(x, h[..., :width], weight, bias), rel=1e-3)
+    assert found[0] == pytest.approx(price(x, h, 0 * block.mlp.fc2.weight, 0.0), rel=1e-3)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from jobs import token_table
 
 from latency.table import LatencyTable
 from models import BlockDims, Masks, ViTDims, macs, params
@@ -58,6 +59,15 @@ def test_latency_per_unit_is_the_slope_of_the_table(table):
     for axis in ("blocks.0.heads", "blocks.1.qk", "blocks.0.v", "blocks.1.mlp", "embed"):
         less = narrowed(DENSE, axis, 1)
         assert costs[axis] == pytest.approx(table.model_seconds(DENSE) - table.model_seconds(less), rel=1e-6)
+
+
+@pytest.mark.parametrize("asking", [None, 2])
+def test_the_embedding_also_costs_what_is_outside_the_blocks(asking):
+    table, sizes = token_table(), PruningConfig().group_sizes(DENSE)
+    less = narrowed(DENSE, "embed", sizes["embed"])
+    assert table.overhead_seconds(less.embed) < table.overhead_seconds(DENSE.embed)
+    saved = table.model_seconds(DENSE, asking) - table.model_seconds(less, asking)
+    assert latency_per_unit(table, DENSE, sizes, asking)["embed"] == pytest.approx(saved / sizes["embed"], rel=1e-9)
 
 
 @pytest.mark.parametrize("asking", [2, 18])

@@ -9,7 +9,7 @@ import torch
 from models import BlockDims, ViTDims, build_vit, macs
 from models.count import MacsFormula
 from pruning.gates import COMPONENTS, axes_of_component
-from pruning.macs_search import Objective, Problem, evolution, grid, put_back
+from pruning.macs_search import POINTS, Objective, Problem, evolution, grid, put_back
 from pruning.savit import Importance, choose, floor_dims, objective, rank
 
 DEIT_TINY = ("deit_tiny_patch16_224", {})
@@ -122,6 +122,17 @@ def test_the_grid_finds_what_enumeration_finds():
         had_some = less[:, problem.derived] >= 0
         assert (problem.macs(less[had_some]) > problem.budget).all()
         assert problem.objective(evolution(problem, seed)) >= found - 1e-12
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_grid_ends_at_single_units(seed):
+    """Far more counts than points: and yet no count that is one higher or lower promises a lower loss."""
+    problem, _ = make(DIGITS, COMPONENTS, 0.3, seed)
+    counts, K = grid(problem), len(problem.free)
+    assert (problem.most[problem.free] + 1).prod() > 10 * POINTS
+    steps = np.concatenate([np.eye(K, dtype=np.int64), -np.eye(K, dtype=np.int64)])
+    near = (counts[problem.free] + steps).clip(0, problem.most[problem.free])
+    assert problem.complete(near)[1].min() >= problem.objective(counts)
 
 
 def test_the_grid_is_deterministic_and_evolution_follows_its_seed():

@@ -62,6 +62,34 @@ def test_a_correction_uses_all_rows_and_lowers_the_held_out_error(rows):
     )
 
 
+def test_the_ridge_that_is_best_on_rows_not_fitted_is_used_on_all():
+    """Against ridge regressions by least squares in float64, of few rows with much noise."""
+    x = torch.randn(72, 12).double()
+    present = torch.randn(3, 12).double(), torch.randn(3).double()
+    t = x @ (present[0] + 0.1 * torch.randn(3, 12)).T + present[1] + 1.0 + 2 * torch.randn(72, 3)
+
+    def fitted(ridge, x, t):
+        """Penalised by `ridge` times the variance of each input for what a weight moves."""
+        away = (x - x.mean(0), (t - x @ present[0].T) - (t - x @ present[0].T).mean(0))
+        rows = (ridge * away[0].square().sum(0)).sqrt().diag()
+        moved = torch.linalg.lstsq(torch.cat([away[0], rows]), torch.cat([away[1], t.new_zeros(12, 3)])).solution.T
+        return present[0] + moved, t.mean(0) - x.mean(0) @ (present[0] + moved).T
+
+    def error(weight, bias):
+        return float((x[48:] @ weight.T + bias - t[48:]).square().sum(1).mean())
+
+    errors = {ridge: error(*fitted(ridge, x[:48], t[:48])) for ridge in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}
+    best = min(errors, key=errors.get)
+    assert best == 1e-1 and errors[best] < 0.99 * errors[1e-5]
+    layer = nn.Linear(12, 3).double()
+    layer.weight.data, layer.bias.data = (p.clone() for p in present)
+    before, after = correct_(layer, moments_of(x[:48], t[:48]), moments_of(x[48:], t[48:]))
+    assert (before, after) == pytest.approx((error(*present), errors[best]), rel=1e-4)
+    weight, bias = fitted(best, x, t)
+    torch.testing.assert_close(layer.weight.data, weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(layer.bias.data, bias, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("bias", [torch.randn(3).double(), None])
 def test_compensation_is_exact_for_nothing_cut_and_for_copies(rows, bias):
     x, _ = rows

@@ -7,6 +7,7 @@ import torch
 
 from models import Masks, build_vit, compact
 from models.compact import expand_
+from pruning import refit, streams
 from pruning.align import align_
 from pruning.moments import Moments, correct_
 from pruning.refit import divergence, refit_
@@ -48,6 +49,34 @@ def test_refitting_with_missing_branches(tiny, randomise, prune):
     before = kl(small, model, fresh)
     refit_(model, small, masks, torch.randn(200, 3, 16, 16), 64)
     assert kl(small, model, fresh) < before
+
+
+@pytest.mark.parametrize("more", [{}, dict(arch="vit_tiny_patch16_224", init_values=0.1)], ids=["distilled", "scaled"])
+def test_a_refitted_stream_has_the_mean_of_the_dense_one(tiny, randomise, prune, more):
+    """A bias is not penalised, so what a layer that writes the stream leaves adds up to nothing, whatever the ridge:
+    over all tokens, and in the last block over those that the head reads. The stem is off by a constant, which the
+    first branch makes good."""
+    model = randomise(build_vit(**tiny | more)).eval().requires_grad_(False)
+    masks, images = prune(Masks(model.dims), ("embed", "qk", "v", "mlp")), torch.randn(80, 3, 16, 16)
+    small, kept = compact(model, masks), masks.keep["embed"]
+    small.pos_embed += torch.randn(small.embed_dim)
+    refit_(model, small, masks, images, 16)
+    x, z = streams.stem(model, images), streams.stem(small, images)
+    assert (z - x[..., kept]).mean((0, 1)).abs().min() > 1e-3
+    for i, (big, little) in enumerate(zip(model.blocks, small.blocks, strict=True)):
+        read = slice(model.num_prefix_tokens if i == 1 else None)
+        for branch, other in zip(streams.branches(big), streams.branches(little), strict=True):
+            x, z = x + branch(x), z + other(z)
+            torch.testing.assert_close(z[:, read].mean((0, 1)), x[:, read, kept].mean((0, 1)), rtol=1e-4, atol=1e-4)
+
+
+def test_held_out_images_are_not_fitted(tiny, randomise, monkeypatch):
+    """Rows that a layer is fitted to, and that judge it: of 36 and 4 images, of which the head reads two tokens."""
+    model, seen = randomise(build_vit(**tiny)).eval().requires_grad_(False), []
+    monkeypatch.setattr(refit, "correct_", lambda _, fit, held: seen.append((int(fit.rows), int(held.rows))))
+    refit_(model, copy.deepcopy(model), Masks(model.dims), torch.randn(40, 3, 16, 16), 16)
+    every, read = (36 * 18, 4 * 18), (36 * 2, 4 * 2)
+    assert seen == [every] * 4 + [every, read] * 2 + [(36, 4)] * 2
 
 
 def test_units_that_others_replace_are_no_loss(tiny, randomise, images):

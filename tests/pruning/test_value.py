@@ -8,6 +8,7 @@ import torch
 from latency.table import LatencyTable
 from models import BlockDims, Masks, ViTDims
 from pruning.config import PruningConfig
+from pruning.global_latency import narrowed
 from pruning.value import ValuePruner
 
 DENSE = ViTDims(32, (BlockDims(4, 8, 8, 128, 18),) * 2)
@@ -68,6 +69,18 @@ def test_the_cheapest_saliency_per_second_goes_first():
     assert first.axis == "blocks.0.v"
     even["blocks.0.v"] *= 2
     assert pruner().ranking(even)[0].axis == "blocks.1.mlp"
+
+
+@pytest.mark.parametrize("share, first", [(0.99, "embed"), (1.01, "blocks.0.v")])
+def test_the_embedding_also_saves_what_is_outside_the_blocks(share, first):
+    """Saliency in proportion to the seconds of a whole model that a unit saves, with one per cent between two axes."""
+    table = table_of()
+    found = {axis: torch.full((n,), 9.0, dtype=torch.float64) for axis, n in DENSE.sizes().items()}
+    for axis, size, weight in (("embed", 4, share), ("blocks.0.v", 1, 1.0)):
+        saved = table.model_seconds(DENSE) - table.model_seconds(narrowed(DENSE, axis, size))
+        found[axis] = torch.full_like(found[axis], weight * saved / size)
+    assert table.overhead_seconds(32) - table.overhead_seconds(28) > 0
+    assert pruner(table).ranking(found)[0].axis == first
 
 
 def test_a_branch_that_is_worth_nothing_goes_whole_and_its_base_cost_with_it():
