@@ -15,7 +15,7 @@ from files import checkpoint
 from models import build_vit, dims_from_dict, sparsity
 from models.pretrained import from_checkpoint
 from models.tokens import layers
-from runtime.console import say, say_result
+from runtime.console import say
 from runtime.errors import Problems
 from runtime.folders import make_folder, write_json
 from runtime.processes import start_processes
@@ -178,36 +178,23 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add("--start_epoch goes with --resume")
 
 
-def finish(args: argparse.Namespace, run: Run, metrics: dict[str, Any]) -> dict[str, Any]:
-    """summary.json and dims.json of a finished run; the earlier stages come from the pruning run's summary.
+def finish(args: argparse.Namespace, run: Run, top1: float, effort: results.Effort) -> None:
+    """The results of a finished run; the earlier stages come from the pruning run's summary.
 
     They are left out where the data is another: their accuracy would not compare.
     """
-    summary = results.earlier(checkpoint_path(args.finetune).parent) if args.finetune else {}
-    pruned = summary.get("pruned", {})
-    if run.transfer:
-        summary = {}
-    dims = run.model.dims
+    earlier = results.earlier(checkpoint_path(args.finetune).parent) if args.finetune else {}
+    pruned = earlier.get("pruned", {})
     conditions = results.Conditions(
         **{k: pruned[k] for k in ("batch", "dtype", "compiled") if k in pruned}
         or dict(batch=args.batch_size, compiled=args.compile)
     )
-    dense = is_dense(run.full, dims)
-    measured = 1.0 if dense else results.measured_ratio(run.full, dims, conditions, run.device)
-    predicted = 1.0 if dense else pruned.get("latency_predicted")
-    name = "dense" if dense else "finetuned"
-    summary[name] = results.stage(
-        run.full,
-        dims,
-        metrics["acc1"],
-        predicted=predicted,
-        measured=measured,
-        conditions=conditions,
-        device=run.device,
-    )
-    write_json(run.folder / "dims.json", dims.to_dict())
-    write_json(run.folder / "summary.json", summary)
-    return summary[name]
+    report = results.Report(run.folder, run.full, run.device, conditions, effort)
+    name = "dense" if is_dense(run.full, run.model.dims) else "finetuned"
+    predicted = pruned.get("latency_predicted")
+    stage = report.conclude(name, run.model.dims, top1, predicted, {} if run.transfer else earlier)
+    following = results.after_dense if name == "dense" else results.after_training
+    report.say("ft_checkpoint.pth", stage, *following(run.folder))
 
 
 def sparse(args: argparse.Namespace, run: Run, folder: Path) -> dict[str, Any]:
@@ -216,12 +203,8 @@ def sparse(args: argparse.Namespace, run: Run, folder: Path) -> dict[str, Any]:
     if odd := sparsity.sparsify_(model):
         say(f"2:4 sparsity leaves out {', '.join(odd)}: their inputs are not a multiple of 4")
     top1 = evaluate(model, run.data.val, make_precision(args, run.device), args.dist_eval)["acc1"]
-    conditions = results.Conditions(args.batch_size, dtype="bf16")
-    measured = results.measured_sparse_ratio(run.full, model, conditions, run.device)
-    dims = model.dims
-    result = results.stage(
-        run.full, dims, top1, predicted=None, measured=measured, conditions=conditions, device=run.device
-    )
+    report = results.Report(folder, run.full, run.device, results.Conditions(args.batch_size, dtype="bf16"))
+    measured, dims = report.measure_sparse(model), model.dims
     if is_main():
         checkpoint.save(
             folder / "ASP_checkpoint.pth",
@@ -234,10 +217,10 @@ def sparse(args: argparse.Namespace, run: Run, folder: Path) -> dict[str, Any]:
         )
     speed = "no 2:4 kernels on this device" if measured is None else f"measured latency {measured:.3f} of dense"
     say(f"{folder / 'ASP_checkpoint.pth'}: 2:4 sparse, top-1 {top1:.2f}, {speed}")
-    return result
+    return report.stage(dims, top1, None, measured)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> None:
     run, parent = check_args(args)
     if args.eval:
         result = evaluate(run.model.to(run.device), run.data.val, make_precision(args, run.device), args.dist_eval)
@@ -250,10 +233,7 @@ def main(args: argparse.Namespace) -> None:
         return
     metrics = train(args, run)
     if is_main():
-        result = finish(args, run, metrics)
-        dense = is_dense(run.full, run.model.dims)
-        results.say_where(run.folder, *(results.after_dense if dense else results.after_training)(run.folder))
-        say_result(results.result_line(run.folder / "ft_checkpoint.pth", result))
+        finish(args, run, metrics["acc1"], effort)
     if args.asp:
         stage = sparse(args, run, run.folder)
         if is_main():

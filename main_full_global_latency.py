@@ -21,7 +21,7 @@ from models.vit import TokenLogits
 from pruning.config import load_config
 from recipes import calibration, dry_run, nvit_options, one_shot
 from recipes.nvit import PruningSteps, Setup, make_pruner
-from recipes.nvit_files import CHECKPOINT, State, conclude, read_resumed, restore, save
+from recipes.nvit_files import CHECKPOINT, State, conclude, make_report, read_resumed, restore, save
 from runtime.console import say, warn
 from runtime.errors import FailedTogether, Problems
 from runtime.folders import append_log, make_folder
@@ -192,17 +192,17 @@ def evaluated(dense: nn.Module, args: argparse.Namespace, setup: Setup, precisio
     return found["acc1"]
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> None:
     setup = check_args(args)
     if args.dry_run:
         dry_run.report(args, setup)
         return
-    precision = make_precision(args, setup.device)
+    precision, report = make_precision(args, setup.device), make_report(args, setup, effort)
     images = calibration.prepare(args, setup)
     teacher = freeze(copy.deepcopy(setup.model), setup.device)
     top1_dense = evaluated(teacher, args, setup, precision)
     if args.one_shot:
-        one_shot.run_(args, setup, precision, top1_dense)
+        one_shot.run_(args, setup, report, precision, top1_dense)
         return
     if not args.pruning:
         say("no --pruning: nothing removed")
@@ -283,7 +283,7 @@ def main(args: argparse.Namespace) -> None:
         )
         raise FailedTogether(f"{setup.pruner.progress()}: {way}")
     setup.model, setup.pruner.masks = steps.shrunk.expanded(steps.model, steps.masks)
-    conclude(args, setup, top1_dense, state.metrics, lambda name: save(name, args, setup, state))
+    conclude(args, setup, report, top1_dense, state.metrics, lambda name: save(name, args, setup, state))
     steps.curves.end(vars(args), state.metrics)
 
 

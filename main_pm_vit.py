@@ -6,7 +6,6 @@ import argparse
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,16 +20,16 @@ from models.tokens import train_matrices_
 from pruning import pm_vit
 from recipes import calibration, pm_vit_options
 from recipes import pm_vit as steps
-from runtime.console import say, say_result
+from runtime.console import say
 from runtime.device import device_name
 from runtime.errors import FailedTogether, Problems
-from runtime.folders import append_log, make_folder, write_json
+from runtime.folders import append_log, make_folder
 from runtime.processes import start_processes
 from runtime.ranks import is_main
 from runtime.script import run_script
 from training import provenance, results, resuming
-from training.dense import CHECKPOINT, Run, read_resumed, train
-from training.full_model import FullModel, is_dense, structural_kwargs
+from training.dense import CHECKPOINT, Run, conclude, read_resumed, train
+from training.full_model import FullModel, structural_kwargs
 from training.parts import Data, load_data, make_precision
 
 
@@ -66,7 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 # --------------------------------------------------------------------------------------------------------------- prune
-def prune(args: argparse.Namespace, run: Run) -> None:
+def prune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
     """Compress the model and write pruned_checkpoint.pth with what it is worth."""
     provenance.record(args, run.folder, run.device, run.data, {})
     model = run.model.to(run.device).eval()
@@ -100,41 +99,14 @@ def prune(args: argparse.Namespace, run: Run) -> None:
         f"tokens per block {counts} of {found.centres.shape[1] + model.num_prefix_tokens}, "
         f"patches skipped {' '.join(map(str, found.skipped.sum(1).tolist()))}; top-1 {before:.2f} before"
     )
-    start = {}
-    if is_dense(run.full, model.dims):
-        start["dense"] = stage(args, run, model.dims, before, measured=1.0)
-    summarise(args, run, path, small.dims, start, pruned=after)
-
-
-def stage(
-    args: argparse.Namespace, run: Run, dims: ViTDims, top1: float, measured: float | None = None
-) -> dict[str, Any]:
-    """One object of summary.json; the latency is measured here unless it is known."""
     conditions = results.Conditions(args.batch_size, compiled=args.compile)
-    predicted = measured  # there is no table: what is known is the dense model's
-    measured = measured or results.measured_ratio(run.full, dims, conditions, run.device)
-    return results.stage(
-        run.full, dims, top1, predicted=predicted, measured=measured, conditions=conditions, device=run.device
+    report = results.Report(run.folder, run.full, run.device, conditions, effort)
+    stage = report.conclude("pruned", small.dims, after, earlier=report.dense(model.dims, before))
+    following = (
+        f"main_pm_vit.py --resume {shlex.quote(str(path))} {results.data_flags(args)} "
+        f"--output_dir {shlex.quote(str(run.folder / 'finetuned'))}"
     )
-
-
-def summarise(
-    args: argparse.Namespace, run: Run, path: Path, dims: ViTDims, earlier: dict[str, Any], **top1: float
-) -> None:
-    """Write summary.json, with the `earlier` stages, and dims.json beside a finished checkpoint, and say the result."""
-    ((name, accuracy),) = top1.items()
-    result = stage(args, run, dims, accuracy)
-    write_json(path.parent / "dims.json", dims.to_dict())
-    write_json(path.parent / "summary.json", earlier | {name: result})
-    if name == "pruned":
-        results.say_where(
-            path.parent,
-            f"main_pm_vit.py --resume {shlex.quote(str(path))} {results.data_flags(args)} "
-            f"--output_dir {shlex.quote(str(path.parent / 'finetuned'))}",
-        )
-    else:
-        results.say_where(path.parent, *results.after_training(path.parent))
-    say_result(results.result_line(path, result))
+    report.say(path.name, stage, following)
 
 
 # ------------------------------------------------------------------------------------------------------------ finetune
@@ -144,19 +116,12 @@ def freeze_(args: argparse.Namespace, model: nn.Module) -> None:
     train_matrices_(model, not args.freeze_matrix)
 
 
-def finetune(args: argparse.Namespace, run: Run) -> None:
+def finetune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
     """Train the compressed model to the last epoch."""
     freeze_(args, run.model)
     metrics = train(steps.with_losses(args), run)
     if is_main():
-        summarise(
-            args,
-            run,
-            run.folder / CHECKPOINT,
-            run.model.dims,
-            results.earlier(Path(args.resume).parent),
-            finetuned=metrics["acc1"],
-        )
+        conclude(args, run, metrics["acc1"], effort, results.earlier(Path(args.resume).parent))
 
 
 # ----------------------------------------------------------------------------------------------------- eval and speed
@@ -228,7 +193,7 @@ def _check_finetuning(args: argparse.Namespace, run: Run, problems: Problems) ->
         run.inputs = run.resumed["args"].get("inputs", {}) | run.inputs
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> None:
     run = check_args(args)
     if args.speed_only:
         dims = run.model.dims
@@ -238,9 +203,9 @@ def main(args: argparse.Namespace) -> None:
     elif args.eval:
         evaluated(args, run)
     elif args.prune:
-        prune(args, run)
+        prune(args, run, effort)
     else:
-        finetune(args, run)
+        finetune(args, run, effort)
 
 
 if __name__ == "__main__":

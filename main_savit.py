@@ -224,7 +224,7 @@ def check_args(args: argparse.Namespace) -> steps.Setup:
     return setup
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> None:
     # ---------------------------------------------------------------- parts
     setup = check_args(args)
     model, start = setup.model, setup.model.dims
@@ -266,7 +266,9 @@ def main(args: argparse.Namespace) -> None:
         metrics=dict(acc1=after),
         args=vars(args) | dict(initial_checkpoint=setup.full.path),
     )
-    steps.finish(args, setup, start, dims, (before, after))
+    conditions = results.Conditions(args.batch_size)
+    report = results.Report(setup.folder, setup.full, setup.device, conditions, effort)
+    steps.conclude(args, report, start, dims, (before, after))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from typing import Any
 import options
 from files import checkpoint
 from models.pretrained import from_checkpoint
-from runtime.console import say_result, warn
+from runtime.console import warn
 from runtime.errors import Problems
-from runtime.folders import make_folder, write_json
+from runtime.folders import make_folder
 from runtime.processes import start_processes
 from runtime.ranks import is_main
 from runtime.script import run_script
 from training import results
-from training.dense import Run, read_resumed, train
+from training.dense import Run, conclude, read_resumed, train
 from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model, structural_kwargs
 from training.parts import drop_rate_kwargs, load_data
 
@@ -165,29 +165,14 @@ def check_args(args: argparse.Namespace) -> Run:
     return run
 
 
-def finish(args: argparse.Namespace, run: Run, top1: float) -> None:
-    """summary.json and dims.json; the earlier stages come from the pruning run's summary."""
-    summary = results.earlier(Path(args.masked_model).parent)
-    conditions = results.Conditions(args.batch_size, compiled=args.compile)
-    dims = run.model.dims
-    measured = results.measured_ratio(run.full, dims, conditions, run.device)
-    summary["finetuned"] = results.stage(
-        run.full, dims, top1, predicted=None, measured=measured, conditions=conditions, device=run.device
-    )
-    write_json(run.folder / "dims.json", dims.to_dict())
-    write_json(run.folder / "summary.json", summary)
-    results.say_where(run.folder, *results.after_training(run.folder))
-    say_result(results.result_line(run.folder / "ft_checkpoint.pth", summary["finetuned"]))
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> None:
     args = with_losses(args)
     run = check_args(args)
     if args.teacher_path and args.distillation_type == "none":
         warn("--teacher-path without --distillation-type hard or soft: no CNN teaches, as in the published recipe")
     metrics = train(args, run)
     if is_main():
-        finish(args, run, metrics["acc1"])
+        conclude(args, run, metrics["acc1"], effort, results.earlier(Path(args.masked_model).parent))
 
 
 if __name__ == "__main__":

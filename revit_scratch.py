@@ -9,14 +9,13 @@ import options
 from models import ViTDims, build_vit
 from models.pretrained import read_dims
 from models.redistribution import RULES, redistributed
-from runtime.console import say_result
 from runtime.errors import Problems
-from runtime.folders import make_folder, write_json
+from runtime.folders import make_folder
 from runtime.processes import start_processes
 from runtime.ranks import is_main
 from runtime.script import run_script
 from training import results
-from training.dense import Run, read_resumed, train
+from training.dense import Run, conclude, read_resumed, train
 from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model
 from training.parts import drop_rate_kwargs, load_data
 
@@ -95,26 +94,11 @@ def check_args(args: argparse.Namespace) -> Run:
     return run
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> None:
     run = check_args(args)
     metrics = train(args, run)
-    if not is_main():
-        return
-    conditions = results.Conditions(args.batch_size, compiled=args.compile)
-    measured = results.measured_ratio(run.full, run.model.dims, conditions, run.device)
-    result = results.stage(
-        run.full,
-        run.model.dims,
-        metrics["acc1"],
-        predicted=None,
-        measured=measured,
-        conditions=conditions,
-        device=run.device,
-    )
-    write_json(run.folder / "dims.json", run.model.dims.to_dict())
-    write_json(run.folder / "summary.json", dict(finetuned=result))
-    results.say_where(run.folder, *results.after_training(run.folder))
-    say_result(results.result_line(run.folder / "ft_checkpoint.pth", result))
+    if is_main():
+        conclude(args, run, metrics["acc1"], effort)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from benchmarks.fault_jobs import Job, Material
 from benchmarks.fault_kinds import KINDS, counting
 from benchmarks.rows import read
 from runtime.console import table
-from training import results
 
 OF_KIND = {"rank killed": "ranks", "rank stopped": "ranks", "data file lost": "images"}  # the others take turns
 TURNS = ("prune", "tune")
@@ -107,7 +106,6 @@ def _counts(rows: list[dict[str, Any]]) -> list[str]:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    results.BUILDS = results.ROUNDS = 1  # what a run measures at its end is not compared
     rows = read(args.rows)
     done, begin = {(row["kind"], row["number"]) for row in rows}, time.monotonic()
     todo = [fault for fault in plan(args.kinds, args.faults) if fault not in done]

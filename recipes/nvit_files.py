@@ -12,12 +12,11 @@ import torch
 
 from engine import Precision, Progress
 from files import checkpoint
-from models import Masks, compact
+from models import compact
 from models.tokens import plain
 from pruning.config import PruningConfig
 from recipes.nvit import PruningSteps, Setup
 from runtime.console import say, say_result
-from runtime.folders import write_json
 from runtime.ranks import is_main
 from runtime.seeds import rng_state
 from training import results, resuming
@@ -96,25 +95,20 @@ def restore(setup: Setup, state: State) -> None:
     state.progress.ended = state.steps.done
 
 
-def finish(args: Any, setup: Setup, masks: Masks, top1_dense: float, top1: float) -> dict[str, Any]:
-    """summary.json and dims.json of a finished run."""
+def make_report(args: Any, setup: Setup, effort: results.Effort) -> results.Report:
+    """Measured as the latency table was, so that prediction and measurement speak of the same thing."""
     conditions = results.Conditions.of(setup.table, args.batch_size)
-    common = dict(conditions=conditions, device=setup.device)
-    measured = results.measured_ratio(setup.full, masks.dims, conditions, setup.device)
-    pruned = results.stage(
-        setup.full, masks.dims, top1, predicted=round(setup.pruner.ratio, 5), measured=measured, **common
-    )
-    summary = dict(pruned=pruned)
-    if masks.full == setup.pruner.dense:
-        full = replace(setup.full, kwargs=plain(setup.full.kwargs))
-        dense = results.stage(full, masks.full, top1_dense, predicted=1.0, measured=1.0, **common)
-        summary = dict(dense=dense, pruned=pruned)
-    write_json(setup.folder / "dims.json", masks.dims.to_dict())
-    write_json(setup.folder / "summary.json", summary)
-    return summary
+    return results.Report(setup.folder, setup.full, setup.device, conditions, effort)
 
 
-def conclude(args: Any, setup: Setup, top1_dense: float, metrics: dict[str, Any], write: Callable[[str], None]) -> None:
+def conclude(
+    args: Any,
+    setup: Setup,
+    report: results.Report,
+    top1_dense: float,
+    metrics: dict[str, Any],
+    write: Callable[[str], None],
+) -> None:
     """Check and measure the compact model, and write the results; metrics go into the checkpoint that `write` makes."""
     if not is_main():
         return
@@ -123,7 +117,8 @@ def conclude(args: Any, setup: Setup, top1_dense: float, metrics: dict[str, Any]
         f"compact: widths {masks.dims.to_dim()}, relative difference to the masked model "
         f"{results.check_compact(model, compact(model, masks)):.1e}"
     )
-    pruned = finish(args, setup, masks, top1_dense, metrics["acc1"])["pruned"]
+    dense = replace(report, full=replace(setup.full, kwargs=plain(setup.full.kwargs))).dense(masks.full, top1_dense)
+    pruned = report.conclude("pruned", masks.dims, metrics["acc1"], round(setup.pruner.ratio, 5), dense)
     metrics |= pruned
     write("pruned_checkpoint.pth")
     results.say_where(

@@ -141,17 +141,11 @@ def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
     )
 
 
-def run_(args: Any, setup: Setup, precision: Precision, top1_dense: float) -> None:
+def run_(args: Any, setup: Setup, report: results.Report, precision: Precision, top1_dense: float) -> None:
     """--one_shot from beginning to end."""
     resuming.start_anew(setup.folder, CHECKPOINT)
     provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
-    conditions = results.Conditions.of(setup.table, args.batch_size)
-    found = prune_(
-        args,
-        setup,
-        calibration.images_of(args, setup.full),
-        lambda dims: results.measured_ratio(setup.full, dims, conditions, setup.device),
-    )
+    found = prune_(args, setup, calibration.images_of(args, setup.full), report.measure)
     metrics = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
     append_log(setup.folder, epoch=0, **found, **results.log_line({}, metrics))
-    conclude(args, setup, top1_dense, metrics, lambda name: save(name, args, setup, metrics))
+    conclude(args, setup, report, top1_dense, metrics, lambda name: save(name, args, setup, metrics))

@@ -23,11 +23,9 @@ from pruning.interaction import without_second_derivative
 from pruning.macs_search import Problem
 from pruning.savit import Importance
 from recipes import savit_scoring
-from runtime.console import say_result
 from runtime.errors import RunFailed
-from runtime.folders import write_json
 from training import results
-from training.full_model import FullModel, check_plain, is_dense, read_full_model, structural_kwargs
+from training.full_model import FullModel, check_plain, read_full_model, structural_kwargs
 from training.parts import Data
 
 DEFAULT_MODEL = "deit_base_patch16_224"
@@ -131,21 +129,11 @@ def select(args: Any, model: nn.Module, importance: Importance, device: torch.de
         raise RunFailed(str(error)) from None
 
 
-def finish(args: Any, setup: Setup, start: ViTDims, dims: ViTDims, top1: tuple[float, float]) -> None:
-    """summary.json and dims.json; a start that was pruned already, or is lean, has no stage of its own."""
-    conditions = results.Conditions(args.batch_size)
-    common = dict(conditions=conditions, device=setup.device, predicted=None)
-    summary = {}
-    if is_dense(setup.full, start):
-        summary["dense"] = results.stage(setup.full, start, top1[0], measured=1.0, **common | dict(predicted=1.0))
-    measured = results.measured_ratio(setup.full, dims, conditions, setup.device)
-    summary["pruned"] = results.stage(setup.full, dims, top1[1], measured=measured, **common)
-    write_json(setup.folder / "dims.json", dims.to_dict())
-    write_json(setup.folder / "summary.json", summary)
-    quoted = shlex.quote(str(setup.folder / "pruned_checkpoint.pth"))
-    results.say_where(
-        setup.folder,
-        f"main_savit_deploy.py --masked_model {quoted} {results.data_flags(args)} "
-        f"--output_dir {shlex.quote(str(setup.folder / 'finetuned'))}",
+def conclude(args: Any, report: results.Report, start: ViTDims, dims: ViTDims, top1: tuple[float, float]) -> None:
+    """The results; a start that was pruned already, or is lean, has no stage of its own."""
+    stage = report.conclude("pruned", dims, top1[1], earlier=report.dense(start, top1[0]))
+    following = (
+        f"main_savit_deploy.py --masked_model {shlex.quote(str(report.folder / 'pruned_checkpoint.pth'))} "
+        f"{results.data_flags(args)} --output_dir {shlex.quote(str(report.folder / 'finetuned'))}"
     )
-    say_result(results.result_line(setup.folder / "pruned_checkpoint.pth", summary["pruned"]))
+    report.say("pruned_checkpoint.pth", stage, following)

@@ -25,17 +25,10 @@ from pruning.saliency import Saliency
 from runtime.errors import BadArguments, RunFailed
 from runtime.folders import make_folder
 from runtime.script import run_script
-from training import provenance, results
+from training import provenance
 from training.keeper import Keeper
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """What a run measures at its end is not looked at here."""
-    monkeypatch.setattr(results, "BUILDS", 1)
-    monkeypatch.setattr(results, "ROUNDS", 1)
 
 
 @pytest.fixture

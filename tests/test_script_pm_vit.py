@@ -36,18 +36,6 @@ TUNE = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """One build and few rounds: what is measured is not looked at here."""
-    from training import results
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(results, "BUILDS", 1)
-    patch.setattr(results, "ROUNDS", 2)
-    yield
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def pruned(runs, tmp_path_factory):
     """Folder of a compressed digits model."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jobs import run
 from safetensors.torch import load_file
 from torch import nn
 
@@ -47,10 +48,6 @@ DATA = [
     "64",
 ]
 PRUNE = [*DATA, "--pruning_flops_percentage", "0.5", "--pruning_feed_percent", "0.2"]
-
-
-def run(script, *flags):
-    script.main(script.get_args_parser().parse_args([str(f) for f in flags]))
 
 
 def problems(script, *flags):

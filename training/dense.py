@@ -200,3 +200,11 @@ def train(args: Any, run: Run) -> dict[str, Any]:
             )
     curves.end(vars(args), state.metrics)
     return state.metrics
+
+
+def conclude(args: Any, run: Run, top1: float, effort: results.Effort, earlier: dict[str, Any] | None = None) -> None:
+    """Write and say what the finetuned model is worth, beside the `earlier` stages of summary.json."""
+    conditions = results.Conditions(args.batch_size, compiled=args.compile)
+    report = results.Report(run.folder, run.full, run.device, conditions, effort)
+    stage = report.conclude("finetuned", run.model.dims, top1, earlier=earlier)
+    report.say(CHECKPOINT, stage, *results.after_training(run.folder))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from files import schema
 from latency.measure import DTYPES, interleaved, ratio
@@ -20,13 +19,23 @@ from models.arch import Model
 from models.compact import difference
 from models.swin_dims import Dims
 from models.tokens import plain
-from runtime.console import say, say_next, warn
+from runtime.console import say, say_next, say_result, warn
 from runtime.device import device_name
 from runtime.errors import RunFailed
-from training.full_model import FullModel
+from runtime.folders import write_json
+from training.full_model import FullModel, is_dense
 
 MOST_BATCH = 65_536  # of a measurement that a file asks for
-BUILDS, ROUNDS = 5, 9  # fresh pairs of models per measurement, and how often each is measured
+
+
+class Effort(NamedTuple):
+    """How much is measured: fresh pairs of models, and rounds of each."""
+
+    builds: int
+    rounds: int
+
+
+EFFORT = Effort(builds=5, rounds=9)
 
 
 @dataclass(frozen=True)
@@ -58,22 +67,6 @@ def warn_of_other_conditions(table: LatencyTable | SwinTable, device: torch.devi
             )
 
 
-def measured_ratio(full: FullModel, dims: Dims, conditions: Conditions, device: torch.device) -> float:
-    """Measured latency of the compact model relative to the dense one, the median of `BUILDS` fresh pairs of models."""
-    ratios, _ = measured_ratios(
-        full.arch,
-        full.kwargs,
-        [dims],
-        conditions.batch,
-        device,
-        conditions.dtype,
-        conditions.compiled,
-        rounds=ROUNDS,
-        builds=BUILDS,
-    )
-    return round(float(ratios[0]), 5)
-
-
 def check_compact(model: Model, small: Model) -> float:
     """Relative difference of the logits of a masked model and its compact one. Raises RunFailed above 1e-3."""
     if not (found := difference(model, small)) <= 1e-3:
@@ -81,45 +74,81 @@ def check_compact(model: Model, small: Model) -> float:
     return found
 
 
-def measured_sparse_ratio(
-    full: FullModel, model: nn.Module, conditions: Conditions, device: torch.device
-) -> float | None:
-    """As `measured_ratio`, of a 2:4 sparse model in bfloat16; None where the device has no kernels for it."""
-    if not sparsity.has_kernels(device):
-        return None
-    stem = model.patch_embed
-    images = torch.randn(conditions.batch, stem.proj.in_channels, *stem.img_size, device=device)
-    models = dict(
-        dense=build_vit(full.arch, **plain(full.kwargs)).to(device),
-        sparse=sparsity.accelerated(model, DTYPES[conditions.dtype]),
-    )
-    timings = interleaved(models, images, dtype=conditions.dtype)
-    return round(ratio(timings["sparse"], timings["dense"]).median, 5)
+@dataclass(frozen=True)
+class Report:
+    """The end of a run: its model measured against the dense one under `conditions`, and the files in `folder`."""
 
+    folder: Path
+    full: FullModel
+    device: torch.device
+    conditions: Conditions
+    effort: Effort = EFFORT
 
-def stage(
-    full: FullModel,
-    dims: Dims,
-    top1: float,
-    *,
-    predicted: float | None,
-    measured: float | None,
-    conditions: Conditions,
-    device: torch.device,
-) -> dict[str, Any]:
-    """One object of summary.json: top-1 in percent, counts of one image, latencies as ratios to the dense model."""
-    return dict(
-        top1=round(top1, 3),
-        params=params(full.arch, dims, **full.kwargs),
-        macs=macs(full.arch, dims, **full.kwargs),
-        latency_predicted=predicted,
-        latency_measured=measured,
-        device=device_name(device),
-        batch=conditions.batch,
-        dtype=conditions.dtype,
-        compiled=conditions.compiled,
-        dims=dims.to_dict(),
-    )
+    def measure(self, dims: Dims) -> float:
+        """Measured latency of the compact model relative to the dense one, the median of fresh pairs of models."""
+        ratios, _ = measured_ratios(
+            self.full.arch,
+            self.full.kwargs,
+            [dims],
+            self.conditions.batch,
+            self.device,
+            self.conditions.dtype,
+            self.conditions.compiled,
+            **self.effort._asdict(),
+        )
+        return round(float(ratios[0]), 5)
+
+    def measure_sparse(self, model: Model) -> float | None:
+        """As `measure`, of a 2:4 sparse model in bfloat16; None where the device has no kernels for it."""
+        if not sparsity.has_kernels(self.device):
+            return None
+        stem = model.patch_embed
+        images = torch.randn(self.conditions.batch, stem.proj.in_channels, *stem.img_size, device=self.device)
+        models = dict(
+            dense=build_vit(self.full.arch, **plain(self.full.kwargs)).to(self.device),
+            sparse=sparsity.accelerated(model, DTYPES[self.conditions.dtype]),
+        )
+        timings = interleaved(models, images, dtype=self.conditions.dtype)
+        return round(ratio(timings["sparse"], timings["dense"]).median, 5)
+
+    def stage(self, dims: Dims, top1: float, predicted: float | None, measured: float | None) -> dict[str, Any]:
+        """One object of summary.json: top-1 in percent, counts of one image, latencies as ratios to the dense model."""
+        return dict(
+            top1=round(top1, 3),
+            params=params(self.full.arch, dims, **self.full.kwargs),
+            macs=macs(self.full.arch, dims, **self.full.kwargs),
+            latency_predicted=predicted,
+            latency_measured=measured,
+            device=device_name(self.device),
+            batch=self.conditions.batch,
+            dtype=self.conditions.dtype,
+            compiled=self.conditions.compiled,
+            dims=dims.to_dict(),
+        )
+
+    def dense(self, dims: Dims, top1: float) -> dict[str, Any]:
+        """The dense model's stage by its name; none where `dims` are another's."""
+        return dict(dense=self.stage(dims, top1, 1.0, 1.0)) if is_dense(self.full, dims) else {}
+
+    def conclude(
+        self, name: str, dims: Dims, top1: float, predicted: float | None = None, earlier: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Measure the stage that the run ends with, and write dims.json and summary.json, `earlier` stages included."""
+        if name == "dense":
+            stage = self.stage(dims, top1, 1.0, 1.0)
+        else:
+            stage = self.stage(dims, top1, predicted, self.measure(dims))
+        write_json(self.folder / "dims.json", dims.to_dict())
+        write_json(self.folder / "summary.json", (earlier or {}) | {name: stage})
+        return stage
+
+    def say(self, result: str, stage: dict[str, Any], *following: str) -> None:
+        """Say what was written, the commands that go on from it, and what the file `result` is worth."""
+        say_where(self.folder, *following)
+        say_result(
+            f"{self.folder / result}: top-1 {stage['top1']:.2f}, {stage['params']:,} parameters, "
+            f"{stage['macs'] / 1e6:,.1f} M MACs, measured latency {stage['latency_measured']:.3f} of dense"
+        )
 
 
 def say_where(folder: Path, *following: str) -> None:
@@ -174,14 +203,6 @@ def _checked(name: str, found: Any) -> dict[str, Any]:
     if not isinstance(batch, int) or not 0 < batch <= MOST_BATCH or found.get("dtype", "fp32") not in DTYPES:
         raise schema.SchemaError(f"{name}: batch or dtype is none")
     return found
-
-
-def result_line(path: Path, result: dict[str, Any]) -> str:
-    """The line a finished run ends with."""
-    return (
-        f"{path}: top-1 {result['top1']:.2f}, {result['params']:,} parameters, {result['macs'] / 1e6:,.1f} M MACs, "
-        f"measured latency {result['latency_measured']:.3f} of dense"
-    )
 
 
 def log_line(stats: dict[str, float], test: dict[str, float]) -> dict[str, float]:

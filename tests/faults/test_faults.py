@@ -8,15 +8,13 @@ from benchmarks import faults
 from benchmarks.fault_jobs import Material
 from benchmarks.fault_kinds import KINDS
 from files import checkpoint
-from training import results
 
 QUICK = ("kill -9 inside a save", "bit-flipped checkpoint", "SIGINT")  # on the job that prunes
 
 
 @pytest.fixture(scope="module")
 def material(runs, tmp_path_factory):
-    results.BUILDS, results.ROUNDS, before = 1, 1, (results.BUILDS, results.ROUNDS)
-    yield Material(
+    return Material(
         tmp_path_factory.mktemp("faults"),
         1,
         main_full_global_latency,
@@ -24,7 +22,6 @@ def material(runs, tmp_path_factory):
         runs["dense"] / "ft_checkpoint.pth",
         runs["pruned"] / "pruned_checkpoint.pth",
     )
-    results.BUILDS, results.ROUNDS = before
 
 
 @pytest.fixture(scope="module")
