@@ -53,14 +53,14 @@ class Digits(Dataset):
         return len(self.targets)
 
 
-def build_dataset(is_train: bool, args: Any, augment: bool = True) -> tuple[Dataset, int]:
+def build_dataset(is_train: bool, args: Any, augment: bool = True, size: int | None = None) -> tuple[Dataset, int]:
     """The training or the validation split of `args.data_set`, and its number of classes.
 
-    augment: False prepares training images as validation images. Only the requested split has to exist: evaluation
-    needs no training images. Raises DataError; reading an image may raise CorruptImage, or return None if
-    args.bad_images is "skip" (`Skipping`).
+    augment: False prepares training images as validation images; size: as of `build_transform`. Only the requested
+    split has to exist: evaluation needs no training images. Raises DataError; reading an image may raise CorruptImage,
+    or return None if args.bad_images is "skip" (`Skipping`).
     """
-    transform = build_transform(is_train and augment, args)
+    transform = build_transform(is_train and augment, args, size)
     if args.data_set == "DIGITS":
         dataset = Digits(is_train, transform)
     elif args.data_set in ("CIFAR10", "CIFAR100", "CIFAR"):
@@ -148,8 +148,8 @@ def _image_folder(is_train: bool, args: Any, transform: Callable) -> Dataset:
     return ClassFolders(split, transform, reads_exif(args))
 
 
-def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor]:
-    """PIL image to normalised float32 (3, S, S).
+def build_transform(is_train: bool, args: Any, size: int | None = None) -> Callable[[Image.Image], Tensor]:
+    """PIL image to normalised float32 (3, S, S), S = `size`, by default args.input_size.
 
     Validation: bicubic resize of the shorter side to S * 256 / 224 and centre crop; up to 32 pixels, to S itself.
     Training: timm's pipeline with args.aa, color_jitter, hflip, train_interpolation, reprob, remode and recount; up to
@@ -157,7 +157,7 @@ def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor
     scaling and shift, no flip (a mirrored digit is another sign), and none of those flags. Raises DataError for a
     policy (args.aa) that timm does not know.
     """
-    size = args.input_size
+    size = size or args.input_size
     if not is_train:
         return transforms.Compose(
             [
@@ -176,7 +176,7 @@ def build_transform(is_train: bool, args: Any) -> Callable[[Image.Image], Tensor
                 *_to_normalised_tensor(),
             ]
         )
-    return _timm_transform(args)
+    return _timm_transform(args, size)
 
 
 def _resize(side: int) -> transforms.Resize:
@@ -196,11 +196,11 @@ for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
     auto_augment.NAME_TO_OP[_name] = _posterize
 
 
-def _timm_transform(args: Any) -> transforms.Compose:
+def _timm_transform(args: Any, size: int) -> transforms.Compose:
     policy = args.aa if args.aa and args.aa.lower() != "none" else None
     try:
         transform = create_transform(
-            input_size=args.input_size,
+            input_size=size,
             is_training=True,
             hflip=args.hflip,
             color_jitter=args.color_jitter or None,
@@ -212,7 +212,6 @@ def _timm_transform(args: Any) -> transforms.Compose:
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise DataError(f"--aa {policy}: timm knows no such policy ({error}); e.g. rand-m9-mstd0.5-inc1") from None
-    if args.input_size <= SMALL:
-        crop = transforms.RandomCrop(args.input_size, padding=4)
-        transform.transforms[:1] = [_resize(args.input_size), crop]
+    if size <= SMALL:
+        transform.transforms[:1] = [_resize(size), transforms.RandomCrop(size, padding=4)]
     return transform

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from torch import nn
 import options
 from engine import evaluate
 from files import checkpoint
-from models import build_vit, dims_from_dict, sparsity
-from models.pretrained import from_checkpoint
+from models import build_vit, sparsity
 from models.tokens import layers
 from runtime.console import say
 from runtime.errors import Problems
@@ -32,6 +32,7 @@ from training.full_model import (
     structural_kwargs,
 )
 from training.parts import Data, drop_rate_kwargs, load_data, make_precision
+from training.sources import Checkpoint, Source, Teacher
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -83,46 +84,43 @@ def run_folder(args: argparse.Namespace) -> Path:
     return parent / name
 
 
-def _full_model(args: argparse.Namespace, parent: dict[str, Any] | None) -> FullModel:
+def _full_model(args: argparse.Namespace, parent: Checkpoint | None) -> FullModel:
     """The full-size model: the pruned checkpoint's where there is one, its weights from where that run had them."""
+    source = Source.of(args)
     if parent is None:
-        return read_full_model(args, swin=True)
-    if args.model and args.model != parent["arch"]["name"]:
-        raise ValueError(f"--model is {args.model} but {args.finetune} holds {parent['arch']['name']}")
-    inherited = argparse.Namespace(**vars(args))
-    inherited.model = parent["arch"]["name"]
-    if args.kl_loss_coeff and not args.eval and not (args.initial_checkpoint or args.pretrained):
-        inherited.initial_checkpoint = parent["args"].get("initial_checkpoint", "")
-        inherited.pretrained = bool(parent["args"].get("pretrained")) and not inherited.initial_checkpoint
-    inherited.model_kwargs = structural_kwargs(parent["arch"]["kwargs"]) | args.model_kwargs
-    return read_full_model(inherited, swin=True)
+        return read_full_model(source, swin=True)
+    if args.model and args.model != parent.arch:
+        raise ValueError(f"--model is {args.model} but {args.finetune} holds {parent.arch}")
+    source = replace(source, model=parent.arch, kwargs=structural_kwargs(parent.kwargs) | args.model_kwargs)
+    if args.kl_loss_coeff and not args.eval and not (source.weights or source.pretrained):
+        pretrained = bool(parent.args.get("pretrained")) and not parent.origin
+        source = replace(source, weights=parent.origin, pretrained=pretrained)
+    return read_full_model(source, swin=True)
 
 
-def is_other_data(args: argparse.Namespace, parent: dict[str, Any], data: Data) -> bool:
+def is_other_data(args: argparse.Namespace, parent: Checkpoint, data: Data) -> bool:
     """Whether the model was pruned on other data than it is finetuned on now, as far as names and classes tell."""
-    classes = parent["arch"]["kwargs"].get("num_classes", 1000)
-    return classes != data.classes or parent["args"].get("data_set", args.data_set) != args.data_set
+    return parent.classes != data.classes or parent.args.get("data_set", args.data_set) != args.data_set
 
 
-def _check_classes(args: argparse.Namespace, parent: dict[str, Any], data: Data) -> None:
-    classes = parent["arch"]["kwargs"].get("num_classes", 1000)
-    if classes != data.classes and (args.eval or args.kl_loss_coeff):
+def _check_classes(args: argparse.Namespace, parent: Checkpoint, data: Data) -> None:
+    if parent.classes != data.classes and (args.eval or args.kl_loss_coeff):
         way = "" if args.eval else "; to give it a new classifier, --kl_loss_coeff 0: its full model knows them no more"
-        raise ValueError(f"{args.finetune} has {classes} classes, the data has {data.classes}{way}")
+        raise ValueError(f"{args.finetune} has {parent.classes} classes, the data has {data.classes}{way}")
 
 
-def _model(args: argparse.Namespace, full: FullModel, parent: dict[str, Any] | None) -> nn.Module:
+def _model(args: argparse.Namespace, full: FullModel, parent: Checkpoint | None) -> nn.Module:
     drops = drop_rate_kwargs(args)
     if parent is None:
         return build_vit(full.arch, **full.kwargs | drops) if args.scratch else full.build(**drops)
     if args.scratch:
-        model = build_vit(full.arch, dims_from_dict(parent["dims"]), **full.kwargs | drops)
+        model = build_vit(full.arch, parent.dims, **full.kwargs | drops)
         if merging := dict(layers(model)):  # where patches merge is structure
-            pruned = from_checkpoint(parent, checkpoint_path(args.finetune))
+            pruned = parent.build()
             for i, tokens in merging.items():
                 tokens.load_state_dict(pruned.blocks[i].tokens.state_dict())
         return model
-    model = from_checkpoint(parent, checkpoint_path(args.finetune), ema=args.use_ema, **drops)
+    model = parent.build(ema=args.use_ema, **drops)
     if model.num_classes != (classes := full.kwargs["num_classes"]):
         say(f"new classifier: {args.finetune} knows {model.num_classes} classes, the data has {classes}")
         model.reset_classifier(classes)
@@ -130,7 +128,7 @@ def _model(args: argparse.Namespace, full: FullModel, parent: dict[str, Any] | N
     return model
 
 
-def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
+def check_args(args: argparse.Namespace) -> tuple[Run, Checkpoint | None]:
     """Load everything the arguments name: (run, pruned checkpoint). Everything wrong is reported at once.
 
     Raises BadArguments.
@@ -138,23 +136,25 @@ def check_args(args: argparse.Namespace) -> tuple[Run, dict[str, Any] | None]:
     problems = Problems()
     options.check_values(args, problems)
     _check_flags(args, problems)
-    parent = problems.attempt(checkpoint.load_model, checkpoint_path(args.finetune)) if args.finetune else None
+    parent = problems.attempt(Checkpoint.load, checkpoint_path(args.finetune)) if args.finetune else None
     device = problems.attempt(start_processes, args)
     problems.raise_if_any()
     full = problems.attempt(_full_model, args, parent)
     problems.raise_if_any()
-    data = problems.attempt(load_data, args, full, train=not args.eval)
+    data = problems.attempt(load_data, args, full.image_size, train=not args.eval)
     problems.raise_if_any()
+    full = full.with_kwargs(num_classes=data.classes)
     if parent is not None:
         problems.attempt(_check_classes, args, parent, data)
     problems.raise_if_any()
     run = Run(device, full, data, problems.attempt(_model, args, full, parent))
-    run.origin = full.path or (parent or {}).get("args", {}).get("initial_checkpoint", "")
+    run.origin = full.path or (parent.origin if parent else "")
     run.transfer = parent is not None and is_other_data(args, parent, data)
-    run.start = parent["model"] if parent and not args.scratch else None
+    run.start = parent.weights if parent and not args.scratch else None
     if not args.eval:
-        run.teacher = problems.attempt(load_full_teacher, args, full, device)
-        run.cnn = problems.attempt(load_cnn_teacher, args, data.classes, device)
+        if args.kl_loss_coeff:
+            run.teacher = problems.attempt(load_full_teacher, full, device)
+        run.cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
         if run.model is not None:
             run.resumed = problems.attempt(read_resumed, args, run, run_folder(args))
         problems.raise_if_any()

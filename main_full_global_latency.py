@@ -39,6 +39,7 @@ from training.parts import (
     make_optimizer,
     make_precision,
 )
+from training.sources import Source, Teacher
 
 KL_TEMPERATURE = 3.0  # published, fixed while pruning
 
@@ -140,9 +141,9 @@ def check_args(args: argparse.Namespace) -> Setup:
     named = problems.attempt(_prune_dict, args.prune_dict)
     config = problems.attempt(load_config, args.pruning_config)
     device = problems.attempt(start_processes, args)
-    full = problems.attempt(read_full_model, args, swin=True, narrower=True)
+    full = problems.attempt(read_full_model, Source.of(args), swin=True, narrower=True)
     table = problems.attempt(_load_table, args, full) if full else None
-    data = problems.attempt(load_data, args, full) if full else None
+    data = problems.attempt(load_data, args, full.image_size) if full else None
     if full:
         nvit_options.check_family(args, full.arch, problems)
         nvit_options.check_start(args, full.start, problems)
@@ -151,13 +152,14 @@ def check_args(args: argparse.Namespace) -> Setup:
     if data and (args.one_shot or args.align or args.compensate):
         problems.attempt(calibration.check, args, len(data.train.dataset))
     problems.raise_if_any()
+    full = full.with_kwargs(num_classes=data.classes)
     problems.attempt(full.check_classifier)
     if args.tokens == "content":
-        full.kwargs["content_merge"] = True
+        full = full.with_kwargs(content_merge=True)
     if args.tokens and args.one_shot and can_be_lean(skeleton(full.arch, **full.kwargs)):
-        full.kwargs["lean_last"] = True
+        full = full.with_kwargs(lean_last=True)
     model = problems.attempt(full.build, **drop_rate_kwargs(args))
-    cnn = problems.attempt(load_cnn_teacher, args, data.classes, device)
+    cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
     problems.raise_if_any()
     (config, dead), (label, cap) = config, named
     problems.attempt(table.check_covers, model.dims)

@@ -156,15 +156,16 @@ def check_args(args: argparse.Namespace) -> Run:
     model = problems.attempt(steps.read_model, args)
     problems.raise_if_any()
     if args.merge == pm_vit.CONTENT and not steps.is_compressed(model.full, model.dims):
-        model.full.kwargs["content_merge"] = True
+        model.full = model.full.with_kwargs(content_merge=True)
     problems.attempt(pm_vit_options.check_model, args, model)
     problems.raise_if_any()
     run = Run(device, model.full, Data(None, None, 0), None, origin=model.origin, start=model.weights)
     if args.speed_only:
         run.model = model
         return run
-    run.data = problems.attempt(load_data, args, model.full, train=not args.eval)
+    run.data = problems.attempt(load_data, args, model.full.image_size, train=not args.eval)
     problems.raise_if_any()
+    run.full = model.full = model.full.with_kwargs(num_classes=run.data.classes)
     problems.attempt(model.check_classes, args, run.data.classes)
     if args.prune and pm_vit_options.calibrates(args):
         problems.attempt(shards.check_indexed, args, "--compensate" if args.compensate else "--prune_mode probe")
@@ -185,10 +186,10 @@ def _check_finetuning(args: argparse.Namespace, run: Run, problems: Problems) ->
     if args.distillation_type != "none" and (found := problems.attempt(steps.teacher, args, run)) is not None:
         run.teacher, run.cnn = (found, None) if args.distillation_type == "soft" else (None, steps.MeanLogits(found))
     own = (run.folder / CHECKPOINT).resolve() == Path(args.resume).resolve()
-    going_on = argparse.Namespace(**vars(steps.with_losses(args)) | dict(resume="auto" if own else ""))
     if own:  # what it started from is in the checkpoint alone
         run.start = None
-    run.resumed = problems.attempt(read_resumed, going_on, run, run.folder)
+    resume = "auto" if own else ""
+    run.resumed = problems.attempt(read_resumed, steps.with_losses(args), run, run.folder, resume)
     if own and run.resumed:
         run.inputs = run.resumed["args"].get("inputs", {}) | run.inputs
 

@@ -26,6 +26,7 @@ from runtime.seeds import rng_state
 from training import provenance, results
 from training.full_model import load_cnn_teacher
 from training.parts import load_data, make_precision
+from training.sources import Teacher
 
 
 def components(text: str) -> tuple[str, ...]:
@@ -203,13 +204,13 @@ def check_args(args: argparse.Namespace) -> steps.Setup:
     options.check_values(args, problems)
     _check_flags(args, problems)
     device = problems.attempt(start_processes, args)
-    start = problems.attempt(steps.read_start, args)
+    full = problems.attempt(steps.read_full, args)
     problems.raise_if_any()
-    full, parent = start
-    data = problems.attempt(load_data, args, full, train=not args.pruning_pickle_from)
+    data = problems.attempt(load_data, args, full.image_size, train=not args.pruning_pickle_from)
     problems.raise_if_any()
-    model = problems.attempt(steps.build, full, parent, args.finetune or args.initial_checkpoint)
-    cnn = problems.attempt(load_cnn_teacher, args, data.classes, device)
+    full = full.with_kwargs(num_classes=data.classes)
+    model = problems.attempt(steps.build, full)
+    cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
     problems.raise_if_any()
     setup = steps.Setup(device, full, data, model, cnn)
     problems.attempt(steps.check_target, args, model)

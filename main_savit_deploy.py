@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+from torch import nn
 
 import options
-from files import checkpoint
-from models.pretrained import from_checkpoint
 from runtime.console import warn
 from runtime.errors import Problems
 from runtime.folders import make_folder
@@ -19,6 +19,7 @@ from training import results
 from training.dense import Run, conclude, read_resumed, train
 from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model, structural_kwargs
 from training.parts import drop_rate_kwargs, load_data
+from training.sources import Checkpoint, Source, Teacher
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -83,44 +84,32 @@ def _add_distillation_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _full_model(args: argparse.Namespace, parent: dict[str, Any]) -> FullModel:
+def _full_model(args: argparse.Namespace, parent: Checkpoint) -> FullModel:
     """The full-size model that was pruned, with the weights to distil from where that is asked for."""
-    arch = parent["arch"]["name"]
-    if args.model and args.model.removesuffix("_deploy") != arch:
-        raise ValueError(f"--model is {args.model} but {args.masked_model} holds {arch}")
-    path = args.initial_checkpoint
-    if args.distillation_type_full != "none" and not (path or args.pretrained):
-        path = parent["args"].get("initial_checkpoint", "")
-    kwargs = structural_kwargs(parent["arch"]["kwargs"]) | args.model_kwargs
-    return read_full_model(
-        argparse.Namespace(**vars(args) | dict(model=arch, initial_checkpoint=path, model_kwargs=kwargs))
-    )
+    if args.model and args.model.removesuffix("_deploy") != parent.arch:
+        raise ValueError(f"--model is {args.model} but {args.masked_model} holds {parent.arch}")
+    source = replace(Source.of(args), model=parent.arch, kwargs=structural_kwargs(parent.kwargs) | args.model_kwargs)
+    if args.distillation_type_full != "none" and not (source.weights or source.pretrained):
+        source = replace(source, weights=parent.origin)
+    return read_full_model(source)
 
 
 def _teacher(args: argparse.Namespace, full: FullModel) -> FullModel:
     """The full model to distil from: the pruned one's, or the one that --teacher-…-full names."""
-    if not (args.teacher_model_full or args.teacher_path_full):
+    path = args.teacher_path_full
+    if not (args.teacher_model_full or path):
         if not full.has_weights:
             raise ValueError("--distillation-type-full: no full model to distil from: give --teacher-path-full FILE")
         return full
-    teacher = read_full_model(
-        argparse.Namespace(
-            model=args.teacher_model_full or (None if args.teacher_path_full else full.arch),
-            input_size=None,
-            model_kwargs={},
-            initial_checkpoint=args.teacher_path_full,
-            pretrained=not args.teacher_path_full,
-        )
-    )
-    teacher.kwargs["num_classes"] = full.kwargs["num_classes"]
-    return teacher
+    model = args.teacher_model_full or (None if path else full.arch)
+    teacher = read_full_model(Source(model, weights=path, pretrained=not path))
+    return teacher.with_kwargs(num_classes=full.kwargs["num_classes"])
 
 
-def _model(args: argparse.Namespace, parent: dict[str, Any], classes: int) -> Any:
-    model = from_checkpoint(parent, args.masked_model, **drop_rate_kwargs(args))
-    if model.num_classes != classes:
-        raise ValueError(f"{args.masked_model} has {model.num_classes} classes, the data has {classes}")
-    return model
+def _model(args: argparse.Namespace, parent: Checkpoint, classes: int) -> nn.Module:
+    if parent.classes != classes:
+        raise ValueError(f"{args.masked_model} has {parent.classes} classes, the data has {classes}")
+    return parent.build(**drop_rate_kwargs(args))
 
 
 def with_losses(args: argparse.Namespace) -> argparse.Namespace:
@@ -143,20 +132,21 @@ def check_args(args: argparse.Namespace) -> Run:
         problems.add("--start_epoch goes with --resume")
     if not args.masked_model:
         problems.add("--masked_model FILE is required: pruned_checkpoint.pth of a pruning run")
-    parent = problems.attempt(checkpoint.load_model, args.masked_model) if args.masked_model else None
+    parent = problems.attempt(Checkpoint.load, args.masked_model) if args.masked_model else None
     device = problems.attempt(start_processes, args)
     problems.raise_if_any()
     full = problems.attempt(_full_model, args, parent)
     problems.raise_if_any()
-    data = problems.attempt(load_data, args, full)
+    data = problems.attempt(load_data, args, full.image_size)
     problems.raise_if_any()
+    full = full.with_kwargs(num_classes=data.classes)
     run = Run(device, full, data, problems.attempt(_model, args, parent, data.classes), folder=Path(args.output_dir))
-    run.origin, run.start = parent["args"].get("initial_checkpoint", ""), parent["model"]
+    run.origin, run.start = parent.origin, parent.weights
     run.teacher_tau = args.distillation_tau_full
     teacher = problems.attempt(_teacher, args, full) if args.distillation_type_full != "none" else None
-    if teacher is not None:
-        run.teacher = problems.attempt(load_full_teacher, args, teacher, device)
-    run.cnn = problems.attempt(load_cnn_teacher, args, data.classes, device)
+    if teacher is not None and args.kl_loss_coeff:
+        run.teacher = problems.attempt(load_full_teacher, teacher, device)
+    run.cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
     if run.model is not None:
         run.resumed = problems.attempt(read_resumed, args, run, run.folder)
     problems.raise_if_any()

@@ -18,6 +18,7 @@ from training import results
 from training.dense import Run, conclude, read_resumed, train
 from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model
 from training.parts import drop_rate_kwargs, load_data
+from training.sources import Source, Teacher
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -78,15 +79,17 @@ def check_args(args: argparse.Namespace) -> Run:
     if not args.output_dir:
         problems.add("--output_dir is required")
     device = problems.attempt(start_processes, args)
-    full = problems.attempt(read_full_model, args)
+    full = problems.attempt(read_full_model, Source.of(args))
     problems.raise_if_any()
     dims = problems.attempt(_dims, args, full)
-    data = problems.attempt(load_data, args, full)
+    data = problems.attempt(load_data, args, full.image_size)
     problems.raise_if_any()
+    full = full.with_kwargs(num_classes=data.classes)
     model = build_vit(full.arch, dims, **full.kwargs | drop_rate_kwargs(args))
     run = Run(device, full, data, model, origin=full.path)
-    run.teacher = problems.attempt(load_full_teacher, args, full, device)
-    run.cnn = problems.attempt(load_cnn_teacher, args, data.classes, device)
+    if args.kl_loss_coeff:
+        run.teacher = problems.attempt(load_full_teacher, full, device)
+    run.cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
     run.resumed = problems.attempt(read_resumed, args, run, run_folder(args, dims))
     problems.raise_if_any()
     run.folder = problems.attempt(make_folder, run_folder(args, dims))

@@ -24,6 +24,7 @@ from runtime.processes import start_processes
 from runtime.script import run_script
 from training.full_model import read_full_model
 from training.parts import drop_rate_kwargs, load_data, make_precision
+from training.sources import Source
 
 WARM_UP = 3  # batches, and steps
 
@@ -87,10 +88,11 @@ def stepping(model: nn.Module, images: Tensor, targets: Tensor, precision, batch
 def main(args: argparse.Namespace) -> None:
     problems = Problems()
     device = problems.attempt(start_processes, args)
-    full = problems.attempt(read_full_model, args)
+    full = problems.attempt(read_full_model, Source.of(args))
     problems.raise_if_any()
-    data = problems.attempt(load_data, args, full)
+    data = problems.attempt(load_data, args, full.image_size)
     problems.raise_if_any()
+    full = full.with_kwargs(num_classes=data.classes)
     if args.batches < 1:
         raise BadArguments([f"--batches must be at least 1, not {args.batches}"])
     images, targets = (t.to(device) for t in next(iter(data.train)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from datasets import build_dataset
-from models import Masks, compact, skeleton
+from models import Masks, compact
 from models.compact import expand_
 from pruning.align import align_
 from pruning.refit import refit_
@@ -36,9 +36,7 @@ def images_of(args: Any, full: FullModel) -> Tensor:
 
     The seed chooses them, the same ones for any number of processes; labels are not looked at.
     """
-    sized = copy.copy(args)
-    sized.input_size = skeleton(full.arch, **full.kwargs).patch_embed.img_size[0]
-    dataset, _ = build_dataset(True, sized, augment=False)
+    dataset, _ = build_dataset(True, args, augment=False, size=full.image_size)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
     chosen = order[rank() : args.calib_images : world_size()][: args.calib_images // world_size()]
     loader = DataLoader(

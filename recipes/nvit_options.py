@@ -160,7 +160,7 @@ def add_one_shot_args(parser: Any) -> None:
     )
 
 
-def check_start(args: Any, start: dict[str, Any] | None, problems: Problems) -> None:
+def check_start(args: Any, start: Any, problems: Problems) -> None:
     """Complaints about what needs a full-width model where the run starts from a `start` that is narrower."""
     for name in ("one_shot", "align", "compensate", "tokens"):
         if start and getattr(args, name):

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import progress_bar
-from files import checkpoint
 from loading.loaders import start_epoch
-from models import ViTDims, dims_from_dict
-from models.pretrained import from_checkpoint, read_initial
+from models import ViTDims
+from models.pretrained import read_initial
 from models.vit import ModelError, TokenLogits, skeleton
 from pruning import pm_vit
 from pruning.token_counts import probed
@@ -32,6 +31,7 @@ from training.full_model import (
     structural_kwargs,
 )
 from training.parts import drop_rate_kwargs, make_precision
+from training.sources import Checkpoint, Source, Teacher
 
 ALIASES = {
     f"{name}_{size}_patch16_224": f"deit_{size}_patch16_224"
@@ -41,63 +41,48 @@ ALIASES = {
 
 @dataclass
 class Model:
-    """The model that --resume names, or the dense one, and where its dense weights are."""
+    """The model that --resume names, or the dense one, and where its dense weights are; start: of this project."""
 
     full: FullModel
-    content: dict[str, Any] | None  # of a checkpoint of this project
+    start: Checkpoint | None
     origin: str = ""
 
     def build(self, args: Any) -> nn.Module:
         """With its weights, and drop rates as the flags say. Raises ValueError."""
-        drops = drop_rate_kwargs(args)
-        if self.content is None:
-            return self.full.build(**drops)
-        return from_checkpoint(self.content, args.resume, **drops)
+        return (self.start or self.full).build(**drop_rate_kwargs(args))
 
     def check_classes(self, args: Any, classes: int) -> None:
         """Raises ValueError for weights that know other classes than the data has."""
-        if self.content is None:
+        if self.start is None:
             return self.full.check_classifier()
-        if (own := self.content["arch"]["kwargs"].get("num_classes", 1000)) != classes:
-            raise ValueError(f"{args.resume} has {own} classes, the data has {classes}")
+        if self.start.classes != classes:
+            raise ValueError(f"{args.resume} has {self.start.classes} classes, the data has {classes}")
 
     @property
     def weights(self) -> dict[str, Tensor] | None:
-        return self.full.state if self.content is None else self.content["model"]
+        return self.start.weights if self.start else self.full.state
 
     @property
     def dims(self) -> ViTDims:
-        return self.full.dims if self.content is None else ViTDims.from_dict(self.content["dims"])
+        return (self.start or self.full).dims
 
 
 def read_model(args: Any) -> Model:
     """Raises ValueError, whatever is wrong with the files."""
     name = ALIASES.get(args.model, args.model)
-    content = checkpoint.read(args.resume) if args.resume else None
-    if content is None or not checkpoint.is_ours(content):
-        source = args.resume or args.initial_checkpoint
-        full = read_full_model(SimpleNamespace(**vars(args) | dict(model=name, initial_checkpoint=source)))
+    start = Checkpoint.find(args.resume)
+    if start is None:
+        weights = args.resume or args.initial_checkpoint
+        full = read_full_model(replace(Source.of(args), model=name, weights=weights))
         return Model(full, None, full.path)
-    content = checkpoint.checked(content, args.resume)
-    arch, kwargs = content["arch"]["name"], content["arch"]["kwargs"]
-    if name not in (None, arch):
-        raise ValueError(f"--model is {args.model} but {args.resume} holds {arch}")
-    size = skeleton(arch, **kwargs).patch_embed.img_size[0]
-    if args.input_size not in (None, size):
-        raise ValueError(f"--input-size is {args.input_size} but {args.resume} is for images of {size}")
-    full = read_full_model(
-        SimpleNamespace(
-            model=arch,
-            model_kwargs=structural_kwargs(kwargs) | args.model_kwargs,
-            input_size=None,
-            initial_checkpoint="",
-            pretrained=False,
-        )
-    )
-    full.kwargs["num_classes"] = kwargs.get("num_classes", skeleton(arch, **kwargs).num_classes)
-    dense = content["masks"] is None and is_dense(full, dims_from_dict(content["dims"]))
-    origin = str(Path(args.resume).resolve()) if dense else content["args"].get("initial_checkpoint", "")
-    return Model(full, content, origin)
+    if name not in (None, start.arch):
+        raise ValueError(f"--model is {args.model} but {args.resume} holds {start.arch}")
+    full = read_full_model(Source(start.arch, structural_kwargs(start.kwargs) | args.model_kwargs))
+    if args.input_size not in (None, full.image_size):
+        raise ValueError(f"--input-size is {args.input_size} but {args.resume} is for images of {full.image_size}")
+    full = full.with_kwargs(num_classes=start.classes)
+    dense = not start.is_pruned and is_dense(full, start.dims)
+    return Model(full, start, str(Path(args.resume).resolve()) if dense else start.origin)
 
 
 def is_compressed(full: FullModel, dims: ViTDims) -> bool:
@@ -207,16 +192,6 @@ def teacher(args: Any, run: Run) -> nn.Module:
     try:
         skeleton(name)
     except ModelError:
-        wanted = SimpleNamespace(distillation_type="soft", teacher_model=name, teacher_path=path)
-        return freeze(load_cnn_teacher(wanted, run.data.classes, run.device), run.device)
-    full = read_full_model(
-        SimpleNamespace(
-            model=name,
-            model_kwargs=own,
-            input_size=None,
-            initial_checkpoint=path,
-            pretrained=False,
-        )
-    )
-    full.kwargs["num_classes"] = run.data.classes
-    return load_full_teacher(SimpleNamespace(kl_loss_coeff=1.0), full, run.device)
+        return freeze(load_cnn_teacher(Teacher(name, path), run.data.classes, run.device), run.device)
+    full = read_full_model(Source(name, own, weights=path))
+    return load_full_teacher(full.with_kwargs(num_classes=run.data.classes), run.device)

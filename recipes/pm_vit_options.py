@@ -156,7 +156,7 @@ def check_model(args: Any, model: steps.Model) -> None:
     if (args.eval or not (args.prune or args.speed_only)) and not compressed:
         what = "--eval" if args.eval else "finetuning"
         raise ValueError(f"{what}: {args.resume or model.full.arch} has no token structure; compress it with --prune")
-    by_content = compressed and model.content["arch"]["kwargs"].get("content_merge")
+    by_content = compressed and model.start.kwargs.get("content_merge")
     if compressed and not by_content and args.prune and args.merge == pm_vit.CONTENT:
         raise ValueError(f"--merge content: {args.resume} merges by place; --merge grid goes on with it")
     if by_content:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from files import checkpoint
 from loading import shards
 from models import Masks, ViTDims, macs
 from models.count import MacsFormula
-from models.pretrained import from_checkpoint
 from pruning import savit
 from pruning.gates import axes_of_component
 from pruning.interaction import without_second_derivative
@@ -25,8 +22,9 @@ from pruning.savit import Importance
 from recipes import savit_scoring
 from runtime.errors import RunFailed
 from training import results
-from training.full_model import FullModel, check_plain, read_full_model, structural_kwargs
+from training.full_model import FullModel, read_full_model
 from training.parts import Data
+from training.sources import Source
 
 DEFAULT_MODEL = "deit_base_patch16_224"
 
@@ -44,33 +42,18 @@ class Setup:
     folder: Path = Path()
 
 
-def read_start(args: Any) -> tuple[FullModel, dict[str, Any] | None]:
-    """The full-size model, and the narrower checkpoint that pruning starts from, None for full-width weights."""
-    path = args.finetune or args.initial_checkpoint
-    content = checkpoint.read(path) if path else {}
-    if "format" in content:
-        content = checkpoint.load_model(path)
-        arch, origin = content["arch"], (content["args"] or {}).get("initial_checkpoint", "")
-        if args.model not in (None, arch["name"]):
-            raise ValueError(f"--model is {args.model} but {path} holds {arch['name']}")
-        check_plain(arch["name"])
-        full = FullModel(arch["name"], structural_kwargs(arch["kwargs"]), origin)
-        if content["dims"] != full.dims.to_dict():
-            return full, content
-    named = SimpleNamespace(**vars(args) | dict(initial_checkpoint=path))
-    if named.model is None and not content.get("arch"):
-        named.model = DEFAULT_MODEL
-    return read_full_model(named), None
+def read_full(args: Any) -> FullModel:
+    """The full-size model, and the narrower checkpoint that pruning starts from, where it is one. Raises ValueError."""
+    weights = args.finetune or args.initial_checkpoint
+    return read_full_model(replace(Source.of(args), weights=weights, default=DEFAULT_MODEL), narrower=True)
 
 
-def build(full: FullModel, parent: dict[str, Any] | None, path: str) -> nn.Module:
-    """The frozen model to prune, of what `read_start` found. Raises ValueError for other classes than the data's."""
-    if parent is None:
-        return full.build().requires_grad_(False).eval()
-    model = from_checkpoint(parent, path)
-    if model.num_classes != full.kwargs["num_classes"]:
-        raise ValueError(f"{path} has {model.num_classes} classes, the data has {full.kwargs['num_classes']}")
-    return model.requires_grad_(False).eval()
+def build(full: FullModel) -> nn.Module:
+    """The frozen model to prune. Raises ValueError for a narrower one that knows other classes than the data has."""
+    model = full.build().requires_grad_(False).eval()
+    if model.num_classes != (classes := full.kwargs["num_classes"]):
+        raise ValueError(f"{full.start.path} has {model.num_classes} classes, the data has {classes}")
+    return model
 
 
 def _floor_share(args: Any) -> float | None:

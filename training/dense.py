@@ -100,13 +100,23 @@ def save(name: str, args: Any, run: Run, state: State) -> None:
     )
 
 
-def read_resumed(args: Any, run: Run, folder: Path) -> dict[str, Any] | None:
-    """The checkpoint to go on from, or None. Raises ValueError where it does not fit the arguments."""
+def read_resumed(args: Any, run: Run, folder: Path, resume: str | None = None) -> dict[str, Any] | None:
+    """The checkpoint to go on from, or None. Raises ValueError where it does not fit the arguments.
+
+    resume: in place of --resume, where a script has another use for that flag.
+    """
     fitting = dict(arch=run.full.record, dims=run.model.dims.to_dict())
     named = {name: model.state_dict() for name, model in (("teacher", run.teacher), ("CNN", run.cnn)) if model}
     run.inputs = resuming.inputs_of(run.data, weights=run.start or run.full.state, **named)
     return resuming.read(
-        args, folder, CHECKPOINT, run="finetuning", fitting=fitting, needed="lr_scheduler", inputs=run.inputs
+        args,
+        folder,
+        CHECKPOINT,
+        run="finetuning",
+        fitting=fitting,
+        needed="lr_scheduler",
+        inputs=run.inputs,
+        resume=resume,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from files import checkpoint
 from models import build_vit, dims_of, is_swin, skeleton
-from models.pretrained import check_initial, from_checkpoint, load_initial_, read_initial
+from models.pretrained import check_initial, load_initial_, read_initial
 from models.swin import as_timm_names
 from models.swin_dims import Dims
 from models.vit import TokenLogits
 from runtime.console import say
 from runtime.errors import first_line
+from training.sources import Checkpoint, Source, Teacher
 
-DEFAULT_MODEL = "deit_base_distilled_patch16_224"
 
-
-@dataclass
+@dataclass(frozen=True)
 class FullModel:
     """The full-size model a run is about: timm's name, kwargs (classes once the data is known) and weights.
 
@@ -34,7 +32,16 @@ class FullModel:
     path: str = ""
     state: dict[str, Tensor] | None = field(default=None, repr=False)
     pretrained: bool = False
-    start: dict[str, Any] | None = field(default=None, repr=False)
+    start: Checkpoint | None = None
+
+    def with_kwargs(self, **kwargs: Any) -> FullModel:
+        """The same, built with other arguments."""
+        return replace(self, kwargs=self.kwargs | kwargs)
+
+    @property
+    def image_size(self) -> int:
+        """Side of its images, in pixels."""
+        return skeleton(self.arch, **self.kwargs).patch_embed.img_size[0]
 
     @property
     def dims(self) -> Dims:
@@ -49,7 +56,7 @@ class FullModel:
     def build(self, **drop_rates: float) -> nn.Module:
         """The model with its weights, or freshly initialised where it has none. Raises ValueError."""
         if self.start is not None:
-            return from_checkpoint(self.start, self.start["path"], **drop_rates)
+            return self.start.build(**drop_rates)
         if self.state is None and self.pretrained:
             return self._download(drop_rates)
         if self.state is not None:
@@ -104,16 +111,6 @@ def check_plain(arch: str) -> None:
         )
 
 
-def _narrower(path: str) -> dict[str, Any] | None:
-    """The checkpoint of a model that pruning has made narrower already; None for anything else. Raises ValueError."""
-    if not path or not checkpoint.is_ours(content := checkpoint.read(path)):
-        return None
-    content = checkpoint.with_model(checkpoint.checked(content, path), path)
-    arch = content["arch"]
-    dense = dims_of(skeleton(arch["name"], **arch["kwargs"])).to_dict()
-    return None if content["masks"] is None and content["dims"] == dense else content | dict(path=path)
-
-
 def _sized(arch: str, kwargs: dict[str, Any], size: int | None, fixed: bool) -> dict[str, Any]:
     """The arguments for images of `size`, None for the model's own, which a compact one keeps. Raises ValueError."""
     own = skeleton(arch, **kwargs).patch_embed.img_size
@@ -126,31 +123,32 @@ def _sized(arch: str, kwargs: dict[str, Any], size: int | None, fixed: bool) -> 
     return kwargs
 
 
-def read_full_model(args: Any, swin: bool = False, narrower: bool = False) -> FullModel:
-    """What --model, --model-kwargs, --input-size, --initial-checkpoint and --pretrained say. Raises ValueError.
+def read_full_model(source: Source, swin: bool = False, narrower: bool = False) -> FullModel:
+    """The model that a source names. Raises ValueError.
 
-    swin: whether it may be a Swin Transformer; narrower: whether the weights may be of a compact model.
+    swin: whether it may be a Swin Transformer; narrower: whether the weights may be of a model that was pruned already.
     """
     arch, kwargs, state, path = None, {}, None, ""
-    start = _narrower(args.initial_checkpoint) if narrower else None
+    start = Checkpoint.find(source.weights) if narrower else None
+    if start and start.is_full:
+        start = None
     if start:
-        arch, kwargs, state = start["arch"]["name"], start["arch"]["kwargs"], start["model"]
-        path = (start["args"] or {}).get("initial_checkpoint", "")
-    elif args.initial_checkpoint:
-        arch, kwargs, state = read_initial(args.initial_checkpoint)
-        path = str(Path(args.initial_checkpoint).resolve())
-    if args.model and arch and args.model != arch:
-        raise ValueError(f"--model is {args.model} but {args.initial_checkpoint} holds {arch}")
-    arch = args.model or arch or DEFAULT_MODEL
+        arch, kwargs, state, path = start.arch, start.kwargs, start.weights, start.origin
+    elif source.weights:
+        arch, kwargs, state = read_initial(source.weights)
+        path = str(Path(source.weights).resolve())
+    if source.model and arch and source.model != arch:
+        raise ValueError(f"--model is {source.model} but {source.weights} holds {arch}")
+    arch = source.model or arch or source.default
     if not swin:
         check_plain(arch)
-    for key, value in args.model_kwargs.items():
+    for key, value in source.kwargs.items():
         if kwargs.get(key, value) != value:
-            raise ValueError(f"--model-kwargs {key}={value} but {args.initial_checkpoint} has {key}={kwargs[key]}")
-    kwargs = _sized(arch, structural_kwargs(kwargs | args.model_kwargs), args.input_size, fixed=bool(start))
+            raise ValueError(f"--model-kwargs {key}={value} but {source.weights} has {key}={kwargs[key]}")
+    kwargs = _sized(arch, structural_kwargs(kwargs | source.kwargs), source.size, fixed=bool(start))
     if state is not None and is_swin(arch) and not start:
         state = as_timm_names(state, skeleton(arch, **kwargs), path)
-    return FullModel(arch, kwargs, path, state, args.pretrained, start)
+    return FullModel(arch, kwargs, path, state, source.pretrained, start)
 
 
 def is_dense(full: FullModel, dims: Dims) -> bool:
@@ -163,31 +161,27 @@ def freeze(model: nn.Module, device: torch.device) -> nn.Module:
     return TokenLogits(model).to(device).eval().requires_grad_(False)
 
 
-def load_cnn_teacher(args: Any, classes: int, device: torch.device) -> nn.Module | None:
-    """The CNN of --distillation-type soft or hard. Raises ValueError where it cannot be had or knows other classes."""
-    if args.distillation_type == "none":
+def load_cnn_teacher(source: Teacher | None, classes: int, device: torch.device) -> nn.Module | None:
+    """A CNN to distil from. Raises ValueError where it cannot be had or knows other classes."""
+    if source is None:
         return None
     try:
-        if not args.teacher_path:
-            teacher = timm.create_model(args.teacher_model, pretrained=True)
+        if not source.path:
+            teacher = timm.create_model(source.model, pretrained=True)
         else:
-            _, _, state = read_initial(args.teacher_path)
-            teacher = timm.create_model(args.teacher_model, num_classes=len(state[_classifier(args.teacher_model)]))
+            _, _, state = read_initial(source.path)
+            teacher = timm.create_model(source.model, num_classes=len(state[_classifier(source.model)]))
             teacher.load_state_dict(state)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        hint = "" if args.teacher_path else "; give a local file with --teacher-path FILE"
-        raise ValueError(f"CNN teacher {args.teacher_model}: {first_line(error)}{hint}") from None
+        hint = "" if source.path else "; give a local file with --teacher-path FILE"
+        raise ValueError(f"CNN teacher {source.model}: {first_line(error)}{hint}") from None
     if teacher.num_classes != classes:
-        raise ValueError(
-            f"CNN teacher {args.teacher_model} knows {teacher.num_classes} classes, the data has {classes}"
-        )
+        raise ValueError(f"CNN teacher {source.model} knows {teacher.num_classes} classes, the data has {classes}")
     return teacher.to(device).eval().requires_grad_(False)
 
 
-def load_full_teacher(args: Any, full: FullModel, device: torch.device) -> nn.Module | None:
-    """The full model that --kl_loss_coeff distils from, or None. Raises ValueError where it has no weights."""
-    if not args.kl_loss_coeff:
-        return None
+def load_full_teacher(full: FullModel, device: torch.device) -> nn.Module:
+    """The full model to distil from. Raises ValueError where it has no weights."""
     if not full.has_weights:
         raise ValueError("no full model to distil from: give --initial-checkpoint FILE, or --kl_loss_coeff 0")
     full.check_classifier()

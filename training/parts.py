@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,8 @@ from datasets import build_dataset
 from engine import Precision
 from loading.loaders import build_loader
 from losses import DistillationLoss, NViTLoss, base_criterion
-from models import skeleton
 from models.vit import TokenLogits
 from runtime.ranks import rank, world_size
-from training.full_model import FullModel
 
 
 def drop_rate_kwargs(args: Any) -> dict[str, float]:
@@ -40,16 +37,13 @@ class Data:
     updates: int = 0
 
 
-def load_data(args: Any, full: FullModel, train: bool = True) -> Data:
-    """Loaders of both splits (val alone where train is False); the model's classes follow. Raises ValueError."""
-    sized = copy.copy(args)
-    sized.input_size = skeleton(full.arch, **full.kwargs).patch_embed.img_size[0]
-    val, classes = build_dataset(False, sized)
-    full.kwargs["num_classes"] = classes
+def load_data(args: Any, size: int, train: bool = True) -> Data:
+    """Loaders of both splits (val alone where train is False), of images of `size` pixels a side. Raises ValueError."""
+    val, classes = build_dataset(False, args, size=size)
     place = dict(rank=rank(), world_size=world_size())
     data = Data(None, build_loader(val, args, is_train=False, **place), classes)
     if train:
-        data.train = build_loader(build_dataset(True, sized)[0], args, is_train=True, **place)
+        data.train = build_loader(build_dataset(True, args, size=size)[0], args, is_train=True, **place)
         data.updates = len(data.train) // getattr(args, "grad_accum_steps", 1)  # a script that does not train has none
         if not data.updates:
             raise ValueError(

@@ -118,18 +118,19 @@ def read(
     needed: str,
     inputs: dict[str, str] | None = None,
     may_differ: set[str] = frozenset(),
+    resume: str | None = None,
 ) -> dict[str, Any] | None:
     """The checkpoint to go on from: what --resume names, or after a restart the newest; None to start anew.
 
     run: what kind of run it must be of; fitting: what some of its keys must hold; needed: a key that it must have;
-    inputs: what the run must have been made from. Raises ValueError for one that does not fit, or whose epoch or
-    hyper-parameters are not the arguments'.
+    inputs: what the run must have been made from; resume: in place of --resume. Raises ValueError for one that does
+    not fit, or whose epoch or hyper-parameters are not the arguments'.
     """
-    own = folder / name
+    own, resume = folder / name, args.resume if resume is None else resume
     if elastic.restarts() and (own.exists() or older(own).exists()):
         path = own
-    elif args.resume:
-        path = own if args.resume == "auto" else Path(args.resume)
+    elif resume:
+        path = own if resume == "auto" else Path(resume)
     else:
         return None
     content, path = _newest(path)

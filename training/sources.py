@@ -1,0 +1,117 @@
+"""What a run is made from, as values: dense weights, a checkpoint of this project, a CNN to distil from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from files import checkpoint
+from models import dims_from_dict, dims_of, skeleton
+from models.pretrained import from_checkpoint
+from models.swin_dims import Dims
+
+
+@dataclass(frozen=True)
+class Source:
+    """A full-size model: timm's name and kwargs, the images' size, and a file of weights or timm's own.
+
+    model, size: None as `weights` have them; default: the model where neither names one.
+    """
+
+    model: str | None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    size: int | None = None
+    weights: str = ""
+    pretrained: bool = False
+    default: str = "deit_base_distilled_patch16_224"
+
+    @classmethod
+    def of(cls, args: Any) -> Source:
+        """What --model, --model-kwargs, --input-size, --initial-checkpoint and --pretrained say."""
+        return cls(args.model, args.model_kwargs, args.input_size, args.initial_checkpoint, args.pretrained)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A CNN to distil from: timm's name, and a file of its weights, '' for timm's own."""
+
+    model: str
+    path: str = ""
+
+    @classmethod
+    def of(cls, args: Any) -> Teacher | None:
+        """What --teacher-model and --teacher-path say, None for --distillation-type none."""
+        return None if args.distillation_type == "none" else cls(args.teacher_model, args.teacher_path)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of this project that a model can be built from. content: as `files.checkpoint.load` returns it."""
+
+    path: str
+    content: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def load(cls, path: Any) -> Checkpoint:
+        """Raises CheckpointError."""
+        return cls(str(path), checkpoint.load_model(path))
+
+    @classmethod
+    def find(cls, path: str) -> Checkpoint | None:
+        """None for no file, and for one that another project wrote. Raises CheckpointError."""
+        if not path or not checkpoint.is_ours(content := checkpoint.read(path)):
+            return None
+        return cls(path, checkpoint.with_model(checkpoint.checked(content, path), path))
+
+    @property
+    def arch(self) -> str:
+        return self.content["arch"]["name"]
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return self.content["arch"]["kwargs"]
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The full-size model, without storage. Raises ModelError."""
+        return skeleton(self.arch, **self.kwargs)
+
+    @property
+    def dims(self) -> Dims:
+        """Raises DimsError."""
+        return dims_from_dict(self.content["dims"])
+
+    @property
+    def classes(self) -> int:
+        return self.skeleton.num_classes
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Of the masked model, where it is a pruned one."""
+        return self.content["model"]
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """Of the run that wrote it."""
+        return self.content["args"]
+
+    @property
+    def origin(self) -> str:
+        """Path of the dense weights that it was made from, '' where that is not known."""
+        return self.args.get("initial_checkpoint", "")
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it holds a masked model."""
+        return self.content["masks"] is not None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it holds a model of all its widths and tokens."""
+        return not self.is_pruned and self.content["dims"] == dims_of(self.skeleton).to_dict()
+
+    def build(self, ema: bool = False, **overrides: Any) -> nn.Module:
+        """The compact model: `models.pretrained.from_checkpoint`."""
+        return from_checkpoint(self.content, self.path, ema, **overrides)
