@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import options
 from engine import Precision, Progress, evaluate, train_one_epoch
-from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from loading.loaders import start_epoch
 from models import Masks, is_swin, left_alone, skeleton
@@ -95,7 +94,7 @@ def _prune_dict(text: str) -> tuple[str, int]:
     return label, cap
 
 
-def _load_table(args: argparse.Namespace, full: FullModel) -> LatencyTable | SwinTable:
+def _load_table(args: argparse.Namespace, full: FullModel) -> LatencyTable:
     table = LatencyTable.load(args.latency_look_up_table)
     table.check_covers(full.dims)
     if not args.tokens or is_swin(full.arch):

@@ -232,9 +232,7 @@ class OneShot:
         self.prices = prices(self.dense, self.images, self.groups, BATCH)
 
     def __call__(self, target: float) -> nn.Module:
-        (dims, _), *_ = allocate(
-            self.bench.table, self.dense.dims, self.groups, *self.prices, target, self.dense.blocks[-1].read
-        )
+        (dims, _), *_ = allocate(self.bench.table, self.dense.dims, self.groups, *self.prices, target)
         masks = Masks.first(self.dense.dims, dims, grid=self.grid)
         small = compact(self.dense, masks)
         if self.refit:

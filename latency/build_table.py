@@ -32,9 +32,9 @@ from latency.measure import DTYPES, compile_mode
 from latency.points import GROUPS, grid_of
 from latency.runtimes import Command, OnnxRuntime, RuntimeBench, RuntimeFailed
 from latency.samples import NOISY, Progress, sample_all
+from latency.stage import PUBLISHED_POINTS
 from latency.swin_bench import SwinBench
-from latency.swin_table import STAGE, SwinTable
-from latency.table import PUBLISHED_POINTS, LatencyTable
+from latency.table import STAGE, LatencyTable
 from latency.whole import measured_ratios
 from models import SwinDims, dims_of, is_swin, left_alone, skeleton
 from models.pretrained import read_initial
@@ -238,7 +238,7 @@ def _share(spread: float) -> str:
     return f"{spread:.0%}" if spread < math.inf else "undisturbed only once"
 
 
-def build(args: argparse.Namespace) -> tuple[LatencyTable | SwinTable, int]:
+def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
     """The measured table, saved, and the number of points measured. Continues an interrupted run."""
     arch, kwargs, dims = parent_of(args)
     fixed = left_alone(arch, **kwargs)
@@ -268,7 +268,7 @@ def build(args: argparse.Namespace) -> tuple[LatencyTable | SwinTable, int]:
     sample_all(bench, progress, args.rounds)
     spreads = {key: progress.spread(key) for key in progress.samples}
     warn_of_noise(spreads)
-    table = (SwinTable if is_swin(arch) else LatencyTable).of_parts(progress.seconds(), settings)
+    table = LatencyTable.of_parts(progress.seconds(), settings)
     factor, constant = fit(table, dims, chosen_for_fit(dims, fixed), measure)
     table = corrected(
         table,

@@ -11,8 +11,7 @@ import numpy as np
 from scipy.optimize import least_squares
 
 from latency.points import group_of, random_dims
-from latency.swin_table import STAGE, SwinTable
-from latency.table import LatencyTable
+from latency.table import STAGE, LatencyTable
 from models.swin_dims import Dims
 
 MODELS = 11  # narrow to wide, beside the dense one
@@ -41,7 +40,7 @@ def chosen_for_fit(dims: Dims, fixed: Collection[str] = (), seed: int = 0, count
     ]
 
 
-def fit(table: LatencyTable | SwinTable, dense: Dims, chosen: Sequence[Dims], measure: Measure) -> tuple[float, float]:
+def fit(table: LatencyTable, dense: Dims, chosen: Sequence[Dims], measure: Measure) -> tuple[float, float]:
     """(factor of the table's predictions, seconds to add outside the blocks), so that models come out as measured.
 
     Robust least squares of relative errors over the dense model and `chosen`. The seconds are what does not shrink with
@@ -59,7 +58,7 @@ def fit(table: LatencyTable | SwinTable, dense: Dims, chosen: Sequence[Dims], me
     return float(found.x[0] * common), float(found.x[1] * most)
 
 
-def corrected(table: LatencyTable | SwinTable, factor: float, constant: float, **meta: Any) -> LatencyTable | SwinTable:
+def corrected(table: LatencyTable, factor: float, constant: float, **meta: Any) -> LatencyTable:
     """The table with every value multiplied by `factor`, and `constant` seconds added outside the blocks."""
 
     def scaled(node: Any, add: float = 0.0) -> Any:
@@ -68,7 +67,7 @@ def corrected(table: LatencyTable | SwinTable, factor: float, constant: float, *
         return float(f"{factor * node + add:.6g}")
 
     data = {key: node if key == "_meta" else scaled(node) for key, node in table.data.items()}
-    before, after = (d[f"{STAGE}0"] if isinstance(table, SwinTable) else d for d in (table.data, data))
+    before, after = (d[f"{STAGE}0"] if table.is_staged else d for d in (table.data, data))
     outside = before.get("_overhead", {key: 0.0 for key in before if key.startswith("EMB_")})
     after["_overhead"] = scaled(outside, constant)
-    return type(table)(data | dict(_meta=table.meta | meta), table.name)
+    return LatencyTable(data | dict(_meta=table.meta | meta), table.name)

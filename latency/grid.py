@@ -60,7 +60,7 @@ def _leaves(node: Any, levels: tuple[str, ...], path: str, widths: tuple[int, ..
     for key, child in node.items():
         here = f"{path} -> {key}" if path else key
         if not (match := _KEY[levels[0]].fullmatch(key)):
-            raise LatencyTableError(f"{here} is no key of a latency table; expected {expected}")
+            raise LatencyTableError(f"{here} is not a key of a latency table; expected {expected}")
         yield from _leaves(child, levels[1:], here, (*widths, *map(int, match.groups())))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from latency.bench import OTHER, Bench, _Pool
 from latency.measure import WARM_UP, caller, warm_up
 from latency.points import branches
-from latency.swin_table import STAGE
+from latency.table import STAGE
 from models.dims import BlockDims
 from models.swin import Block, stem_of, swin_skeleton, tail_of
 from models.swin_dims import SwinDims
@@ -25,7 +25,7 @@ def _kinds(stage: SwinTransformerStage) -> list[SwinTransformerBlock]:
 
 
 class SwinBench(Bench):
-    """As `Bench`, with keys behind the stage ("STAGE_0", "mlp", "EMB_96", "MLP_384"); see `latency.swin_table`.
+    """As `Bench`, with keys behind the stage ("STAGE_0", "mlp", "EMB_96", "MLP_384"); see `latency.table`.
 
     Attention is measured in a block of every kind, windows shifted and not, and the mean of them counts. grids: points
     of embed, heads, qk, v and mlp by stage ("STAGE_0").

@@ -1,29 +1,28 @@
-"""Latency tables: measured seconds of a transformer block at a grid of widths, and interpolation between them.
+"""Latency tables: measured seconds of a transformer's blocks at a grid of widths, and of whole models from them.
 
-A table is JSON in the grammar that NViT published, `EMB_{e}` -> `QK_{heads}_{qk}` -> `V_{v}` -> `MLP_{m}` -> seconds
-for ONE block; of several token counts, all under `TOK_{tokens}`. There may be three more keys: `_meta` (how it was
-measured), `_overhead` (seconds outside the blocks, per embedding width) and `_parts` (seconds of the attention and of
-the MLP branch by themselves, which lookups prefer; they may be given for several token counts, under `N_{tokens}`, with
-`tokens`, what it takes to merge the model's tokens into fewer and to put them back). Everything about points and
-between them is in `grid`.
+A table of a plain ViT is one stage in the grammar of `latency.stage`, with `_meta` (how it was measured) beside its
+keys. A table of a Swin Transformer has `_meta` and `STAGE_0`, `STAGE_1`, …, each a stage at its own resolution;
+`_overhead` of the first is the patch embedding, of the last the final norm and the classifier, and `_merging` of the
+later ones, `EMB_{e}` -> `OUT_{o}` -> seconds, the downsampling from `e` channels to the stage's own `o`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from files.atomic import write_compact_json
-from latency.grid import COLUMNS, MAX_LEAVES, Grid, LatencyTableError
-from models.dims import BlockDims, ViTDims
+from latency.grid import MAX_LEAVES, Grid, LatencyTableError
+from latency.stage import StageTable, block_rows, stage_of_parts
+from models.dims import BlockDims
+from models.swin_dims import Dims, SwinDims
 
 MAX_BYTES = 200_000_000
-PUBLISHED_POINTS = dict(embed=8, heads=6, qk=5, v=5, mlp=9)  # at most, of the keys made from measured parts
+STAGE = "STAGE_"
 
 
 class MonotoneReport(NamedTuple):
@@ -37,66 +36,78 @@ class MonotoneReport(NamedTuple):
 class LatencyTable:
     """Seconds of blocks and models of any widths up to the table's largest, for the batch it was measured at.
 
-    `data` is the file's content; `name` stands in error messages.
+    `data` is the file's content; `name` stands in error messages; `stages` are the tables of what shares one embedding:
+    one of a plain ViT, several of a Swin Transformer.
     """
 
     def __init__(self, data: Any, name: str = "latency table") -> None:
         self.data, self.name = data, str(name)
         try:
-            self._parse(data)
+            self._check_meta()
+            self.is_staged = any(str(key).startswith(STAGE) for key in data)
+            nodes = self._nodes()
+            between = [node.pop("_merging", None) for node in nodes.values()][1:]
+            self._merging = [self._between(f"{STAGE}{i}", node) for i, node in enumerate(between, 1)]
         except LatencyTableError as error:
             raise LatencyTableError(f"{self.name}: {error}") from None
-        self._clean = [grid.monotone() for grid in self._grids]
+        self.stages = [StageTable(node, f"{self.name}: {key}" if key else self.name) for key, node in nodes.items()]
 
-    def _parse(self, data: Any) -> None:
-        if not isinstance(data, dict) or not data:
+    def _check_meta(self) -> None:
+        if not isinstance(self.data, dict) or not self.data:
             raise LatencyTableError("the table is empty; expected an object with keys EMB_{embed}")
-        meta = data.get("_meta", {})
-        if not isinstance(meta, dict):
+        if not isinstance(meta := self.data.get("_meta", {}), dict):
             raise LatencyTableError(f"_meta must be an object, not {str(meta)[:40]!r}")
         if meta.get("complete") is False:
             raise LatencyTableError(
                 "the table is incomplete, its measurement was interrupted; "
                 "run python -m latency.build_table again with the same settings to continue"
             )
-        known = ("_meta", "_overhead", "_parts")
-        if odd := [key for key in data if key.startswith("_") and key not in known]:
-            raise LatencyTableError(f"{odd[0]} is no key of a latency table; expected EMB_{{e}}, {', '.join(known)}")
-        block = Grid.parse({key: child for key, child in data.items() if key not in known}, "block")
-        self._overhead = Grid.parse(data["_overhead"], "overhead", "_overhead") if "_overhead" in data else None
-        self._grids, self._merging = [block], None
-        if "_parts" in data:
-            parts = data["_parts"]
-            if not isinstance(parts, dict) or sorted({*parts, "tokens"}) != ["attention", "mlp", "tokens"]:
-                raise LatencyTableError("_parts must hold the keys attention, mlp, and may hold tokens")
-            if "tokens" in parts:
-                self._merging = Grid.parse(parts["tokens"], "tokens", "_parts -> tokens")
-            self._grids = [Grid.parse(parts[name], name, f"_parts -> {name}") for name in ("attention", "mlp")]
-        columns, most = self._grids[0].columns, self._grids[0].high
-        self._tokens = most[columns.index("tokens")] if "tokens" in columns else 0.0  # of rows that do not say
+
+    def _nodes(self) -> dict[str, dict[str, Any]]:
+        """The content of every stage by its key, "" for the only one of a plain ViT."""
+        content = {key: node for key, node in self.data.items() if key != "_meta"}
+        if not self.is_staged:
+            return {"": content}
+        keys = [f"{STAGE}{i}" for i in range(len(content))]
+        if odd := sorted(set(content) - set(keys)):
+            raise LatencyTableError(f"{odd[0]} is not a key of a table of {len(keys)} stages")
+        for key in keys:
+            if not isinstance(content[key], dict):
+                raise LatencyTableError(f"{key} must be an object, not {str(content[key])[:40]!r}")
+        return {key: dict(content[key]) for key in keys}
+
+    @staticmethod
+    def _between(key: str, node: Any) -> Grid:
+        if node is None:
+            raise LatencyTableError(f"{key} lacks _merging, the seconds of its downsampling")
+        return Grid.parse(node, "merging", f"{key} -> _merging")
 
     @classmethod
     def of_parts(cls, seconds: dict[str, float], meta: dict[str, Any]) -> LatencyTable:
-        """From component seconds by key ("attention/EMB_96/QK_3_32/V_32", "mlp/EMB_96/MLP_384", "overhead/EMB_96").
+        """From component seconds by key, as `latency.stage.stage_of_parts` takes them.
 
-        Of several token counts, attention and mlp keys go on with "N_66" in second place, and there are "tokens/N_40/
-        EMB_96". The published keys hold the sums of attention and MLP, at the most tokens and a part of the points.
+        Those of a Swin Transformer begin with the stage ("STAGE_0/mlp/EMB_96/MLP_384"), and there are
+        "STAGE_1/merging/EMB_96/OUT_192".
         """
-        tree: dict[str, Any] = {}
+        if not any(name.startswith(STAGE) for name in seconds):
+            return cls({"_meta": meta} | stage_of_parts(seconds))
+        parts: dict[str, dict[str, float]] = {}
+        merging: dict[str, Any] = {}
         for name, value in seconds.items():
-            *path, last = name.split("/")
-            node = tree
-            for key in path:
-                node = node.setdefault(key, {})
-            node[last] = float(f"{value:.6g}")
-        overhead = {"_overhead": tree.pop("overhead")} if "overhead" in tree else {}
-        return cls({"_meta": meta, **_published(tree), **overhead, "_parts": tree})
+            stage, rest = name.split("/", 1)
+            if rest.startswith("merging/"):
+                _, before, own = rest.split("/")
+                merging.setdefault(stage, {}).setdefault(before, {})[own] = float(f"{value:.6g}")
+            else:
+                parts.setdefault(stage, {})[rest] = value
+        data: dict[str, Any] = {"_meta": meta}
+        for stage in sorted(parts, key=lambda s: int(s.removeprefix(STAGE))):
+            data[stage] = stage_of_parts(parts[stage]) | (dict(_merging=merging[stage]) if stage in merging else {})
+        return cls(data)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:
-        """The table in a file, a `SwinTable` where it is one. Raises LatencyTableError, whatever is wrong with it."""
-        from latency.swin_table import SwinTable, is_swin_table  # made of these tables
-
+        """The table in a file. Raises LatencyTableError, whatever is wrong with it."""
         try:
             if (size := os.path.getsize(path)) > MAX_BYTES:
                 raise LatencyTableError(f"{path}: {size:,} bytes; a latency table has at most {MAX_BYTES:,}")
@@ -112,7 +123,7 @@ class LatencyTable:
             raise LatencyTableError(f"{path}: the file is empty; expected a JSON object with keys EMB_{{embed}}")
         try:
             data = json.loads(text)
-            return (SwinTable if is_swin_table(data) else cls)(data, str(path))
+            return cls(data, str(path))
         except json.JSONDecodeError as error:
             where = f"line {error.lineno} column {error.colno}"
             raise LatencyTableError(f"{path}: not JSON at {where}: {error.msg}") from None
@@ -134,120 +145,72 @@ class LatencyTable:
 
     @property
     def tokens(self) -> int:
-        """Most tokens of a block, where the table was measured at several counts; else 0."""
-        return int(self._tokens)
+        """The largest token count of a block if the table was measured at several, else 0."""
+        return self.stages[0].tokens
 
-    def blocks_seconds(
-        self, widths: np.ndarray, *, monotone: bool = False, asking: int | np.ndarray | None = None
-    ) -> np.ndarray:
-        """Seconds of blocks: rows (embed, heads, qk, v, mlp), (…, 5) -> (…); or (…, 6), with tokens at the end.
-
-        monotone looks up the cleaned table, in which no value decreases when a width grows. asking: only so many
-        tokens ask and pass the MLP (`lean_last` of `models.build_vit`), None for all; it is broadcast to the blocks.
-        That is not measured by itself, so each branch takes the share of its seconds that it has left of its MACs.
-        Raises LatencyTableError for a width above the grid.
-        """
-        widths = np.asarray(widths, dtype=float)
-        shape, widths = widths.shape[:-1], widths.reshape(-1, widths.shape[-1])
-        each = None if asking is None else np.broadcast_to(asking, shape).ravel()
-        if widths.shape[-1] == len(COLUMNS) - 1:
-            widths = np.insert(widths, COLUMNS.index("tokens"), self._tokens, axis=1)
-        grids = self._clean if monotone else self._grids
-        try:
-            shares = np.ones((len(grids), len(widths))) if each is None else _shares(widths, each, len(grids))
-            if len(grids) == 1:
-                return (grids[0](widths[:, grids[0].select]) * shares[0]).reshape(shape)
-            seconds = np.zeros(len(widths))
-            for grid, decisive, share in zip(grids, ("heads", "mlp"), shares, strict=True):
-                alive = widths[:, COLUMNS.index(decisive)] > 0  # a branch of width 0 is not built
-                seconds[alive] += grid(widths[alive][:, grid.select]) * share[alive]
-            if self._merging:
-                fewer = widths[:, COLUMNS.index("tokens")] < self._tokens
-                seconds[fewer] += self._merging(widths[fewer][:, self._merging.select])
-            return seconds.reshape(shape)
-        except LatencyTableError as error:
-            raise LatencyTableError(f"{self.name}: {error}") from None
+    def blocks_seconds(self, widths: np.ndarray, *, monotone: bool = False) -> np.ndarray:
+        """Seconds of blocks of a plain ViT, or of a Swin Transformer's first stage: `StageTable.blocks_seconds`."""
+        return self.stages[0].blocks_seconds(widths, monotone=monotone)
 
     def block_seconds(self, embed: int, block: BlockDims) -> float:
         """Seconds of one block at residual width `embed`."""
-        return float(self.blocks_seconds(_rows(embed, (block,)))[0])
-
-    def model_seconds(self, dims: ViTDims, asking: int | None = None) -> float:
-        """Seconds of a model: its blocks, of which the last lets only `asking` tokens ask (None for all), and what is
-        outside them where the table has it."""
-        each = asking_per_block(len(dims.blocks), asking)
-        blocks = float(self.blocks_seconds(_rows(dims.embed, dims.blocks), asking=each).sum())
-        return blocks + self.overhead_seconds(dims.embed)
+        return float(self.blocks_seconds(block_rows(embed, (block,)))[0])
 
     def overhead_seconds(self, embed: int) -> float:
-        """Seconds outside the blocks (patch embedding, final norm, heads); 0 where the table does not have them."""
-        if self._overhead is None:
-            return 0.0
+        """Seconds outside the blocks of a plain ViT: `StageTable.overhead_seconds`."""
+        return self.stages[0].overhead_seconds(embed)
+
+    def model_seconds(self, dims: Dims) -> float:
+        """Seconds of a model: its blocks, what is outside them where the table has it, and downsampling between stages.
+
+        Raises LatencyTableError for a model of another kind, and for widths above the table's.
+        """
+        self._check_kind(dims)
+        seconds = 0.0
+        for table, stage in zip(self.stages, dims.stages, strict=True):
+            blocks = table.blocks_seconds(block_rows(stage.embed, stage.blocks))
+            seconds += float(blocks.sum()) + table.overhead_seconds(stage.embed)
+        return seconds + self.merging_seconds(dims)
+
+    def merging_seconds(self, dims: Dims) -> float:
+        """Seconds of the downsampling between the stages; 0 where there is one."""
+        embeds = [float(stage.embed) for stage in dims.stages]
         try:
-            return float(self._overhead(np.array([[embed]], dtype=float))[0])
+            pairs = zip(self._merging, zip(embeds, embeds[1:], strict=False), strict=True)
+            return sum(float(grid(np.array([widths]))[0]) for grid, widths in pairs)
         except LatencyTableError as error:
-            raise LatencyTableError(f"{self.name}: _overhead: {error}") from None
+            raise LatencyTableError(f"{self.name}: _merging: {error}") from None
 
-    def ratio(self, dims: ViTDims, dense: ViTDims, asking: int | None = None) -> float:
-        """Predicted time of `dims`, of whose last block only `asking` tokens ask, over that of `dense`."""
-        return self.model_seconds(dims, asking) / self.model_seconds(dense)
+    def ratio(self, dims: Dims, dense: Dims) -> float:
+        """Predicted time of `dims` over that of `dense`."""
+        return self.model_seconds(dims) / self.model_seconds(dense)
 
-    def check_covers(self, dims: ViTDims) -> None:
-        """Raises LatencyTableError when a width lies above the table, or the token count is not the table's."""
-        if not isinstance(dims, ViTDims):
-            raise LatencyTableError(
-                f"{self.name}: measured on a plain ViT but the model has {len(dims.stages)} stages;"
-                " build a table for it with python -m latency.build_table"
-            )
+    def _check_kind(self, dims: Dims) -> None:
+        staged = isinstance(dims, SwinDims)
+        if staged == self.is_staged and len(dims.stages) == len(self.stages):
+            return
+        own = f"a Swin Transformer of {len(self.stages)} stages" if self.is_staged else "a plain ViT"
+        what = f"{len(dims.stages)} stages" if staged else "no stages"
+        raise LatencyTableError(
+            f"{self.name}: measured on {own} but the model has {what}; build a table for it with "
+            "python -m latency.build_table"
+        )
+
+    def check_covers(self, dims: Dims) -> None:
+        """Raises LatencyTableError when stages, widths or token counts are not the table's."""
         self.model_seconds(dims)
-        tokens = None if self._tokens else self.meta.get("tokens")
-        if odd := [b.tokens for b in dims.blocks if tokens is not None and b.tokens != tokens]:
-            raise LatencyTableError(f"{self.name}: measured with {tokens} tokens but the model has {odd[0]}")
+        counts = self.meta.get("tokens")
+        counts = counts if isinstance(counts, list) else [counts]
+        for table, stage, tokens in zip(self.stages, dims.stages, counts + [None] * len(self.stages), strict=False):
+            if tokens is None or table.tokens:
+                continue
+            if odd := [b.tokens for b in stage.blocks if b.tokens != tokens]:
+                raise LatencyTableError(f"{table.name}: measured with {tokens} tokens but the model has {odd[0]}")
 
     def monotone_report(self) -> MonotoneReport:
         """What `monotone=True` changes."""
-        raw, clean = (np.concatenate([g.values.ravel() for g in grids]) for grids in (self._grids, self._clean))
+        grids = [pair for stage in self.stages for pair in stage.grids]
+        raw, clean = (np.concatenate([grid.values.ravel() for grid in each]) for each in zip(*grids, strict=True))
         raised = clean > raw
         change = (clean[raised] - raw[raised]) / np.maximum(raw[raised], np.finfo(float).tiny)
         return MonotoneReport(int(raised.sum()), raw.size, float(change.max(initial=0)))
-
-
-def asking_per_block(depth: int, asking: int | None) -> np.ndarray | None:
-    """`asking` of the last of `depth` blocks as that of each, for `LatencyTable.blocks_seconds`; None stays None."""
-    return None if asking is None else np.append(np.full(depth - 1, np.inf), asking) if depth else np.empty(0)
-
-
-def _published(parts: dict[str, Any]) -> dict[str, Any]:
-    """The published keys, from component measurements."""
-    grids = [Grid.parse(parts[kind], kind) for kind in ("attention", "mlp")]
-    axes = {c: axis.astype(int).tolist() for grid in grids for c, axis in zip(grid.columns, grid.axes, strict=True)}
-    for name, most in PUBLISHED_POINTS.items():
-        spread = np.linspace(0, len(axes[name]) - 1, min(most, len(axes[name])))
-        axes[name] = [axes[name][round(i)] for i in spread]
-    rows = np.array(list(product(*(axes[c] for c in PUBLISHED_POINTS), [max(axes.get("tokens", [0]))])), dtype=float)
-    seconds = sum(grid(rows[:, grid.select]) for grid in grids)
-    tree: dict[str, Any] = {}
-    for (e, h, q, v, m, _), value in zip(rows.astype(int).tolist(), seconds.tolist(), strict=True):
-        leaf = tree.setdefault(f"EMB_{e}", {}).setdefault(f"QK_{h}_{q}", {}).setdefault(f"V_{v}", {})
-        leaf[f"MLP_{m}"] = float(f"{value:.6g}")
-    return tree
-
-
-def _shares(rows: np.ndarray, asking: np.ndarray, branches: int) -> np.ndarray:
-    """What is left of the MACs of attention and of the MLP (branches 2), or of both together (1), where `asking` tokens
-    ask: (branches, n) of rows (n, 6) and asking (n,). The counts are those of `models.count`, which latency tables do
-    without."""
-    e, h, q, v, m, n = rows.T
-    n = np.maximum(n, 1)  # not known: then all of them ask
-
-    def macs(a: np.ndarray) -> np.ndarray:
-        counts = np.stack([h * (q + v) * ((a + n) * e + a * n), 2 * a * e * m])
-        return counts if branches == 2 else counts.sum(0, keepdims=True)
-
-    left, full = macs(np.minimum(asking, n)), macs(n)
-    return np.divide(left, full, out=np.ones_like(full), where=full > 0)
-
-
-def _rows(embed: int, blocks: tuple[BlockDims, ...]) -> np.ndarray:
-    rows = [(embed, b.heads, b.qk, b.v, b.mlp, b.tokens) for b in blocks]
-    return np.array(rows, dtype=float).reshape(-1, len(COLUMNS))

@@ -18,6 +18,7 @@ from models.dims import ViTDims
 from models.swin import check_fits
 from models.swin_dims import Dims, SwinDims
 from models.tokens import merging
+from models.vit import settle_queries
 
 
 def _parent(arch: str, dims: Dims | None, kwargs: dict[str, Any]) -> tuple[Model, Dims]:
@@ -29,7 +30,7 @@ def _parent(arch: str, dims: Dims | None, kwargs: dict[str, Any]) -> tuple[Model
     if dims is not None:
         kwargs = kwargs | dict(depth=max(1, len(dims.blocks)))
     parent = skeleton(arch, **kwargs)
-    return parent, dims or dims_of(parent)
+    return parent, settle_queries(arch, dims or dims_of(parent), kwargs)[0]
 
 
 def params(arch: str, dims: Dims | None = None, **kwargs: Any) -> int:
@@ -64,33 +65,33 @@ class MacsFormula:
     residual additions are left out, as in the papers (NViT's DeiT-B figure of 17.66 G is reproduced). Merging and
     reconstructing tokens count as the two matrix products that they are (without gradients less is computed), by
     content as its likenesses and its means.
-    stem, classifier, compression: MACs per embedding channel; tokens, asking: (L,) int64, of every block the tokens
-    that it computes on, and those that ask and pass the MLP.
+    stem, classifier, compression: MACs per embedding channel; tokens, queries: (L,) int64, of each block the
+    tokens that it computes on, and those that ask and pass the MLP.
     """
 
     stem: int
     classifier: int
     tokens: np.ndarray
-    asking: np.ndarray
+    queries: np.ndarray
     compression: int
 
     @classmethod
     def of(cls, arch: str, dims: ViTDims, **kwargs: Any) -> MacsFormula:
         """The formula of `build_vit(arch, dims, **kwargs)`: everything but the widths comes from the parent."""
         parent = skeleton(arch, **kwargs | dict(depth=max(1, len(dims.blocks))))
+        dims, kwargs = settle_queries(arch, dims, kwargs)
         patch = prod(parent.patch_embed.patch_size) * parent.patch_embed.proj.in_channels
         heads = sum(hasattr(parent, name) for name in ("head", "head_dist"))
         tokens = np.array([b.tokens for b in dims.blocks], dtype=np.int64)
         patches, prefix = parent.patch_embed.num_patches, parent.num_prefix_tokens
-        asking, merged = tokens.copy(), tokens < patches + prefix
-        if kwargs.get("lean_last"):
-            asking[-1:] = prefix
+        merged = tokens < patches + prefix
+        queries = np.array([b.tokens if b.queries is None else b.queries for b in dims.blocks], dtype=np.int64)
         if kwargs.get("content_merge"):
             compression = sum(anchors_of(k - prefix) + k for k in tokens[merged].tolist()) * (patches + prefix)
         else:
-            rebuilt = merged & (asking == tokens)
+            rebuilt = merged & (queries == tokens)
             compression = int(tokens[merged].sum() + tokens[rebuilt].sum()) * (patches + prefix)
-        return cls(patches * patch, heads * parent.num_classes, tokens, asking, compression)
+        return cls(patches * patch, heads * parent.num_classes, tokens, queries, compression)
 
     def parts(
         self, embed: np.ndarray, heads: np.ndarray, qk: np.ndarray, v: np.ndarray, mlp: np.ndarray
@@ -98,8 +99,8 @@ class MacsFormula:
         """By part of the model. embed: (…,); heads, qk, v, mlp: (…, L), all int64; each result (…,)."""
         e = np.asarray(embed)[..., None]
         each = e * heads * (qk + v)  # queries and proj of those that ask, keys and values of all
-        attention = (self.asking + self.tokens) * each + self.asking * self.tokens * heads * (qk + v)
-        hidden = 2 * self.asking * e * mlp
+        attention = (self.queries + self.tokens) * each + self.queries * self.tokens * heads * (qk + v)
+        hidden = 2 * self.queries * e * mlp
         return dict(
             patch_embed=self.stem * embed,
             attention=attention.sum(-1),

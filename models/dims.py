@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
 from models.axes import Dim, axes_of
@@ -27,8 +27,9 @@ def _whole(name: str, value: Any, minimum: int) -> int:
 
 
 def _known_keys(data: Any, cls: type, what: str) -> None:
-    names = [f.name for f in fields(cls)]
-    if not isinstance(data, dict) or set(data) != set(names):
+    names = [f.name for f in fields(cls) if f.default is MISSING]
+    optional = {f.name for f in fields(cls)} - set(names)
+    if not isinstance(data, dict) or set(data) - optional != set(names):
         found = ", ".join(map(str, data))[:200] if isinstance(data, dict) else type(data).__name__
         raise DimsError(f"{what} needs exactly the keys {', '.join(names)}; found: {found}")
 
@@ -38,7 +39,8 @@ class BlockDims:
     """Widths of one block. 0 heads: no attention branch; 0 mlp: no MLP branch.
 
     heads: attention heads; qk, v: query/key and value channels of one head; mlp: hidden channels of the MLP;
-    tokens: tokens the block computes on, prefix tokens included.
+    tokens: tokens the block computes on, prefix tokens included; queries: how many of them ask and pass the MLP, the
+    first ones, None for all (a last block whose other tokens the head does not read).
     """
 
     heads: int
@@ -46,6 +48,7 @@ class BlockDims:
     v: int
     mlp: int
     tokens: int
+    queries: int | None = None
 
     def __post_init__(self) -> None:
         width = 1 if _whole("heads", self.heads, 0) else 0
@@ -53,9 +56,15 @@ class BlockDims:
         _whole("v", self.v, width)
         _whole("mlp", self.mlp, 0)
         _whole("tokens", self.tokens, 1)
+        if self.queries is not None and _whole("queries", self.queries, 1) > self.tokens:
+            raise DimsError(f"queries must be at most the {self.tokens} tokens, not {self.queries}")
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain values; queries only where not every token asks."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-_FIELDS = tuple(f.name for f in fields(BlockDims))
+_FIELDS = ("heads", "qk", "v", "mlp", "tokens")  # of the published spelling, and the tokens that it has no place for
 BLOCK_AXES = ("heads", "qk", "v", "mlp")
 
 
@@ -86,7 +95,7 @@ class ViTDims:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in checkpoints and `dims.json`."""
-        return dict(embed=self.embed, blocks=[asdict(b) for b in self.blocks])
+        return dict(embed=self.embed, blocks=[b.to_dict() for b in self.blocks])
 
     @classmethod
     def from_dict(cls, data: Any) -> ViTDims:
@@ -146,6 +155,24 @@ class ViTDims:
                 widths.setdefault(int(block), {})[axis] = units
         blocks = (replace(b, **widths[i]) if i in widths else b for i, b in enumerate(self.blocks))
         return ViTDims(sizes.get("embed", self.embed), tuple(blocks))
+
+    def width(self, axis: str) -> int:
+        """Units of one axis; of `blocks.3.tokens`, the tokens."""
+        if axis == "embed":
+            return self.embed
+        _, block, kind = axis.split(".")
+        return getattr(self.blocks[int(block)], kind)
+
+    def with_queries(self, queries: int | None) -> ViTDims:
+        """These dims with so many queries in the last block, None for all tokens."""
+        blocks = [replace(block, queries=None) for block in self.blocks]
+        blocks[-1:] = [replace(block, queries=queries) for block in blocks[-1:]]
+        return ViTDims(self.embed, tuple(blocks))
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What the names of each stage's axes begin with."""
+        return ("",)
 
     @property
     def stages(self) -> tuple[ViTDims, ...]:

@@ -31,11 +31,11 @@ def backbone(model: Model, blocks: Sequence[int] | int = 4, norm: bool = False) 
     if isinstance(inner.dims, SwinDims):
         inner.dims = SwinDims(inner.dims.stages[: len(inner.layers)])
     else:
-        inner.dims = ViTDims(inner.dims.embed, inner.dims.blocks[: len(inner.blocks)])
+        inner.dims = ViTDims(inner.dims.embed, inner.dims.blocks[: len(inner.blocks)]).with_queries(None)
         inner.arch_kwargs = {k: v for k, v in inner.arch_kwargs.items() if k != "lean_last"}
         for block in inner.blocks:
-            if block.read is not None:
-                block.read, block.alone = None, False
+            if block.num_queries is not None:
+                block.num_queries, block.drop_rest = None, False
                 if isinstance(block.tokens, TokenMerge):
                     block.tokens.reconstruct.requires_grad_(block.tokens.merge.requires_grad)
     return features

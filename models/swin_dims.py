@@ -87,6 +87,20 @@ class SwinDims:
         stages = (stage.resized(part) if part else stage for stage, part in zip(self.stages, parts, strict=True))
         return SwinDims(tuple(stages))
 
+    def width(self, axis: str) -> int:
+        """Units of one axis."""
+        _, stage, rest = axis.split(".", 2)
+        return self.stages[int(stage)].width(rest)
+
+    def with_queries(self, queries: None) -> SwinDims:
+        """These dims: every token asks."""
+        return self
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What the names of each stage's axes begin with: `layers.0.`, …"""
+        return tuple(f"layers.{i}." for i in range(len(self.stages)))
+
     def with_stages(self, stages: Sequence[ViTDims]) -> SwinDims:
         """Dims of this kind, of these stages."""
         return SwinDims(tuple(stages))

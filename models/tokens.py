@@ -276,7 +276,7 @@ def train_matrices_(model: Any, on: bool = True) -> None:
     """
     for i, tokens in layers(model):
         tokens.requires_grad_(on)
-        if model.blocks[i].read is not None and isinstance(tokens, TokenMerge):
+        if model.blocks[i].num_queries is not None and isinstance(tokens, TokenMerge):
             tokens.reconstruct.requires_grad_(False)
 
 
@@ -297,5 +297,5 @@ def streamline_(model: Any) -> Any:
             tokens.hands_on = "tokens"
     last = model.blocks[-1]
     if can_be_lean(model) and not isinstance(last.tokens, DenseTokenMerge):
-        last.read, last.alone = model.num_prefix_tokens, True
+        last.num_queries, last.drop_rest = model.num_prefix_tokens, True
     return model

@@ -127,12 +127,11 @@ class Block(nn.Module):
 
     tokens: the compression that the block works inside of (`models.tokens`), None for all tokens. Takes the arguments
     timm passes to its `block_fn`; those that a plain ViT leaves at their default are ignored here because `skeleton`
-    has refused any other value. read: how many of the first tokens ask, None for all; the others are keys alone, and
-    come out as they went in, or with `alone` (`models.tokens.streamline_`) not at all.
+    has refused any other value. num_queries: how many of the first tokens ask, None for all; the others are only
+    keys, and come out as they went in, or with `drop_rest` (`models.tokens.streamline_`) not at all.
     """
 
-    read: int | None = None
-    alone: bool = False
+    drop_rest: bool = False
 
     def __init__(
         self,
@@ -153,7 +152,7 @@ class Block(nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        self.dims, self.tokens = dims, tokens
+        self.dims, self.tokens, self.num_queries = dims, tokens, dims.queries
         if dims.heads:
             self.norm1 = norm_layer(dim)
             head_norm = partial(nn.LayerNorm, eps=self.norm1.eps) if qk_norm else nn.Identity
@@ -173,16 +172,16 @@ class Block(nn.Module):
             tokens = self.tokens.bound(x)
             z = tokens.compress(x)
             out = self.branches(z, tokens.bias)
-            out = tokens.restore(out, z, x) if self.read is None else out  # prefix tokens are never merged
-        if self.read is None or self.alone:
+            out = tokens.restore(out, z, x) if self.num_queries is None else out  # prefix tokens are never merged
+        if self.num_queries is None or self.drop_rest:
             return out
-        return torch.cat([out.to(x.dtype), x[:, self.read :]], 1)
+        return torch.cat([out.to(x.dtype), x[:, self.num_queries :]], 1)
 
     def branches(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Attention, its scores with a bias per key, and MLP, on all tokens or on those that compression leaves."""
-        wanted = x if self.read is None else x[:, : self.read]
+        wanted = x if self.num_queries is None else x[:, : self.num_queries]
         if self.dims.heads:
-            wanted = wanted + self.drop_path1(self.ls1(self.attn(self.norm1(x), self.read, bias)))
+            wanted = wanted + self.drop_path1(self.ls1(self.attn(self.norm1(x), self.num_queries, bias)))
         if self.dims.mlp:
             wanted = wanted + self.drop_path2(self.ls2(self.mlp(self.norm2(wanted))))
         return wanted  # B N E
@@ -270,13 +269,23 @@ def left_alone(arch: str, **kwargs: Any) -> dict[str, str]:
     return {}
 
 
-def _check_lean(parent: VisionTransformer, arch: str, kwargs: dict[str, Any]) -> None:
-    if not kwargs.get("lean_last"):
-        return
+def settle_queries(arch: str, dims: ViTDims, kwargs: dict[str, Any]) -> tuple[ViTDims, dict[str, Any]]:
+    """The two ways to say that the last block is lean made one: queries in the dims, and lean_last in the arguments.
+
+    Files of an earlier format have the argument alone. Raises ModelError where such a model cannot be.
+    """
+    asked = {b.queries for b in dims.blocks} - {None}
+    if not asked and not kwargs.get("lean_last"):
+        return dims, kwargs
+    parent = skeleton(arch, **kwargs)
+    prefix = parent.num_prefix_tokens
+    if asked - {prefix} or any(b.queries is not None for b in dims.blocks[:-1]):
+        raise ModelError(f"{arch}: only the {prefix} prefix tokens of the last block can be its queries")
     if not can_be_lean(parent):
         raise ModelError(f"{arch}: lean_last does not go with a head that reads every token")
     if kwargs.get("dense_merge"):
         raise ModelError("lean_last does not go with dense_merge, whose matrices may mix what the head reads")
+    return dims.with_queries(prefix), kwargs | dict(lean_last=True)
 
 
 def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTransformer:
@@ -290,7 +299,7 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
     """
     pretrained = kwargs.pop("pretrained", False)
     parent = skeleton(arch, **kwargs)
-    dims = dims or ViTDims.of(parent)
+    dims, kwargs = settle_queries(arch, dims or ViTDims.of(parent), kwargs)
     blocks = iter(dims.blocks)
     prefix = parent.num_prefix_tokens
     total = parent.patch_embed.num_patches + prefix
@@ -299,8 +308,6 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
     for axis, reason in left_alone(arch, **kwargs).items():
         if any(b.heads and getattr(b, axis) != head_width for b in dims.blocks):
             raise ModelError(f"{arch}: {axis} must stay {head_width}: {reason}")
-
-    _check_lean(parent, arch, kwargs)
 
     def block(**timm_kwargs: Any) -> Block:
         dims = next(blocks)
@@ -319,8 +326,7 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
         norm_layer=partial(LayerNorm, eps=parent.blocks[0].norm1.eps),
         block_fn=block,
     )
-    if kwargs.get("lean_last") and len(model.blocks):
-        model.blocks[-1].read = prefix
+    if kwargs.get("lean_last"):
         train_matrices_(model)
     model.dims, model.arch, model.arch_kwargs = dims, arch, kwargs
     return model

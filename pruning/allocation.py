@@ -12,6 +12,7 @@ from itertools import product
 
 import numpy as np
 
+from latency.stage import ALL
 from latency.table import LatencyTable
 from models.dims import BlockDims, ViTDims
 from pruning.probe import Curve
@@ -122,30 +123,33 @@ def allocate(
     curves: list[dict[str, Curve]],
     embed: Curve,
     target: float,
-    asking: int | None = None,
 ) -> list[tuple[ViTDims, float]]:
     """For every embedding width the best widths at a predicted ratio of at most `target` to the dense model's latency.
 
-    groups: units per group, by axis; curves, embed: prices from `pruning.probe`; asking: tokens that ask in the last
-    block, None for all. Returns (widths, predicted divergence), the best first; nothing where no widths are quick
-    enough. Raises LatencyTableError.
+    groups: units per group, by axis; curves, embed: prices from `pruning.probe`. Blocks keep the queries of `full`,
+    which the dense model does without. Returns (widths, predicted divergence), the best first; nothing where no widths
+    are quick enough. Raises LatencyTableError.
     """
-    budget = target * table.model_seconds(full)
+    budget = target * table.model_seconds(full.with_queries(None))
     rows = [
         candidates(block, {axis: groups[f"blocks.{i}.{axis}"] for axis in AXES}, prices)
         for i, (block, prices) in enumerate(zip(full.blocks, curves, strict=True))
     ]
-    widths, asked = _widths(full.embed, groups["embed"]), [None] * (len(rows) - 1) + [asking]
+    widths, queries = (
+        _widths(full.embed, groups["embed"]),
+        [ALL if b.queries is None else b.queries for b in full.blocks],
+    )
     found = []
     for E, price in zip(widths, interpolated(embed, widths), strict=True):
         options = [
-            undominated(w, table.blocks_seconds(np.column_stack([np.full(len(w), E), w]), asking=a), c)
-            for (w, c), a in zip(rows, asked, strict=True)
+            undominated(w, table.blocks_seconds(np.column_stack([np.full(len(w), E), w, np.full(len(w), q)])), c)
+            for (w, c), q in zip(rows, queries, strict=True)
         ]
         try:
             chosen, cost = knapsack(options, budget - table.overhead_seconds(int(E)))
         except ValueError:
             continue
         picked = (o.widths[k].tolist() for o, k in zip(options, chosen, strict=True))
-        found.append((ViTDims(int(E), tuple(BlockDims(*w) for w in picked)), cost + float(price)))
+        blocks = (BlockDims(*w, queries=b.queries) for w, b in zip(picked, full.blocks, strict=True))
+        found.append((ViTDims(int(E), tuple(blocks)), cost + float(price)))
     return sorted(found, key=lambda pair: pair[1])

@@ -9,18 +9,18 @@ target as the lowest-ranked groups allow.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latency.swin_table import SwinTable
-from latency.table import LatencyTable, asking_per_block
+from latency.stage import StageTable, block_rows
+from latency.table import LatencyTable
 from models.dims import ViTDims
 from models.masks import Masks
-from models.swin_dims import Dims, SwinDims
+from models.swin_dims import Dims
 from pruning.targets import Target, latency_share
 
 COLUMNS = ("embed", "heads", "qk", "v", "mlp", "tokens")  # of LatencyTable.blocks_seconds
@@ -49,64 +49,46 @@ class Event:
 
 def narrowed(dims: Dims, axis: str, units: int) -> Dims:
     """`dims` with `units` fewer on one axis."""
-    if isinstance(dims, SwinDims):
-        return dims.resized({axis: dims.sizes()[axis] - units})
-    if axis == "embed":
-        return replace(dims, embed=dims.embed - units)
-    _, block, kind = axis.split(".")
-    blocks = list(dims.blocks)
-    blocks[int(block)] = replace(blocks[int(block)], **{kind: getattr(blocks[int(block)], kind) - units})
-    return replace(dims, blocks=tuple(blocks))
+    return dims.resized({axis: dims.width(axis) - units})
 
 
-def _widths(dims: ViTDims) -> np.ndarray:
-    return np.array([(dims.embed, b.heads, b.qk, b.v, b.mlp, b.tokens) for b in dims.blocks], dtype=float)
-
-
-def _per_unit_of_stages(table: SwinTable, dims: SwinDims, group_sizes: dict[str, int]) -> dict[str, float]:
-    """As `latency_per_unit`: every stage by its table; its embedding also changes the downsampling on both sides."""
-    costs = {}
-    for i, (part, stage) in enumerate(zip(table.stages, dims.stages, strict=True)):
-        prefix = f"layers.{i}."
-        sizes = {axis.removeprefix(prefix): n for axis, n in group_sizes.items() if axis.startswith(prefix)}
-        costs |= {prefix + axis: cost for axis, cost in latency_per_unit(part, stage, sizes).items()}
-        if (units := min(sizes["embed"], stage.embed - sizes["embed"])) > 0:
-            smaller = narrowed(dims, f"{prefix}embed", units)
-            saved = table.merging_seconds(dims) - table.merging_seconds(smaller)
-            costs[f"{prefix}embed"] += max(saved, 0.0) / units
-    return costs
-
-
-def latency_per_unit(
-    table: LatencyTable | SwinTable, dims: Dims, group_sizes: dict[str, int], asking: int | None = None
-) -> dict[str, float]:
+def latency_per_unit(table: LatencyTable, dims: Dims, group_sizes: dict[str, int]) -> dict[str, float]:
     """Seconds of model latency that one unit of each axis costs at `dims`, never negative.
 
     The finite difference over the group that would go next, per unit (published: over one unit; on a grid no finer than
-    the groups the two are equal, on a finer one this sees the steps of the device). Of a block with all its tokens it
+    the groups the two are equal, on a finer one this sees the steps of the device). For a block with all its tokens it
     is the mean over half of them: the first that goes has to be merged and put back, which costs more than it saves.
-    asking: tokens that ask in the last block, None for all.
+    An embedding also costs what is outside the blocks, and the downsampling on both sides of its stage.
     """
-    if isinstance(dims, SwinDims):
-        return _per_unit_of_stages(table, dims, group_sizes)
-    base = _widths(dims)
-    depth = len(base)
-    names = [[kind if kind == "embed" else f"blocks.{i}.{kind}" for kind in COLUMNS] for i in range(depth)]
-    sizes = np.array([[group_sizes.get(name, 0) for name in row] for row in names])
+    costs = {}
+    for prefix, part, stage in zip(dims.prefixes, table.stages, dims.stages, strict=True):
+        sizes = {axis.removeprefix(prefix): n for axis, n in group_sizes.items() if axis.startswith(prefix)}
+        costs |= {prefix + axis: cost for axis, cost in _per_unit_of_stage(part, stage, sizes).items()}
+        embed = f"{prefix}embed"
+        if (units := min(sizes["embed"], stage.embed - sizes["embed"])) > 0:
+            outside = part.overhead_seconds(stage.embed) - part.overhead_seconds(stage.embed - units)
+            between = table.merging_seconds(dims) - table.merging_seconds(narrowed(dims, embed, units))
+            costs[embed] += (max(outside, 0.0) + max(between, 0.0)) / units
+    return costs
+
+
+def _per_unit_of_stage(table: StageTable, dims: ViTDims, group_sizes: dict[str, int]) -> dict[str, float]:
+    """As `latency_per_unit`, of the blocks of one stage."""
+    rows = block_rows(dims.embed, dims.blocks)
+    base, width = rows[:, : len(COLUMNS)], len(COLUMNS)
+    names = [[kind if kind == "embed" else f"blocks.{i}.{kind}" for kind in COLUMNS] for i in range(len(base))]
+    sizes = np.array([[group_sizes.get(name, 0) for name in row] for row in names]).reshape(-1, width)
     tokens = base[:, -1]
     sizes[:, -1] = np.where((tokens == table.tokens) & (sizes[:, -1] > 0), tokens // 2, sizes[:, -1])
     removed = np.minimum(sizes, np.maximum(base - sizes, 0))  # blocks x columns; at the floor of one group, nothing
-    queries = [base] + [base - removed * (np.arange(len(COLUMNS)) == column) for column in range(len(COLUMNS))]
-    seconds = table.blocks_seconds(np.stack(queries), monotone=True, asking=asking_per_block(depth, asking))
+    points = np.tile(rows, (1 + width, 1, 1))
+    for column in range(width):
+        points[1 + column, :, column] -= removed[:, column]
+    seconds = table.blocks_seconds(points, monotone=True)
     saved = np.maximum(seconds[0] - seconds[1:], 0).T  # blocks x columns
     per_unit = np.divide(saved, removed, out=np.zeros_like(saved), where=removed > 0)
     costs = dict(zip(sum(names, []), per_unit.flatten().tolist(), strict=True))
-    costs = {name: cost for name, cost in costs.items() if name in group_sizes}
-    costs["embed"] = per_unit[:, 0].sum()
-    if units := int(removed[0, 0]):
-        outside = table.overhead_seconds(dims.embed) - table.overhead_seconds(dims.embed - units)
-        costs["embed"] += max(outside, 0.0) / units
-    return costs
+    return {name: cost for name, cost in costs.items() if name in group_sizes} | dict(embed=per_unit[:, 0].sum())
 
 
 class GlobalPruner:
@@ -115,14 +97,13 @@ class GlobalPruner:
     table, dense: predict the latency ratio; group_sizes: units per group and the floor of each axis (one group stays);
     regularization: lambda, in squared loss per second; target: ratio to stop at, None for none; targets: further
     budgets, all of which must be met; dense: what ratios are to, where the model that is pruned is a narrower one;
-    per_event: groups removed by one event; cap: most units removed in all; asking: tokens that ask in the last block,
-    None for all.
+    per_event: groups removed by one event; cap: most units removed in all.
     """
 
     def __init__(
         self,
         masks: Masks,
-        table: LatencyTable | SwinTable,
+        table: LatencyTable,
         group_sizes: dict[str, int],
         *,
         regularization: float,
@@ -131,12 +112,11 @@ class GlobalPruner:
         cap: int | None = None,
         targets: Sequence[Target] = (),
         dense: Dims | None = None,
-        asking: int | None = None,
     ) -> None:
-        self.masks, self.table, self.dense, self.asking = masks, table, dense or masks.full, asking
+        self.masks, self.table, self.dense = masks, table, dense or masks.full.with_queries(None)
         self.group_sizes, self.regularization = group_sizes, regularization
         self.per_event, self.cap = per_event, cap
-        self._predicted = partial(table.ratio, dense=self.dense, **{} if asking is None else dict(asking=asking))
+        self._predicted = partial(table.ratio, dense=self.dense)
         self.targets = [*targets] if target is None else [latency_share(self._predicted, target), *targets]
 
     @property
@@ -184,7 +164,7 @@ class GlobalPruner:
         scores: float64 per axis, over all its units. Surviving widths stay multiples of the group size: where an axis
         is none, its first group is the remainder.
         """
-        cost = latency_per_unit(self.table, self.masks.dims, self.group_sizes, self.asking)
+        cost = latency_per_unit(self.table, self.masks.dims, self.group_sizes)
         ranked: list[tuple[float, Group]] = []
         for axis, size in ((a, n) for a, n in self.group_sizes.items() if self._is_used(a)):
             alive = self.masks.keep[axis].cpu().nonzero().flatten()

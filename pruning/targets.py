@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from models.count import macs, params
 from models.swin_dims import Dims
@@ -40,24 +39,23 @@ def latency_share(predicted: Callable[[Dims], float], limit: float) -> Target:
 
 def targets_of(
     dense: Dims,
-    table: LatencyTable | SwinTable,
+    table: LatencyTable,
     arch: str,
     kwargs: dict[str, Any],
     *,
     latency_ms: float | None = None,
     macs_: float | None = None,
     params_: float | None = None,
-    asking: int | None = None,
 ) -> list[Target]:
     """The targets beside the published one that are not None.
 
     latency_ms: milliseconds per batch of the table; macs_, params_: a share of the dense model's up to 1, above it the
-    number of one image's MACs, or of parameters. asking: tokens that ask in the last block, None for all.
+    number of one image's MACs, or of parameters.
     """
-    found, lean = [], {} if asking is None else dict(asking=asking)
+    found = []
     if latency_ms is not None:
         unit = f"ms per batch of {table.meta.get('batch', 'unknown size')} on {table.meta.get('device', 'its device')}"
-        found.append(Target("--latency_target_ms", latency_ms, unit, lambda d: 1e3 * table.model_seconds(d, **lean)))
+        found.append(Target("--latency_target_ms", latency_ms, unit, lambda d: 1e3 * table.model_seconds(d)))
     counts = (("--macs_target", "MACs", macs_, macs), ("--params_target", "parameters", params_, params))
     for flag, unit, limit, count in counts:
         if limit is not None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latency.table import asking_per_block
+from latency.stage import block_rows
 from models.dims import ViTDims
 from pruning.allocation import allocate
 from pruning.global_latency import BRANCHES, COLUMNS, Event, GlobalPruner, Group
@@ -52,15 +52,13 @@ class ValuePruner(GlobalPruner):
     def _saved(self, axis: str, alive: int, widths: np.ndarray) -> np.ndarray:
         """Seconds of the model that an axis saves at each of the widths, never negative."""
         dims = self.masks.dims
-        blocks, asking = dims.blocks, asking_per_block(len(dims.blocks), self.asking)
+        rows = block_rows(dims.embed, dims.blocks)
         if axis != "embed":
-            block = int(axis.split(".")[1])
-            blocks, asking = blocks[block : block + 1], None if asking is None else asking[block]
-        rows = np.array([(dims.embed, b.heads, b.qk, b.v, b.mlp, b.tokens) for b in blocks], dtype=float)
+            rows = rows[[int(axis.split(".")[1])]]
         rows = np.tile(rows, (1 + len(widths), 1, 1))  # widths x blocks x columns
         kind = axis.rsplit(".", 1)[-1]
         rows[1:, :, COLUMNS.index(kind)] = (widths + (self.masks.prefix if kind == "tokens" else 0))[:, None]
-        seconds = self.table.blocks_seconds(rows, monotone=True, asking=asking).sum(1)
+        seconds = self.table.blocks_seconds(rows, monotone=True).sum(1)
         if axis == "embed":
             seconds += [self.table.overhead_seconds(int(width)) for width in (alive, *widths)]
         return np.maximum(seconds[0] - seconds[1:], 0)
@@ -131,8 +129,12 @@ class ValuePruner(GlobalPruner):
             return {offset + alive: 0.0} | {offset + int(w): float(lost[alive - w]) for w in self._widths(axis, alive)}
 
         curves = [{kind: curve(f"blocks.{i}.{kind}") for kind in COLUMNS[1:]} for i in range(len(now.blocks))]
-        target = self.targets[0].limit * self.table.model_seconds(self.dense) / self.table.model_seconds(now)
-        found = allocate(self.table, now, self.group_sizes, curves, curve("embed"), target, self.asking)
+        target = (
+            self.targets[0].limit
+            * self.table.model_seconds(self.dense)
+            / self.table.model_seconds(now.with_queries(None))
+        )
+        found = allocate(self.table, now, self.group_sizes, curves, curve("embed"), target)
         if not found:
             return {}
         kept = self.masks.units(found[0][0])

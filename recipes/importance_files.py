@@ -38,7 +38,7 @@ def model_record(model: nn.Module) -> dict[str, Any]:
         arch=model.arch,
         kwargs=structural_kwargs(model.arch_kwargs),
         classes=model.num_classes,
-        dims=model.dims.to_dict(),
+        dims=model.dims.with_queries(None).to_dict(),
         weights=weights_digest(model),
     )
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from engine import Precision
-from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from losses import NViTLoss
 from models import Masks, left_alone
@@ -41,7 +40,7 @@ class Setup:
     data: Data
     model: nn.Module
     cnn: nn.Module | None
-    table: LatencyTable | SwinTable
+    table: LatencyTable
     config: PruningConfig
     pruner: GlobalPruner
     folder: Path
@@ -50,7 +49,7 @@ class Setup:
 
 
 def make_pruner(
-    args: Any, full: FullModel, masks: Masks, table: LatencyTable | SwinTable, config: PruningConfig, cap: int
+    args: Any, full: FullModel, masks: Masks, table: LatencyTable, config: PruningConfig, cap: int
 ) -> GlobalPruner:
     """What chooses the units, as --selection and the targets say."""
     dense = full.dims
@@ -62,7 +61,6 @@ def make_pruner(
         latency_ms=args.latency_target_ms,
         macs_=args.macs_target,
         params_=args.params_target,
-        asking=full.asking,
     )
     sizes = config.group_sizes(masks, args.width_multiple, left_alone(full.arch, **full.kwargs))
     kind = ValuePruner if args.selection == "value" else GlobalPruner
@@ -76,7 +74,6 @@ def make_pruner(
         targets=more,
         dense=dense,
         per_event=args.prune_per_iter // args.group_size,
-        asking=full.asking,
     )
 
 

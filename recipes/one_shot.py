@@ -65,12 +65,12 @@ class _Allocator:
 
     def __init__(self, args: Any, setup: Setup, images: Tensor) -> None:
         self.table, self.full = setup.table, setup.model.dims
-        self.groups, self.asking = setup.pruner.group_sizes, setup.full.asking
+        self.groups = setup.pruner.group_sizes
         self.prices = prices(setup.model, images, self.groups, args.batch_size)
 
     def __call__(self, target: float) -> tuple[ViTDims, float]:
         """The widths to keep, and the divergence predicted for them. Raises RunFailed where none are as quick."""
-        found = allocate(self.table, self.full, self.groups, *self.prices, target, self.asking)
+        found = allocate(self.table, self.full, self.groups, *self.prices, target)
         if not found:
             raise RunFailed(f"target {target:.4g} not reached: by the table, no widths are as quick")
         return found[0]

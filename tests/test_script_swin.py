@@ -15,7 +15,7 @@ import main_savit
 import main_savit_deploy
 import revit_scratch
 from files import checkpoint
-from latency.swin_table import SwinTable
+from latency import LatencyTable
 from models import SwinDims, build_vit, load_dense, skeleton
 from runtime.errors import BadArguments
 from tools import export, report
@@ -66,7 +66,7 @@ TUNE = [*PLAIN, "--epochs", "3", "--lr", "3e-2", "--kl_loss_coeff", "10000", "--
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     path = tmp_path_factory.mktemp("table") / "table.json"
-    SwinTable.of_parts(parts(), dict(batch=16, tokens=[16, 4])).save(path)
+    LatencyTable.of_parts(parts(), dict(batch=16, tokens=[16, 4])).save(path)
     return path
 
 

@@ -259,7 +259,7 @@ def test_one_shot_with_tokens_by_content(job, runs, tmp_path):
     folder = only(tmp_path, "one_shot_*_tokens_content")
     small = load_dense(folder / "pruned_checkpoint.pth")
     assert any(b.tokens < 18 for b in small.dims.blocks)
-    assert small.arch_kwargs["content_merge"] and small.arch_kwargs["lean_last"] and small.blocks[-1].read == 2
+    assert small.arch_kwargs["content_merge"] and small.arch_kwargs["lean_last"] and small.blocks[-1].num_queries == 2
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["dense"]["macs"] == macs(small.arch, **plain(small.arch_kwargs))
     assert summary["pruned"]["macs"] == macs(small.arch, small.dims, **small.arch_kwargs)

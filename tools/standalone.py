@@ -59,6 +59,7 @@ class BlockDims(NamedTuple):
     v: int
     mlp: int
     tokens: int
+    queries: int | None = None
 '''
 
 
@@ -80,7 +81,7 @@ def build(config: dict[str, Any]) -> nn.Module:
         block_fn=block,
     )
     if ours["lean_last"] and blocks:
-        model.blocks[-1].read = config["prefix_tokens"]
+        model.blocks[-1].num_queries = config["prefix_tokens"]
     return model
 
 

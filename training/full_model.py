@@ -48,11 +48,6 @@ class FullModel:
         """Widths of the full-size model, whatever the run starts from."""
         return dims_of(skeleton(self.arch, **self.kwargs))
 
-    @property
-    def asking(self) -> int | None:
-        """The tokens that ask in the last block, None for all (`lean_last` of `models.build_vit`)."""
-        return skeleton(self.arch, **self.kwargs).num_prefix_tokens if self.kwargs.get("lean_last") else None
-
     def build(self, **drop_rates: float) -> nn.Module:
         """The model with its weights, or freshly initialised where it has none. Raises ValueError."""
         if self.start is not None:
@@ -153,7 +148,7 @@ def read_full_model(source: Source, swin: bool = False, narrower: bool = False) 
 
 def is_dense(full: FullModel, dims: Dims) -> bool:
     """Whether a model of these widths is the full-size model itself; one whose last block is lean is not."""
-    return dims == full.dims and full.asking is None
+    return dims == full.dims and not full.kwargs.get("lean_last")
 
 
 def freeze(model: nn.Module, device: torch.device) -> nn.Module:

@@ -11,7 +11,6 @@ import torch
 
 from files import schema
 from latency.measure import DTYPES, interleaved, ratio
-from latency.swin_table import SwinTable
 from latency.table import LatencyTable
 from latency.whole import measured_ratios
 from models import build_vit, macs, params, sparsity
@@ -47,13 +46,13 @@ class Conditions:
     compiled: bool = False
 
     @classmethod
-    def of(cls, table: LatencyTable | SwinTable, batch: int) -> Conditions:
+    def of(cls, table: LatencyTable, batch: int) -> Conditions:
         """A table's; `batch` where it does not say."""
         meta = table.meta
         return cls(int(meta.get("batch", batch)), meta.get("dtype", "fp32"), bool(meta.get("compile")))
 
 
-def warn_of_other_conditions(table: LatencyTable | SwinTable, device: torch.device, dtype: torch.dtype | None) -> None:
+def warn_of_other_conditions(table: LatencyTable, device: torch.device, dtype: torch.dtype | None) -> None:
     """Warn where the run's device, or its type (None: fp32), is not what the table was measured with."""
     here, computed = device_name(device), {v: k for k, v in DTYPES.items()}[dtype or torch.float32]
     for what, theirs, ours in (

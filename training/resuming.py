@@ -15,6 +15,7 @@ from engine import Progress
 from files import checkpoint
 from files.atomic import older
 from loading.fingerprint import fingerprint
+from models import dims_from_dict
 from runtime import elastic
 from runtime.console import say, warn
 from runtime.errors import BadArguments, RunFailed
@@ -135,7 +136,7 @@ def read(
         return None
     content, path = _newest(path)
     whole = content[needed] is not None and content["epoch"] is not None
-    if not whole or any(content[key] != value for key, value in fitting.items()):
+    if not whole or not all(_fits(key, content[key], value) for key, value in fitting.items()):
         raise ValueError(f"--resume: {path} is not a {run} run of this model")
     if args.start_epoch not in (None, content["epoch"] + 1):
         raise ValueError(f"--start_epoch is {args.start_epoch} but {path} goes on with epoch {content['epoch'] + 1}")
@@ -145,6 +146,13 @@ def read(
     if others := [name for name, digest in (inputs or {}).items() if made_from.get(name, digest) != digest]:
         raise ValueError(f"--resume: {path} was made from other {', '.join(others)} than this run has")
     return content | dict(path=path)
+
+
+def _fits(key: str, found: Any, wanted: Any) -> bool:
+    """Whether a checkpoint holds what it must under a key; older dims do not hold the queries of a lean last block."""
+    if key == "dims" and found is not None:
+        found, wanted = (dims_from_dict(dims).with_queries(None) for dims in (found, wanted))
+    return found == wanted
 
 
 @contextlib.contextmanager

@@ -116,4 +116,4 @@ def test_bipartite_merging_of_the_benchmark(tiny, randomise, images):
         flat = images.mean((2, 3), keepdim=True).expand_as(images)
         torch.testing.assert_close(tokens.tome(model, [3, 3])(flat), model(flat), rtol=1e-4, atol=1e-5)
     assert tokens.served(merged) is merged
-    assert tokens.served(model).blocks[-1].read == 2 and model.blocks[-1].read is None
+    assert tokens.served(model).blocks[-1].num_queries == 2 and model.blocks[-1].num_queries is None

@@ -12,7 +12,6 @@ from latency import LatencyTable, LatencyTableError
 from latency.build_table import get_args_parser, main
 from latency.fit import chosen_for_fit, corrected
 from latency.swin_bench import SwinBench
-from latency.swin_table import SwinTable
 from models import BlockDims, Masks, SwinDims, ViTDims, skeleton
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner, latency_per_unit, narrowed
@@ -31,7 +30,7 @@ def expected(dims):
 
 @pytest.fixture
 def table(tmp_path):
-    SwinTable.of_parts(parts(), dict(batch=16, tokens=[64, 16])).save(tmp_path / "table.json")
+    LatencyTable.of_parts(parts(), dict(batch=16, tokens=[64, 16])).save(tmp_path / "table.json")
     return LatencyTable.load(tmp_path / "table.json")
 
 
@@ -47,7 +46,7 @@ def random_scores(seed=0):
 
 
 def test_a_model_is_its_stages_and_what_lies_between(table):
-    assert isinstance(table, SwinTable) and table.meta["batch"] == 16
+    assert table.is_staged and table.meta["batch"] == 16
     small = DENSE.resized({"layers.0.embed": 7, "layers.1.embed": 21, "layers.0.blocks.0.heads": 0})
     small = small.resized({"layers.0.blocks.1.qk": 3, "layers.1.blocks.0.v": 5, "layers.1.blocks.1.mlp": 0})
     for dims in (DENSE, small):
@@ -80,7 +79,7 @@ def test_a_table_of_a_plain_vit_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda d: d.pop("STAGE_0"), "STAGE_1 is no key of a table of 1 stages"),
+        (lambda d: d.pop("STAGE_0"), "STAGE_1 is not a key of a table of 1 stages"),
         (lambda d: d.update(STAGE_1=[]), "STAGE_1 must be an object"),
         (lambda d: d["STAGE_1"].pop("_merging"), "STAGE_1 lacks _merging"),
         (lambda d: d["STAGE_1"]["_merging"]["EMB_1"].pop("OUT_1"), "hole in the grid: STAGE_1 -> _merging -> EMB_1"),
@@ -90,7 +89,7 @@ def test_a_table_of_a_plain_vit_is_refused(tmp_path):
     ],
 )
 def test_a_damaged_table_is_refused_in_a_line(tmp_path, change, message):
-    data = json.loads(json.dumps(SwinTable.of_parts(parts(), dict(tokens=[64, 16])).data))
+    data = json.loads(json.dumps(LatencyTable.of_parts(parts(), dict(tokens=[64, 16])).data))
     change(data)
     (tmp_path / "t.json").write_text(json.dumps(data))
     with pytest.raises(LatencyTableError, match=message) as refused:

@@ -142,12 +142,13 @@ def test_a_last_block_of_which_few_tokens_ask_takes_its_share_of_macs():
     attention, mlp = (table.block_seconds(64, b) for b in (block(3, 24, 8, 0), block(0, 0, 0, 64)))
     expected = attention * left["attention"] / full["attention"] + mlp * left["mlp"] / full["mlp"]
     rest = table.block_seconds(64, dims.blocks[0]) + table.overhead_seconds(64)
-    assert table.model_seconds(dims, asking=2) == pytest.approx(rest + expected)
-    assert table.ratio(dims, dims, asking=2) == pytest.approx((rest + expected) / table.model_seconds(dims))
+    assert table.model_seconds(lean := dims.with_queries(2)) == pytest.approx(rest + expected)
+    assert table.ratio(lean, dims) == pytest.approx((rest + expected) / table.model_seconds(dims))
     published = LatencyTable({k: v for k, v in table.data.items() if k.startswith("EMB_")})
     share = (left["attention"] + left["mlp"]) / (full["attention"] + full["mlp"])
-    row = np.array([[64, 3, 24, 8, 64, 66]])
-    assert published.blocks_seconds(row, asking=2) == pytest.approx(share * published.blocks_seconds(row))
+    row = np.array([[64, 3, 24, 8, 64, 66, np.inf], [64, 3, 24, 8, 64, 66, 2]])
+    every, few = published.blocks_seconds(row)
+    assert few == pytest.approx(share * every) and every == published.blocks_seconds(row[:1, :6])
 
 
 def test_another_token_count_is_not_covered():
@@ -201,7 +202,7 @@ def test_token_counts_around_the_published_keys():
     assert table.blocks_seconds(np.array([[96, 3, 32, 8, 16]]))[0] == pytest.approx(66 * 96 * (3 * 72 + 16))
     with pytest.raises(LatencyTableError, match="goes up to TOK_66 but the model has 70|goes up to N_66"):
         table.block_seconds(64, BlockDims(2, 20, 10, 100, 70))
-    with pytest.raises(LatencyTableError, match="EMB_32 is no key of a latency table; expected TOK_{tokens}"):
+    with pytest.raises(LatencyTableError, match="EMB_32 is not a key of a latency table; expected TOK_{tokens}"):
         LatencyTable({"TOK_20": tree(20), "EMB_32": tree(66)["EMB_32"]})
 
 
@@ -271,7 +272,7 @@ BAD_FILES = {
     "odd top key": (edited(lambda d: d.update(emb_3={})), ["emb_3", "EMB_{embed}"]),
     "unknown underscore": (edited(lambda d: d.update(_extra={})), ["_extra", "_parts"]),
     "odd meta": (edited(lambda d: d.update(_meta=[])), ["_meta must be an object"]),
-    "odd parts": (edited(lambda d: d["_parts"].pop("mlp")), ["_parts", "attention, mlp"]),
+    "odd parts": (edited(lambda d: d["_parts"].pop("mlp")), ["_parts", "attention and mlp"]),
     "hole": (edited(lambda d: at(d, *V).pop(M)), ["hole", "EMB_96 -> QK_3_8 -> V_8 -> MLP_64 is missing"]),
     "hole in QK": (edited(lambda d: at(d, "EMB_32").pop("QK_1_32")), ["hole", "EMB_32 -> QK_1_32"]),
     "hole in parts": (edited(lambda d: d["_parts"]["mlp"]["EMB_32"].pop(M)), ["_parts -> mlp -> EMB_32 -> MLP_64"]),

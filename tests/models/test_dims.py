@@ -1,12 +1,12 @@
 """The architecture as a value: conversions are exact, and what is wrong with a value is named."""
 
-import dataclasses
 import json
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import timm
 
-from models import BlockDims, DimsError, ViTDims, build_vit
+from models import BlockDims, DimsError, ModelError, ViTDims, build_vit, macs, skeleton
 
 BLOCK = dict(heads=3, qk=16, v=20, mlp=40, tokens=18)
 DIMS = ViTDims(48, (BlockDims(**BLOCK), BlockDims(0, 0, 0, 7, 18)))
@@ -33,14 +33,14 @@ def test_of_reads_timm_and_our_models(family):
     expected = ViTDims(36, (BlockDims(4, 9, 9, 144, tokens),) * 2)
     assert ViTDims.of(timm.create_model(arch, **kwargs)) == expected
     assert ViTDims.of(build_vit(**family)) == expected
-    dims = ViTDims(48, tuple(dataclasses.replace(b, tokens=tokens) for b in DIMS.blocks))
+    dims = ViTDims(48, tuple(replace(b, tokens=tokens) for b in DIMS.blocks))
     assert ViTDims.of(build_vit(arch, dims, **kwargs)) is dims
 
 
 def test_values_are_frozen_hashable_and_hold_tuples():
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(FrozenInstanceError):
         DIMS.embed = 1
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(FrozenInstanceError):
         DIMS.blocks[0].qk = 1
     assert hash(DIMS) == hash(ViTDims(48, list(DIMS.blocks)))
 
@@ -118,3 +118,41 @@ def test_bad_dicts_are_explained(data, complaint):
 def test_bad_published_spellings_are_explained(change, tokens, complaint):
     with pytest.raises(DimsError, match=complaint):
         ViTDims.from_dim(DIMS.to_dim() | change, tokens)
+
+
+class TestQueries:
+    LEAN = ViTDims(8, (BlockDims(2, 4, 4, 16, 6), BlockDims(2, 4, 4, 16, 6, queries=1)))
+
+    def test_they_are_left_out_where_every_token_asks(self):
+        plain, lean = (block for block in self.LEAN.to_dict()["blocks"])
+        assert plain == dict(heads=2, qk=4, v=4, mlp=16, tokens=6) and lean == plain | dict(queries=1)
+        assert ViTDims.from_dict(self.LEAN.to_dict()) == self.LEAN
+        assert ViTDims.from_dict(dict(embed=8, blocks=[plain, plain])) == self.LEAN.with_queries(None)
+
+    def test_they_stay_when_widths_change(self):
+        smaller = self.LEAN.resized({"blocks.1.mlp": 8, "embed": 4})
+        assert smaller.blocks[1].queries == 1 and smaller.sizes()["blocks.1.mlp"] == 8
+        assert self.LEAN.with_queries(2).blocks[1].queries == 2 and ViTDims(8, ()).with_queries(2) == ViTDims(8, ())
+
+    @pytest.mark.parametrize(
+        "queries, complaint", [(0, "at least 1"), (7, "at most the 6 tokens"), (1.0, "whole number")]
+    )
+    def test_bad_ones_are_refused(self, queries, complaint):
+        with pytest.raises(DimsError, match=complaint):
+            BlockDims(2, 4, 4, 16, 6, queries=queries)
+
+    def test_the_argument_and_the_dims_say_the_same(self, tiny):
+        by_argument = build_vit(**tiny, lean_last=True)
+        by_dims = build_vit(dims=by_argument.dims, **tiny)
+        assert by_argument.dims.blocks[-1].queries == 2 and by_dims.dims == by_argument.dims
+        assert by_dims.arch_kwargs == by_argument.arch_kwargs and by_dims.blocks[-1].num_queries == 2
+        counts = [macs(**tiny, dims=by_dims.dims), macs(**tiny, lean_last=True)]
+        assert counts[0] == counts[1] < macs(**tiny)
+
+    @pytest.mark.parametrize("queries, block", [(3, 1), (2, 0)])
+    def test_what_the_head_reads_alone_can_be_queries(self, tiny, queries, block):
+        dims = ViTDims.of(skeleton(**tiny))
+        blocks = list(dims.blocks)
+        blocks[block] = replace(blocks[block], queries=queries)
+        with pytest.raises(ModelError, match="only the 2 prefix tokens of the last block"):
+            build_vit(dims=ViTDims(dims.embed, tuple(blocks)), **tiny)

@@ -40,7 +40,7 @@ def test_maps_of_a_lean_model_are_whole(tiny, randomise, images, streamed):
     body = backbone(streamline_(lean) if streamed else lean, [0, 1])
     for found, expected in zip(body(images), backbone(full, [0, 1])(images), strict=True):
         torch.testing.assert_close(found, expected)
-    assert lean.blocks[-1].read == lean.num_prefix_tokens and "lean_last" not in body.model.arch_kwargs
+    assert lean.blocks[-1].num_queries == lean.num_prefix_tokens and "lean_last" not in body.model.arch_kwargs
     FeaturePyramid(lean, 8)(images)[0].sum().backward()
 
 

@@ -197,7 +197,7 @@ def test_the_last_block_answers_what_the_head_reads(family, randomise, images, w
             block.attn.way = way
         with torch.no_grad():
             expected = model(images)
-            assert (streamline_(model).blocks[1].read == prefix) == (model.global_pool == "token")
+            assert (streamline_(model).blocks[1].num_queries == prefix) == (model.global_pool == "token")
             torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-12)
             assert model.forward_features(images).shape[1] == (prefix if model.global_pool == "token" else total)
 

@@ -110,8 +110,9 @@ def test_the_target_is_met_closely_from_below(table, target):
 def test_what_a_lean_last_block_saves_goes_to_other_widths(table):
     """The MLP of a block of which two of 18 tokens pass it is nearly free."""
     (plain, price), *_ = allocate(table, FULL, GROUPS, [curves(), curves()], EMBED, 0.3)
-    (lean, better), *_ = allocate(table, FULL, GROUPS, [curves(), curves()], EMBED, 0.3, asking=2)
-    assert 0.28 < table.ratio(lean, FULL, asking=2) <= 0.3 < table.ratio(lean, FULL)
+    (lean, better), *_ = allocate(table, FULL.with_queries(2), GROUPS, [curves(), curves()], EMBED, 0.3)
+    assert lean.blocks[-1].queries == 2 and lean.blocks[0].queries is None
+    assert 0.28 < table.ratio(lean, FULL) <= 0.3 < table.ratio(lean.with_queries(None), FULL)
     assert better < price / 2 and lean.blocks[1].mlp > lean.blocks[0].mlp >= plain.blocks[0].mlp
 
 

@@ -53,7 +53,7 @@ def test_gates_are_derivatives_behind_the_units(problem):
 def test_a_lean_last_block_scores_the_same(problem, kind):
     model, *data = problem
     expected = scores_of(copy.deepcopy(model), Masks(model.dims), kind, *data)
-    model.blocks[-1].read = 2
+    model.blocks[-1].num_queries = 2
     for axis, value in scores_of(model, Masks(model.dims), kind, *data).items():
         torch.testing.assert_close(value, expected[axis], rtol=1e-4, atol=1e-12)
 

@@ -61,32 +61,33 @@ def test_latency_per_unit_is_the_slope_of_the_table(table):
         assert costs[axis] == pytest.approx(table.model_seconds(DENSE) - table.model_seconds(less), rel=1e-6)
 
 
-@pytest.mark.parametrize("asking", [None, 2])
-def test_the_embedding_also_costs_what_is_outside_the_blocks(asking):
-    table, sizes = token_table(), PruningConfig().group_sizes(DENSE)
-    less = narrowed(DENSE, "embed", sizes["embed"])
+@pytest.mark.parametrize("queries", [None, 2])
+def test_the_embedding_also_costs_what_is_outside_the_blocks(queries):
+    table, sizes, dims = token_table(), PruningConfig().group_sizes(DENSE), DENSE.with_queries(queries)
+    less = narrowed(dims, "embed", sizes["embed"])
     assert table.overhead_seconds(less.embed) < table.overhead_seconds(DENSE.embed)
-    saved = table.model_seconds(DENSE, asking) - table.model_seconds(less, asking)
-    assert latency_per_unit(table, DENSE, sizes, asking)["embed"] == pytest.approx(saved / sizes["embed"], rel=1e-9)
+    saved = table.model_seconds(dims) - table.model_seconds(less)
+    assert latency_per_unit(table, dims, sizes)["embed"] == pytest.approx(saved / sizes["embed"], rel=1e-9)
 
 
-@pytest.mark.parametrize("asking", [2, 18])
-def test_a_lean_last_block_is_priced_as_it_is(table, asking):
+@pytest.mark.parametrize("queries", [2, 18])
+def test_a_lean_last_block_is_priced_as_it_is(table, queries):
     """Of one that lets 2 of 18 tokens ask, a unit costs less; if all ask, it is any other block."""
-    sizes = PruningConfig().group_sizes(DENSE)
-    costs = latency_per_unit(table, DENSE, sizes, asking)
-    before = table.model_seconds(DENSE, asking)
+    sizes, dims = PruningConfig().group_sizes(DENSE), DENSE.with_queries(queries)
+    costs = latency_per_unit(table, dims, sizes)
+    before = table.model_seconds(dims)
     for axis in ("blocks.0.heads", "blocks.1.mlp", "embed"):
-        less = table.model_seconds(narrowed(DENSE, axis, sizes[axis]), asking)
+        less = table.model_seconds(narrowed(dims, axis, sizes[axis]))
         assert costs[axis] == pytest.approx((before - less) / sizes[axis], rel=1e-6)
-    assert (costs["blocks.1.mlp"] < 0.5 * costs["blocks.0.mlp"]) == (asking == 2)
+    assert (costs["blocks.1.mlp"] < 0.5 * costs["blocks.0.mlp"]) == (queries == 2)
 
 
 def test_targets_of_a_lean_model(table):
     """MACs are a share of the dense model's, whose last block is not lean; milliseconds are those of the lean one."""
     arch, lean = "deit_tiny_distilled_patch16_224", KWARGS | dict(lean_last=True)
-    latency, count = targets_of(DENSE, table, arch, lean, latency_ms=9.0, macs_=0.5, asking=2)
-    assert latency.measure(DENSE) == pytest.approx(1e3 * table.model_seconds(DENSE, 2))
+    latency, count = targets_of(DENSE, table, arch, lean, latency_ms=9.0, macs_=0.5)
+    assert latency.measure(own := DENSE.with_queries(2)) == pytest.approx(1e3 * table.model_seconds(own))
+    assert table.model_seconds(own) < table.model_seconds(DENSE)
     assert count.limit == 0.5 * macs(arch, DENSE, **KWARGS) and count.measure(DENSE) == macs(arch, DENSE, **lean)
 
 

@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_attention_maps(model, batches, mode, per_image)
 @pytest.mark.parametrize("mode", ["attn", "head", "head_entropy"])
 def test_scores_of_a_lean_last_block_are_the_same(model, batches, mode):
     expected = pm_vit.measured(model, range(2), batches, loss_of(model), mode)
-    model.blocks[-1].read = 2
+    model.blocks[-1].num_queries = 2
     torch.testing.assert_close(pm_vit.measured(model, range(2), batches, loss_of(model), mode), expected)
 
 

@@ -25,9 +25,9 @@ def table_of(attention=lambda e, h, q, v: e * h * 2 * (q + v) + 400 * (h > 0), w
     return LatencyTable.of_parts(seconds | {f"overhead/EMB_{e}": outside * e for e in points["e"]}, {})
 
 
-def pruner(table=None, **options):
+def pruner(table=None, dims=DENSE, **options):
     settings = dict(regularization=0.0, target=None, per_event=4) | options
-    return ValuePruner(Masks(DENSE), table or table_of(), PruningConfig().group_sizes(DENSE), **settings)
+    return ValuePruner(Masks(dims), table or table_of(), PruningConfig().group_sizes(DENSE), **settings)
 
 
 def scores(seed=0, scale=1.0):
@@ -52,9 +52,9 @@ def test_the_scale_of_the_saliency_does_not_matter():
     assert all(torch.equal(ends[0][axis], ends[1][axis]) for axis in ends[0])
 
 
-@pytest.mark.parametrize("asking", [None, 2])
-def test_a_lean_last_block_does_not_end_below_the_target(asking):
-    p = pruner(target=0.5, asking=asking)
+@pytest.mark.parametrize("queries", [None, 2])
+def test_a_lean_last_block_does_not_end_below_the_target(queries):
+    p = pruner(target=0.5, dims=DENSE.with_queries(queries))
     assert run(p, scores()).reached and 0.49 < p.ratio <= 0.5
 
 
