@@ -117,7 +117,9 @@ def conclude(
         f"compact: widths {masks.dims.to_dim()}, relative difference to the masked model "
         f"{results.check_compact(model, compact(model, masks)):.1e}"
     )
-    dense = replace(report, full=replace(setup.full, kwargs=plain(setup.full.kwargs))).dense(masks.full, top1_dense)
+    dense = replace(report, full=replace(setup.full, kwargs=plain(setup.full.kwargs))).dense(
+        masks.full.with_queries(None), top1_dense
+    )
     pruned = report.conclude("pruned", masks.dims, metrics["acc1"], round(setup.pruner.ratio, 5), dense)
     metrics |= pruned
     write("pruned_checkpoint.pth")
