@@ -18,6 +18,7 @@ from models import Masks, is_swin, left_alone, skeleton
 from models.tokens import can_be_lean
 from models.vit import TokenLogits
 from pruning.config import load_config
+from pruning.shrink import Student
 from recipes import calibration, dry_run, nvit_options, one_shot
 from recipes.nvit import PruningSteps, Setup, make_pruner
 from recipes.nvit_files import CHECKPOINT, State, conclude, make_report, read_resumed, restore, save
@@ -183,7 +184,7 @@ def check_args(args: argparse.Namespace) -> Setup:
             f"latency table: {cleaned.raised} of {cleaned.values} values lie below that of a narrower layer, by up to "
             f"{cleaned.largest_change:.1%}; selection counts such a step as free"
         )
-    return Setup(device, full, data, model, cnn, table, config, pruner, folder, resumed, inputs)
+    return Setup(device, full, data, Student(model, masks), cnn, table, config, pruner, folder, resumed, inputs)
 
 
 def evaluated(dense: nn.Module, args: argparse.Namespace, setup: Setup, precision: Precision) -> float:
@@ -283,7 +284,6 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
             else f"go on with --resume {setup.folder / CHECKPOINT} and more --epochs"
         )
         raise FailedTogether(f"{setup.pruner.progress()}: {way}")
-    setup.model, setup.pruner.masks = steps.shrunk.expanded(steps.model, steps.masks)
     conclude(args, setup, report, top1_dense, state.metrics, lambda name: save(name, args, setup, state))
     steps.curves.end(vars(args), state.metrics)
 

@@ -34,6 +34,10 @@ class Masks:
         """Masks over the same axes that keep everything."""
         return Masks(self.full, next(iter(self.keep.values())).device, self.grid)
 
+    def narrow_(self) -> None:
+        """Become masks over what is left, of which nothing is removed: those of the compact model."""
+        self.__init__(self.dims, next(iter(self.keep.values())).device)
+
     def sizes(self) -> dict[str, int]:
         """Units of every axis, removed ones too."""
         return {axis: len(keep) for axis, keep in self.keep.items()}

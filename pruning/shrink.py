@@ -1,7 +1,7 @@
-"""A student that is compacted while it is pruned: its masks, optimizer state and scores, small and full-size.
+"""The student of a pruning run: one owner of its model and masks, which compacts them while they are trained.
 
-Removed units are zeros that a masked student still computes. `Shrunk` knows which units of the full-size model the
-small one has, so that checkpoints hold the masked form whatever is being trained.
+Removed units are zeros that a masked student still computes. A student that was compacted knows which units of the
+full-size model it has left, so that checkpoints hold the masked full-size form whatever is being trained.
 """
 
 from __future__ import annotations
@@ -13,23 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.arch import build_vit
+from models.arch import Model, build_vit
 from models.compact import compact, expand_
 from models.masks import Masks
-
-
-class Student(nn.Module):
-    """What the training loop trains: its model may be replaced between two steps."""
-
-    def __init__(self, wrapped: nn.Module) -> None:
-        super().__init__()
-        self.wrapped = wrapped
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.wrapped(images)
-
-    def no_sync(self) -> Any:
-        return self.wrapped.no_sync()
 
 
 def _converted(state: dict[str, Any], parameter: Tensor, convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
@@ -45,19 +31,29 @@ def _converted(state: dict[str, Any], parameter: Tensor, convert: Callable[[Tens
     return found
 
 
-class Shrunk:
-    """The place of a student in its full-size model.
+class Student(nn.Module):
+    """What the training loop trains: a masked model that may be replaced, between two steps, by its compact one.
 
-    outer: survivors of the full-size model that the student has; masks: over all of it; optimizer: its parameters are
-    those of the student.
+    masks: over the units that `model` has, narrowed in place with it; outer: survivors of the full-size model that
+    `model` has.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, masks: Masks) -> None:
-        self.outer = masks.fresh()
-        self.optimizer = optimizer
-        names = {p: name for name, p in model.named_parameters()}
+    def __init__(self, model: Model, masks: Masks) -> None:
+        super().__init__()
+        self.model, self.masks, self.outer = model, masks, masks.fresh()
+
+    def prepare(self, optimizer: torch.optim.Optimizer, wrap: Callable[[Model], nn.Module]) -> None:
+        """Before training. optimizer: of the model's parameters; wrap: makes of a model the module to train."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        self.optimizer, self._wrap, self._trained = optimizer, wrap, wrap(self.model)
         self._names = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
-        self._shapes = {name: p.shape for name, p in model.named_parameters()}
+        self._shapes = {name: p.shape for name, p in self.model.named_parameters()}
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self._trained(images)
+
+    def no_sync(self) -> Any:
+        return self._trained.no_sync()
 
     @property
     def is_full(self) -> bool:
@@ -67,48 +63,50 @@ class Shrunk:
         """Units of the student as units of the full-size model (indices)."""
         return self.outer.keep[axis].nonzero().flatten().to(units.device)[units]
 
-    def lifted(self, masks: Masks) -> Masks:
-        """Masks over the student as masks over the full-size model."""
+    def lifted(self) -> Masks:
+        """The student's masks as masks over the full-size model."""
         found = self.outer.fresh()
         for axis, keep in self.outer.keep.items():
             survives = keep.clone()
-            survives[keep] = masks.keep[axis]
+            survives[keep] = self.masks.keep[axis]
             found.remove(axis, (~survives).nonzero().flatten())
         return found
 
-    def shrink(self, model: nn.Module, masks: Masks) -> nn.Module:
-        """The compact student of a masked one, whose place in the optimizer it takes. Raises ValueError."""
-        small = compact(model, masks)
-        before, after = dict(model.named_parameters()), dict(small.named_parameters())
+    def shrink(self) -> None:
+        """Become the compact student, which takes the masked one's place in the optimizer. Raises ValueError."""
+        small = compact(self.model, self.masks)
+        before, after = dict(self.model.named_parameters()), dict(small.named_parameters())
         state = defaultdict(dict)
         for name, parameter in after.items():
             if before[name] in self.optimizer.state:
                 old = self.optimizer.state[before[name]]
-                state[parameter] = _converted(old, before[name], lambda value, name=name: masks.cut(name, value))
+                state[parameter] = _converted(old, before[name], lambda value, name=name: self.masks.cut(name, value))
         self.optimizer.state = state
         for group, names in zip(self.optimizer.param_groups, self._names, strict=True):
             group["params"] = [after[name] for name in names if name in after]
-        self.outer = self.lifted(masks)
-        return small
+        self.outer, self.model = self.lifted(), small
+        self.masks.narrow_()
+        self._trained = None  # the old buckets go before the new ones come
+        self._trained = self._wrap(small)
 
-    def expanded(self, model: nn.Module, masks: Masks) -> tuple[nn.Module, Masks]:
+    def expanded(self) -> tuple[Model, Masks]:
         """The student as a masked full-size model, and its masks."""
         if self.is_full:
-            return model, masks
-        full = build_vit(model.arch, self.outer.full, **model.arch_kwargs)
-        reference = next(model.parameters())
-        full = full.to(device=reference.device, dtype=reference.dtype).train(model.training)
-        expand_(full, self.outer, model)
-        lifted = self.lifted(masks)
+            return self.model, self.masks
+        full = build_vit(self.model.arch, self.outer.full, **self.model.arch_kwargs)
+        reference = next(self.model.parameters())
+        full = full.to(device=reference.device, dtype=reference.dtype).train(self.model.training)
+        expand_(full, self.outer, self.model)
+        lifted = self.lifted()
         lifted.install_(full)
         return full, lifted
 
-    def optimizer_state(self, model: nn.Module) -> dict[str, Any]:
+    def optimizer_state(self) -> dict[str, Any]:
         """The optimizer's `state_dict` as of the full-size model."""
         plain = self.optimizer.state_dict()
         if self.is_full:
             return plain
-        parameters, state, groups, index = dict(model.named_parameters()), {}, [], 0
+        parameters, state, groups, index = dict(self.model.named_parameters()), {}, [], 0
         for group, names in zip(plain["param_groups"], self._names, strict=True):
             groups.append(group | dict(params=list(range(index, index + len(names)))))
             for name in names:

@@ -17,7 +17,7 @@ from pruning.config import PruningConfig
 from pruning.gate_saliency import GateSaliency
 from pruning.global_latency import Event, GlobalPruner
 from pruning.saliency import EventMean, Saliency
-from pruning.shrink import Shrunk, Student
+from pruning.shrink import Student
 from pruning.targets import targets_of
 from pruning.token_saliency import TokenSaliency
 from pruning.value import ValuePruner
@@ -38,7 +38,7 @@ class Setup:
     device: torch.device
     full: FullModel
     data: Data
-    model: nn.Module
+    student: Student
     cnn: nn.Module | None
     table: LatencyTable
     config: PruningConfig
@@ -46,6 +46,11 @@ class Setup:
     folder: Path
     resumed: dict[str, Any] | None
     inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        """The student's, whatever it has been compacted to."""
+        return self.student.model
 
 
 def make_pruner(
@@ -94,12 +99,12 @@ class PruningSteps:
     ) -> None:
         self.args, self.setup, self.optimizer, self.criterion = args, setup, optimizer, criterion
         self.interval, self.kl_coeff, self.scaler = args.interval_prune[0], criterion.kl_coeff, precision.scaler
-        self.pruner, self.model, self.compensation = setup.pruner, setup.model, compensation
-        self.masks = setup.pruner.masks  # over the units that the student has
-        self.student = Student(wrap_for_training(args, setup.model, setup.device))
-        self.shrunk = Shrunk(setup.model, optimizer, self.masks)
+        self.pruner, self.student, self.compensation = setup.pruner, setup.student, compensation
+        self.student.prepare(optimizer, lambda model: wrap_for_training(args, model, setup.device))
         self.saliency = self._make_saliency()
-        self.tokens = TokenSaliency(self.model, self.masks, setup.config.momentum, self.scaler) if args.tokens else None
+        self.tokens = None
+        if args.tokens:
+            self.tokens = TokenSaliency(setup.model, self.student.masks, setup.config.momentum, self.scaler)
         purge = setup.resumed and setup.resumed["step"]
         self.curves = Curves(setup.folder, purge_step=purge)
         self.steps = self.events = 0
@@ -111,11 +116,11 @@ class PruningSteps:
         return self.exhausted or self.pruner.reached
 
     def _make_saliency(self) -> EventMean:
-        config, args = self.setup.config, self.args
+        config, args, model = self.setup.config, self.args, self.student.model
         if args.saliency == "weights":
-            return Saliency(self.model, self.model.dims, config.criterion, config.momentum)
+            return Saliency(model, model.dims, config.criterion, config.momentum)
         teacher = self.criterion.teacher if args.saliency_loss == "teacher" else None
-        return GateSaliency(self.model, self.masks, args.saliency, config.momentum, self.scaler, teacher)
+        return GateSaliency(model, self.student.masks, args.saliency, config.momentum, self.scaler, teacher)
 
     def _saliencies(self) -> list[EventMean]:
         return [self.saliency, self.tokens] if self.tokens else [self.saliency]
@@ -132,7 +137,7 @@ class PruningSteps:
 
     def after_backward(self) -> None:
         """Raises RunFailed, before the weights move, for a score that is not finite."""
-        self.masks.drop_gradients_(self.model)
+        self.student.masks.drop_gradients_(self.student.model)
         for saliency in self._saliencies():
             saliency.step()
             if odd := saliency.not_finite():
@@ -140,52 +145,48 @@ class PruningSteps:
 
     def after_step(self, loss: Tensor) -> bool:
         """True once the run is over: the target is met or nothing may be removed any more."""
-        self.masks.zero_weights_(self.model)
+        student = self.student
+        student.masks.zero_weights_(student.model)
         self.steps += 1
         if self.steps % self.interval:
             return False
-        self.compensation.remember(self.model)
+        self.compensation.remember(student.model)
         try:
             scores = {axis: found for saliency in self._saliencies() for axis, found in saliency.close_window().items()}
             event = self.pruner.event(scores)
         except ValueError as error:
             raise RunFailed(f"pruning event {self.events + 1}: {error}") from None
-        kept = [t.numpy(force=True).tobytes() for t in (*scores.values(), *self.masks.state_dict().values())]
+        kept = [t.numpy(force=True).tobytes() for t in (*scores.values(), *student.masks.state_dict().values())]
         check_identical(f"pruning event {self.events + 1}: saliency or masks", b"".join(kept))
-        self.masks.install_(self.model, self.optimizer)
+        student.masks.install_(student.model, self.optimizer)
         self.events += 1
         self.exhausted = not event.groups
-        self.compensation.apply_(self.model, self.masks, self.shrunk.lifted(self.masks), last=self.done)
+        self.compensation.apply_(student.model, student.masks, student.lifted(), last=self.done)
         if self.events == 1:
             for saliency in self._saliencies():
                 saliency.forget()
-        self.curves.saliency(scores, self.masks.keep, self.steps)
+        self.curves.saliency(scores, student.masks.keep, self.steps)
         self._report(event, loss)
         if self.args.shrink_interval and self.events % self.args.shrink_interval == 0:
             self._shrink()
         self.set_phase()
         return self.done
 
-    def _shrink(self, masks: Masks | None = None) -> None:
-        """Go on with the compact student of `masks`, by default of all that is removed. Raises RunFailed."""
-        saliency, masks = self.saliency.state_dict(), masks or self.masks
+    def _shrink(self) -> None:
+        """Go on with the compact student of all that is left. Raises RunFailed."""
+        saliency, keep = self.saliency.state_dict(), torch.cat(list(self.student.masks.keep.values()))
         try:
-            self.model = self.shrunk.shrink(self.model, masks)
+            self.student.shrink()
         except ValueError as error:
             raise RunFailed(f"--shrink_interval: {error}") from None
-        self.masks = Masks(self.model.dims, self.setup.device)
-        self.setup.model, self.pruner.masks = self.model, self.masks
-        keep = torch.cat(list(masks.keep.values()))
-        self.student.wrapped = None  # the old buckets go before the new ones come
-        self.student.wrapped = wrap_for_training(self.args, self.model, self.setup.device)
         self.saliency = self._make_saliency()
         self.saliency.load_state_dict(saliency | {name: saliency[name][keep] for name in ("accumulated", "average")})
 
     def _report(self, event: Event, loss: Tensor) -> None:
         if not is_main():
             return
-        masks, place = self.shrunk.lifted(self.masks), self.shrunk
-        event = replace(event, groups=[replace(g, units=place.units(g.axis, g.units)) for g in event.groups])
+        masks = self.student.lifted()
+        event = replace(event, groups=[replace(g, units=self.student.units(g.axis, g.units)) for g in event.groups])
         nvit_log.write_event(self.setup.folder / "debug", self.events, masks, event, self.setup.config.criterion)
         tags = nvit_log.scalars(masks.dims) | {"dimension/Estimated_Latency": event.ratio, "train/loss": loss.item()}
         self.curves.scalars(tags, self.steps)
@@ -195,8 +196,8 @@ class PruningSteps:
     def state_dict(self) -> dict[str, Any]:
         """Of the full-size student, whatever has been compacted."""
         scores = self.saliency.state_dict()
-        scores |= {name: self.shrunk.paste_scores(scores[name]) for name in ("accumulated", "average")}
-        outer = None if self.shrunk.is_full else self.shrunk.outer.state_dict()
+        scores |= {name: self.student.paste_scores(scores[name]) for name in ("accumulated", "average")}
+        outer = None if self.student.is_full else self.student.outer.state_dict()
         return dict(
             saliency=scores,
             tokens=self.tokens and self.tokens.state_dict(),
@@ -215,12 +216,12 @@ class PruningSteps:
             self.tokens.load_state_dict(state["tokens"])
         self.steps, self.events, self.exhausted = state["steps"], state["events"], state["exhausted"]
         self.compensation.load_state_dict(state["dense"])
-        full = self.masks.fresh()
+        student = self.student
+        full = student.masks.fresh()
         full.load_state_dict(masks)
         if state["shrunk"] is not None:
-            outer = self.masks.fresh()
-            outer.load_state_dict(state["shrunk"])
-            self._shrink(outer)
-        self.masks.load_state_dict({a: keep[self.shrunk.outer.keep[a]] for a, keep in full.keep.items()})
-        self.masks.install_(self.model)
+            student.masks.load_state_dict(state["shrunk"])
+            self._shrink()
+        student.masks.load_state_dict({a: keep[student.outer.keep[a]] for a, keep in full.keep.items()})
+        student.masks.install_(student.model)
         self.set_phase()

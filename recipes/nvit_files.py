@@ -41,7 +41,7 @@ def save(name: str, args: Any, setup: Setup, state: State) -> None:
     if not is_main():
         return
     steps, progress = state.steps, state.progress.state_dict()
-    model, masks = steps.shrunk.expanded(steps.model, steps.masks)
+    model, masks = setup.student.expanded()
     checkpoint.save(
         setup.folder / name,
         keep_older=name == CHECKPOINT,
@@ -50,7 +50,7 @@ def save(name: str, args: Any, setup: Setup, state: State) -> None:
         dim=masks.dims.to_dim(),
         masks=masks.state_dict(),
         model=model.state_dict(),
-        optimizer=steps.shrunk.optimizer_state(steps.model),
+        optimizer=setup.student.optimizer_state(),
         scaler=state.precision.scaler.state_dict(),
         pruner=steps.state_dict(),
         epoch=progress["epoch"],
@@ -84,7 +84,7 @@ def restore(setup: Setup, state: State) -> None:
     """Go on from the resumed checkpoint."""
     content = setup.resumed
     with resuming.restoring(content["path"]):
-        masks = state.steps.masks.fresh()
+        masks = setup.student.masks.fresh()
         masks.load_state_dict(content["masks"])
         masks.install_tokens_(setup.model)
         setup.model.load_state_dict(content["model"])
@@ -112,7 +112,7 @@ def conclude(
     """Check and measure the compact model, and write the results; metrics go into the checkpoint that `write` makes."""
     if not is_main():
         return
-    model, masks = setup.model.eval(), setup.pruner.masks
+    model, masks = setup.student.eval().expanded()
     say(
         f"compact: widths {masks.dims.to_dim()}, relative difference to the masked model "
         f"{results.check_compact(model, compact(model, masks)):.1e}"

@@ -94,7 +94,7 @@ def _as_measured(allocator: _Allocator, target: float, measure: Callable[[ViTDim
 
 
 def prune_(args: Any, setup: Setup, images: Tensor, measure: Callable[[ViTDims], float]) -> dict[str, Any]:
-    """Prune `setup.model` in place to --latency_target, and leave the masks in `setup.pruner`; returns the log's line.
+    """Prune the student in place to --latency_target; returns the log's line.
 
     images: this process's calibration images; measure: the measured ratio of widths to the dense model.
     """
@@ -106,12 +106,12 @@ def prune_(args: Any, setup: Setup, images: Tensor, measure: Callable[[ViTDims],
     else:
         dims, predicted = allocator(args.latency_target)
     clock.stop("allocated", f"predicted divergence {predicted:.2e} nats")
-    masks = Masks.first(model.dims, dims, setup.device, setup.pruner.masks.grid)
+    masks = setup.student.masks
+    masks.load_state_dict(Masks.first(model.dims, dims, setup.device, masks.grid).state_dict())
     small = compact(model, masks)
     found = refit_(model, small, masks, images, args.batch_size)
     clock.stop("refitted", f"divergence {found:.2e} nats on held-out images")
     expand_(model, masks, small)
-    setup.pruner.masks = masks
     return dict(
         calib_images=args.calib_images,
         divergence_predicted=predicted,
@@ -125,7 +125,7 @@ def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
     """A pruned checkpoint: as of a pruning run, without what only training needs."""
     if not is_main():
         return
-    masks = setup.pruner.masks
+    masks = setup.student.masks
     checkpoint.save(
         setup.folder / name,
         arch=setup.full.record,

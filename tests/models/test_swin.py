@@ -33,7 +33,7 @@ from models.count import macs_by_part
 from models.swin import as_timm_names
 from models.vit import LayerNorm
 from pruning.saliency import Saliency
-from pruning.shrink import Shrunk
+from pruning.shrink import Student
 
 ARCH = "swin_tiny_patch4_window7_224"
 SMALL = dict(img_size=16, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=10)
@@ -272,18 +272,21 @@ def test_a_shrunk_student_trains_as_the_masked_one(randomise, remove):
     torch.manual_seed(0)
     model = randomise(build_vit(ARCH, **SMALL, drop_path_rate=0.0)).double()
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
-    shrunk = Shrunk(model, optimizer, Masks(model.dims))
-    masks = remove(Masks(model.dims), CASES["everything"])
+    masks = Masks(model.dims)
+    student = Student(model, masks)
+    student.prepare(optimizer, lambda model: model)
+    remove(masks, CASES["everything"])
     images, targets = random_images(SMALL, 4), torch.arange(4)
     masks.install_(model, optimizer)
     F.cross_entropy(model(images), targets).backward()
     masks.drop_gradients_(model)
     optimizer.step()
     masks.zero_weights_(model)
-    small = shrunk.shrink(model, masks)
-    assert small.dims == masks.dims
-    full, found = shrunk.expanded(small, Masks(small.dims))
-    assert error(full(images), model(images)) <= 1e-10 and found.dims == masks.dims
+    left = masks.dims
+    student.shrink()
+    assert student.model.dims == left
+    full, found = student.expanded()
+    assert error(full(images), model(images)) <= 1e-10 and found.dims == left
 
 
 def test_it_is_a_backbone(randomise, remove):

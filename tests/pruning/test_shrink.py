@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 
 from models import Masks, build_vit
-from pruning.shrink import Shrunk
+from pruning.shrink import Student
 
 EVERYTHING = ("embed", "heads", "qk", "v", "mlp", "blocks.0.heads=0", "blocks.1.mlp=0")
 
 
-def step(model, masks, optimizer, images, targets):
+def step(student, images, targets):
+    model, masks, optimizer = student.model, student.masks, student.optimizer
     optimizer.zero_grad()
     F.cross_entropy(model(images), targets).backward()
     masks.drop_gradients_(model)
@@ -25,7 +26,14 @@ def step(model, masks, optimizer, images, targets):
 def prepared(model):
     model = copy.deepcopy(model)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05)
-    return model, optimizer, Shrunk(model, optimizer, Masks(model.dims))
+    student = Student(model, Masks(model.dims))
+    student.prepare(optimizer, lambda model: model)
+    return student
+
+
+def install(student, masks):
+    student.masks.load_state_dict(masks.state_dict())
+    student.masks.install_(student.model, student.optimizer)
 
 
 @pytest.fixture
@@ -38,64 +46,58 @@ def problem(family, randomise):
 def test_steps_after_shrinking_are_those_of_the_masked_student(problem, prune):
     """Three steps, a cut, three steps; then a cut within the cut, and three steps more."""
     original, images, targets = problem
-    masked, adam, _ = prepared(original)
-    small, small_adam, shrunk = prepared(original)
-    masks, inner = Masks(masked.dims), Masks(small.dims)
+    masked, small = prepared(original), prepared(original)
     for removed in (("qk",), EVERYTHING):
         torch.manual_seed(5)
-        prune(inner, removed)
-        lifted = shrunk.lifted(inner)
-        masks.load_state_dict(lifted.state_dict())
-        masks.install_(masked, adam)
-        inner.install_(small, small_adam)
-        small = shrunk.shrink(small, inner)
-        inner = Masks(small.dims)
-        assert small.dims == masks.dims and shrunk.lifted(inner).dims == masks.dims
+        prune(small.masks, removed)
+        install(masked, small.lifted())
+        small.masks.install_(small.model, small.optimizer)
+        small.shrink()
+        assert small.model.dims == small.masks.full == masked.masks.dims == small.lifted().dims
         for _ in range(3):
-            step(masked, masks, adam, images, targets)
-            step(small, inner, small_adam, images, targets)
-        full, found = shrunk.expanded(small, inner)
-        assert all(torch.equal(found.keep[axis], keep) for axis, keep in masks.keep.items())
+            step(masked, images, targets)
+            step(small, images, targets)
+        full, found = small.expanded()
+        assert all(torch.equal(found.keep[axis], keep) for axis, keep in masked.masks.keep.items())
         torch.testing.assert_close(full(images), masked(images), rtol=1e-5, atol=1e-6)
-        for (name, p), q in zip(full.named_parameters(), masked.parameters(), strict=True):
+        torch.testing.assert_close(small(images), masked(images), rtol=1e-5, atol=1e-6)
+        for (name, p), q in zip(full.named_parameters(), masked.model.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
-    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in masked.parameters())
+    counts = [sum(p.numel() for p in student.model.parameters()) for student in (small, masked)]
+    assert counts[0] < counts[1]
 
 
 def test_the_saved_optimizer_is_the_full_size_one(problem, prune):
     original, images, targets = problem
-    masked, adam, _ = prepared(original)
-    small, small_adam, shrunk = prepared(original)
-    masks = prune(Masks(masked.dims), ("embed", "heads", "mlp"))
-    for model, optimizer in ((masked, adam), (small, small_adam)):
-        step(model, Masks(model.dims), optimizer, images, targets)
-        masks.install_(model, optimizer)
-    small = shrunk.shrink(small, masks)
-    found, expected = shrunk.optimizer_state(small), adam.state_dict()
+    masked, small = prepared(original), prepared(original)
+    masks = prune(Masks(original.dims), ("embed", "heads", "mlp"))
+    for student in (masked, small):
+        step(student, images, targets)
+        install(student, masks)
+    small.shrink()
+    found, expected = small.optimizer_state(), masked.optimizer.state_dict()
     assert found["param_groups"] == expected["param_groups"] and found["state"].keys() == expected["state"].keys()
     for index, state in expected["state"].items():
         for name, value in state.items():
             assert torch.equal(found["state"][index][name], value), (index, name)
-    again, fresh, _ = prepared(original)
-    fresh.load_state_dict(found)
+    prepared(original).optimizer.load_state_dict(found)
 
 
 def test_scores_and_units_find_their_places(tiny):
-    model, _, shrunk = prepared(build_vit(**tiny))
-    masks = Masks(model.dims)
-    masks.remove("embed", torch.arange(0, 32, 2))
-    masks.remove("blocks.1.mlp", torch.tensor([0, 5]))
-    small = shrunk.shrink(model, masks)
-    assert shrunk.units("embed", torch.tensor([0, 3])).tolist() == [1, 7]
-    assert shrunk.units("blocks.1.mlp", torch.tensor([0, 4])).tolist() == [1, 6]
-    scores = torch.arange(1.0, 1 + sum(small.dims.sizes().values()))
-    pasted = shrunk.paste_scores(scores)
-    keep = torch.cat(list(masks.keep.values()))
+    student = prepared(build_vit(**tiny))
+    student.masks.remove("embed", torch.arange(0, 32, 2))
+    student.masks.remove("blocks.1.mlp", torch.tensor([0, 5]))
+    keep = torch.cat(list(student.masks.keep.values()))
+    student.shrink()
+    assert student.units("embed", torch.tensor([0, 3])).tolist() == [1, 7]
+    assert student.units("blocks.1.mlp", torch.tensor([0, 4])).tolist() == [1, 6]
+    scores = torch.arange(1.0, 1 + sum(student.model.dims.sizes().values()))
+    pasted = student.paste_scores(scores)
     assert torch.equal(pasted[keep], scores) and not pasted[~keep].any()
 
 
 def test_an_optimizer_with_other_state_is_refused(tiny):
-    model, optimizer, shrunk = prepared(build_vit(**tiny))
-    optimizer.state[model.blocks[0].mlp.fc1.weight]["row_mean"] = torch.zeros(128)
+    student = prepared(build_vit(**tiny))
+    student.optimizer.state[student.model.blocks[0].mlp.fc1.weight]["row_mean"] = torch.zeros(128)
     with pytest.raises(ValueError, match="row_mean has not the shape of the weights"):
-        shrunk.shrink(model, Masks(model.dims))
+        student.shrink()
