@@ -133,10 +133,36 @@ def restore(run: Run, state: State) -> None:
         state.metrics = resuming.restore(content, state.progress, run.folder)
 
 
+def _test(args: Any, run: Run, state: State, model: nn.Module) -> dict[str, float]:
+    return evaluate(TokenLogits(model), run.data.val, state.precision, args.dist_eval)
+
+
+def _parameters(run: Run) -> int:
+    return sum(p.numel() for p in run.model.parameters())
+
+
+def _end_epoch(args: Any, run: Run, state: State, keeper: Keeper, curves: Curves, stats: dict[str, float]) -> None:
+    """Evaluate, write the log and the checkpoints, and say how the epoch went. stats: of its training."""
+    with keeper.evaluating():
+        tested = _test(args, run, state, run.model)
+        line = results.log_line(stats, tested)
+        if state.ema:
+            line["test_ema_acc1"] = _test(args, run, state, state.ema.module)["acc1"]
+    epoch = state.progress.epoch
+    state.progress.next_epoch()
+    state.metrics = tested | dict(best=max(state.metrics["best"], tested["acc1"]))
+    keeper.attempt(append_log, run.folder, **line, epoch=epoch, n_parameters=_parameters(run))
+    if tested["acc1"] >= state.metrics["best"]:
+        keeper.attempt(save, "ft_best.pth", args, run, state)
+    keeper.write()
+    keeper.attempt(curves.epoch, line, epoch)
+    shown = f", EMA {line['test_ema_acc1']:.2f}" if state.ema else ""
+    say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {tested['acc1']:.2f}{shown}, best {state.metrics['best']:.2f}")
+
+
 def train(args: Any, run: Run) -> dict[str, Any]:
     """Train to the last epoch, or go on from a checkpoint; returns the last epoch's metrics. Raises RunFailed."""
     # ---------------------------------------------------------------- parts
-    train_loader, val_loader = run.data.train, run.data.val
     progress = Progress(run.data.updates)
     model = wrap_for_training(args, run.model, run.device)
     ema = ModelEmaV3(run.model, decay=args.model_ema_decay) if args.model_ema else None
@@ -146,23 +172,16 @@ def train(args: Any, run: Run) -> dict[str, Any]:
     criterion = make_loss(args, run.cnn, run.teacher, tau=run.teacher_tau or args.distillation_tau, per_token=True)
     mixup = make_mixup(args, run.data.classes)
     provenance.record(args, run.folder, run.device, run.data, run.inputs)
-    test = partial(evaluate, loader=val_loader, precision=state.precision, sharded=args.dist_eval)
-    parameters = sum(p.numel() for p in run.model.parameters())
-
     if run.resumed:
         restore(run, state)
     else:
         resuming.start_anew(run.folder, CHECKPOINT)
-        state.metrics = test(TokenLogits(run.model)) | dict(best=0.0)
-        say(f"before: top-1 {state.metrics['acc1']:.2f}, {parameters:,} parameters, widths {run.model.dims.to_dim()}")
+        state.metrics = _test(args, run, state, run.model) | dict(best=0.0)
+        widths = run.model.dims.to_dim()
+        say(f"before: top-1 {state.metrics['acc1']:.2f}, {_parameters(run):,} parameters, widths {widths}")
     curves = Curves(run.folder, purge_step=progress.epoch)
-    keeper = Keeper(
-        progress,
-        run.folder / CHECKPOINT,
-        args.recovery_interval,
-        partial(save, CHECKPOINT, args, run, state),
-        args.checkpoint_errors,
-    )
+    write = partial(save, CHECKPOINT, args, run, state)
+    keeper = Keeper(progress, run.folder / CHECKPOINT, args.recovery_interval, write, args.checkpoint_errors)
 
     def after_step(loss: Tensor) -> None:
         if ema:
@@ -173,12 +192,12 @@ def train(args: Any, run: Run) -> dict[str, Any]:
     with keeper:
         while progress.epoch < epochs:
             model.train()
-            start_epoch(train_loader, progress.epoch, skip=progress.step * args.grad_accum_steps)
+            start_epoch(run.data.train, progress.epoch, skip=progress.step * args.grad_accum_steps)
             with curves.training(progress, images_per_update(args)):
                 stats = train_one_epoch(
                     model,
                     criterion,
-                    train_loader,
+                    run.data.train,
                     optimizer,
                     state.precision,
                     progress,
@@ -190,24 +209,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
                     after_step=after_step,
                     log_interval=args.log_interval,
                 )
-            with keeper.evaluating():
-                tested = test(TokenLogits(run.model))
-                line = results.log_line(stats, tested)
-                if ema:
-                    line["test_ema_acc1"] = test(TokenLogits(ema.module))["acc1"]
-            epoch = progress.epoch
-            progress.next_epoch()
-            state.metrics = tested | dict(best=max(state.metrics["best"], tested["acc1"]))
-            keeper.attempt(append_log, run.folder, **line, epoch=epoch, n_parameters=parameters)
-            if tested["acc1"] >= state.metrics["best"]:
-                keeper.attempt(save, "ft_best.pth", args, run, state)
-            keeper.write()
-            keeper.attempt(curves.epoch, line, epoch)
-            shown = f", EMA {line['test_ema_acc1']:.2f}" if ema else ""
-            say(
-                f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {tested['acc1']:.2f}{shown}, "
-                f"best {state.metrics['best']:.2f}"
-            )
+            _end_epoch(args, run, state, keeper, curves, stats)
     curves.end(vars(args), state.metrics)
     return state.metrics
 
