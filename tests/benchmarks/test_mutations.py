@@ -6,7 +6,8 @@ import subprocess
 import pytest
 
 from benchmarks import mutations
-from benchmarks.mutations import MUTATIONS, ROOT, Mutation
+from benchmarks.mutation_table import MUTATIONS, Mutation
+from benchmarks.mutations import ROOT
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
