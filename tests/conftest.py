@@ -12,13 +12,15 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from jobs import PRUNE, TRAIN, TUNE, run, table_file
+from filelock import FileLock
+from jobs import PRUNE, TRAIN, TUNE, only, run, table_file
 from PIL import Image
 from torch import Tensor, nn
 
 import finetune_dense
 import main_full_global_latency
 from models import Masks
+from training.results import EFFORT
 
 # models are too small to share out: on a busy machine two threads take eight times as long, and they round differently
 os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
@@ -55,9 +57,30 @@ CASES = {  # what a pruned model may lack: axes of which some units go, and bran
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests, and with several workers their files, come first: the last ones to end are short."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Makes a folder once a session, by whichever of several workers needs it first."""
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        with FileLock(root / f"{name}.lock"):
+            if not (done := root / f"{name}.done").exists():
+                make(root / name)
+                done.touch()
+        return root / name
+
+    return once
 
 
 @pytest.fixture(autouse=True)
@@ -140,24 +163,18 @@ def image_folder() -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of a dense, a pruning and a finetuning run, and the latency table."""
-    root = tmp_path_factory.mktemp("runs")
+def make_runs(root: Path) -> None:
+    root.mkdir()
     run(finetune_dense, *TRAIN, "--output_dir", root / "dense")
-    (dense,) = (root / "dense").glob("scratch_*")
-    table = table_file(root / "table.json")
-    run(
-        main_full_global_latency,
-        *PRUNE,
-        "--initial-checkpoint",
-        dense / "ft_checkpoint.pth",
-        "--output_dir",
-        root,
-        "--latency_look_up_table",
-        table,
-    )
-    (pruned,) = root.glob("global_prune_*")
-    run(finetune_dense, *TUNE, "--finetune", pruned)
-    (tuned,) = pruned.glob("ft_dense_*")
-    return dict(root=root, dense=dense, pruned=pruned, tuned=tuned, table=table)
+    flags = ["--initial-checkpoint", only(root / "dense", "scratch_*") / "ft_checkpoint.pth", "--output_dir", root]
+    run(main_full_global_latency, *PRUNE, *flags, "--latency_look_up_table", table_file(root / "table.json"))
+    run(finetune_dense, *TUNE, "--finetune", only(root, "global_prune_*"), effort=EFFORT)
+
+
+@pytest.fixture(scope="session")
+def runs(shared: Callable[..., Path]) -> dict[str, Path]:
+    """Folders of a dense, a pruning and a finetuning run, and the latency table: to be read, not written in."""
+    root = shared("runs", make_runs)
+    pruned = only(root, "global_prune_*")
+    dense, tuned = only(root / "dense", "scratch_*"), only(pruned, "ft_dense_*")
+    return dict(root=root, dense=dense, pruned=pruned, tuned=tuned, table=root / "table.json")

@@ -85,10 +85,10 @@ PRUNE = [
 TUNE = [*PLAIN, "--epochs", "2", "--lr", "4e-3", "--kl_loss_coeff", "10000", "--original_loss_coeff", "1"]
 
 
-def run(script, *flags):
-    """What the run measures at its end, if it does, it measures briefly."""
+def run(script, *flags, effort=QUICK):
+    """What the run measures at its end, if it does, it measures with that effort."""
     args = script.get_args_parser().parse_args([str(f) for f in flags])
-    script.main(args, **({"effort": QUICK} if "effort" in inspect.signature(script.main).parameters else {}))
+    script.main(args, **(dict(effort=effort) if "effort" in inspect.signature(script.main).parameters else {}))
 
 
 def table_file(path):

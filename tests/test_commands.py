@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ import pytest
 import timm
 import torch
 from jobs import MODEL, PLAIN, table_file
+
+from files import checkpoint
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -34,33 +35,11 @@ def execute(words, **environment):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Dense weights of a small DeiT-B, a CNN teacher, a latency table; what the published commands download."""
+def place(runs, tmp_path_factory):
+    """Dense weights of a small DeiT, which a DeiT-B of that size can take, and a CNN teacher, as if downloaded."""
     root = tmp_path_factory.mktemp("commands")
-    execute(
-        [
-            sys.executable,
-            "finetune_dense.py",
-            "--scratch",
-            "--model",
-            BASE,
-            "--model-kwargs",
-            *KWARGS,
-            *PLAIN,
-            "--epochs",
-            "2",
-            "--lr",
-            "1e-2",
-            "--kl_loss_coeff",
-            "0",
-            "--original_loss_coeff",
-            "1",
-            "--output_dir",
-            root / "dense",
-        ]
-    )
-    (dense,) = (root / "dense").glob("*/ft_checkpoint.pth")
-    shutil.copy(dense, root / "dense.pth")
+    dense = checkpoint.load(runs["dense"] / "ft_checkpoint.pth")
+    torch.save(dict(model=dense["model"]), root / "dense.pth")
     torch.save(dict(model=timm.create_model("resnet10t", num_classes=10).state_dict()), root / "cnn.pth")
     table_file(root / "table.json")
     return root

@@ -48,7 +48,14 @@ PARSERS = {
     "tools.show_tokens": show_tokens,
     "benchmarks.tokens": tokens_benchmark,
 }
-OTHERS = {"--disable-pip-version-check", "--version", "--nproc_per_node"}  # of pip, python and torchrun
+OTHERS = {  # of pip, python, torchrun and pytest
+    "--disable-pip-version-check",
+    "--version",
+    "--nproc_per_node",
+    "--maxprocesses",
+    "--dist",
+    "--no-loadscope-reorder",
+}
 
 
 PAGES = ["README.md", "TRAINING.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]

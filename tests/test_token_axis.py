@@ -23,6 +23,7 @@ from pruning.token_counts import probed, shared_out
 from pruning.token_saliency import TokenSaliency
 from pruning.value import ValuePruner
 from runtime.errors import BadArguments
+from training.results import EFFORT
 
 GRID = (4, 4)
 
@@ -310,6 +311,7 @@ def test_a_lean_model_of_full_width_is_not_the_dense_one(job, runs, tmp_path):
         "0",
         "--original_loss_coeff",
         "1",
+        effort=EFFORT,
     )
     summary = json.loads((only(tmp_path, "ft_dense_*") / "summary.json").read_text())
     assert list(summary) == ["finetuned"] and summary["finetuned"]["latency_measured"] < 1
