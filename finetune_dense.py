@@ -13,7 +13,7 @@ from torch import nn
 import options
 from engine import evaluate
 from files import checkpoint
-from models import build_vit, sparsity
+from models import sparsity
 from models.tokens import layers
 from runtime.console import say
 from runtime.errors import Problems
@@ -89,9 +89,9 @@ def _full_model(args: argparse.Namespace, parent: Checkpoint | None) -> FullMode
     source = Source.of(args)
     if parent is None:
         return read_full_model(source, swin=True)
-    if args.model and args.model != parent.arch:
-        raise ValueError(f"--model is {args.model} but {args.finetune} holds {parent.arch}")
-    source = replace(source, model=parent.arch, kwargs=structural_kwargs(parent.kwargs) | args.model_kwargs)
+    if args.model and args.model != parent.arch.name:
+        raise ValueError(f"--model is {args.model} but {args.finetune} holds {parent.arch.name}")
+    source = replace(source, model=parent.arch.name, kwargs=structural_kwargs(parent.arch.kwargs) | args.model_kwargs)
     if args.kl_loss_coeff and not args.eval and not (source.weights or source.pretrained):
         pretrained = bool(parent.args.get("pretrained")) and not parent.origin
         source = replace(source, weights=parent.origin, pretrained=pretrained)
@@ -112,16 +112,16 @@ def _check_classes(args: argparse.Namespace, parent: Checkpoint, data: Data) -> 
 def _model(args: argparse.Namespace, full: FullModel, parent: Checkpoint | None) -> nn.Module:
     drops = drop_rate_kwargs(args)
     if parent is None:
-        return build_vit(full.arch, **full.kwargs | drops) if args.scratch else full.build(**drops)
+        return full.arch.build(**drops) if args.scratch else full.build(**drops)
     if args.scratch:
-        model = build_vit(full.arch, parent.dims, **full.kwargs | drops)
+        model = full.arch.build(parent.dims, **drops)
         if merging := dict(layers(model)):  # where patches merge is structure
             pruned = parent.build()
             for i, tokens in merging.items():
                 tokens.load_state_dict(pruned.blocks[i].tokens.state_dict())
         return model
     model = parent.build(ema=args.use_ema, **drops)
-    if model.num_classes != (classes := full.kwargs["num_classes"]):
+    if model.num_classes != (classes := full.classes):
         say(f"new classifier: {args.finetune} knows {model.num_classes} classes, the data has {classes}")
         model.reset_classifier(classes)
         model.arch_kwargs = model.arch_kwargs | dict(num_classes=classes)
@@ -208,7 +208,7 @@ def sparse(args: argparse.Namespace, run: Run, folder: Path) -> dict[str, Any]:
     if is_main():
         checkpoint.save(
             folder / "ASP_checkpoint.pth",
-            arch=run.full.record,
+            arch=run.full.arch.record,
             dims=dims.to_dict(),
             dim=dims.to_dim(),
             model=model.state_dict(),

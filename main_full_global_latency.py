@@ -14,7 +14,7 @@ import options
 from engine import Precision, Progress, evaluate, train_one_epoch
 from latency.table import LatencyTable
 from loading.loaders import start_epoch
-from models import Masks, is_swin, left_alone, skeleton
+from models import Masks
 from models.tokens import can_be_lean
 from models.vit import TokenLogits
 from pruning.config import load_config
@@ -70,9 +70,9 @@ def run_folder(args: argparse.Namespace, full: FullModel, label: str, cap: int) 
     """As published: the arguments that matter are in the name."""
     data_set = args.data_set.replace("/", "_")
     if args.one_shot:
-        name = f"one_shot_{data_set}_{full.arch}_calib_{args.calib_images}_target_{args.latency_target}"
+        name = f"one_shot_{data_set}_{full.arch.name}_calib_{args.calib_images}_target_{args.latency_target}"
         return Path(args.output_dir) / (name + (f"_tokens_{args.tokens}" if args.tokens else ""))
-    name = f"global_prune_{data_set}_{full.arch}_lr{args.lr}_{label}_{cap}"
+    name = f"global_prune_{data_set}_{full.arch.name}_lr{args.lr}_{label}_{cap}"
     if args.latency_target is not None:
         name += f"_lat_{args.latency_regularization}_target_{args.latency_target}"
     for target in ("latency_target_ms", "macs_target", "params_target"):
@@ -98,7 +98,7 @@ def _prune_dict(text: str) -> tuple[str, int]:
 def _load_table(args: argparse.Namespace, full: FullModel) -> LatencyTable:
     table = LatencyTable.load(args.latency_look_up_table)
     table.check_covers(full.dims)
-    if not args.tokens or is_swin(full.arch):
+    if not args.tokens or full.arch.is_swin:
         return table
     if not table.tokens:
         raise ValueError(
@@ -156,7 +156,7 @@ def check_args(args: argparse.Namespace) -> Setup:
     problems.attempt(full.check_classifier)
     if args.tokens == "content":
         full = full.with_kwargs(content_merge=True)
-    if args.tokens and args.one_shot and can_be_lean(skeleton(full.arch, **full.kwargs)):
+    if args.tokens and args.one_shot and can_be_lean(full.arch.skeleton):
         full = full.with_kwargs(lean_last=True)
     model = problems.attempt(full.build, **drop_rate_kwargs(args))
     cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
@@ -177,8 +177,8 @@ def check_args(args: argparse.Namespace) -> Setup:
     if dead:
         warn(f"{args.pruning_config}: as in the published code, these keys have no effect: {', '.join(dead)}")
     results.warn_of_other_conditions(table, device, make_precision(args, device).dtype)
-    for axis, reason in left_alone(full.arch, **full.kwargs).items():
-        say(f"{full.arch}: {axis} is left alone: {reason}")
+    for axis, reason in full.arch.left_alone.items():
+        say(f"{full.arch.name}: {axis} is left alone: {reason}")
     if (cleaned := table.monotone_report()).raised:
         say(
             f"latency table: {cleaned.raised} of {cleaned.values} values lie below that of a narrower layer, by up to "

@@ -13,9 +13,9 @@ from torch import nn
 import options
 from engine import evaluate
 from files import checkpoint
-from latency.whole import measured_ratios
+from latency.whole import measure_ratios
 from loading import shards
-from models import Masks, ViTDims, macs, params, skeleton
+from models import Masks, ViTDims, macs, params
 from models.tokens import train_matrices_
 from pruning import pm_vit
 from recipes import calibration, pm_vit_options
@@ -86,7 +86,7 @@ def prune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
     path = run.folder / "pruned_checkpoint.pth"
     checkpoint.save(
         path,
-        arch=dict(name=small.arch, kwargs=structural_kwargs(small.arch_kwargs) | run.full.kwargs),
+        arch=dict(name=small.arch, kwargs=structural_kwargs(small.arch_kwargs) | run.full.arch.kwargs),
         dims=small.dims.to_dict(),
         dim=small.dims.to_dim(),
         model=small.state_dict(),
@@ -138,10 +138,10 @@ def evaluated(args: argparse.Namespace, run: Run) -> None:
 
 def speed(args: argparse.Namespace, full: FullModel, dims: ViTDims, device: torch.device) -> None:
     """Images per second of the dense and of the compressed model, interleaved; both with fused attention."""
-    ratios, seconds = measured_ratios(full.arch, full.kwargs, [dims], args.batch_size, device, compiled=args.compile)
+    ratios, seconds = measure_ratios(full.arch, [dims], args.batch_size, device, compiled=args.compile)
     dense = args.batch_size / seconds
     say(
-        f"{full.arch}, batch {args.batch_size}, fp32, {device_name(device)}: dense {dense:,.1f} images/s, "
+        f"{full.arch.name}, batch {args.batch_size}, fp32, {device_name(device)}: dense {dense:,.1f} images/s, "
         f"compressed {dense / ratios[0]:,.1f} images/s, {1 / ratios[0]:.2f}x"
     )
 
@@ -199,7 +199,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
     if args.speed_only:
         dims = run.model.dims
         if not steps.is_compressed(run.full, dims):
-            dims = pm_vit.uniform(dims, args.keep_rate, skeleton(run.full.arch, **run.full.kwargs).num_prefix_tokens)
+            dims = pm_vit.uniform(dims, args.keep_rate, run.full.arch.prefix)
         speed(args, run.full, dims, run.device)
     elif args.eval:
         evaluated(args, run)

@@ -9,6 +9,7 @@ import options
 from engine import evaluate
 from files import checkpoint
 from models import compact
+from models.arch import Arch
 from models.vit import TokenLogits
 from pruning.gates import COMPONENTS
 from pruning.interaction import FORMS
@@ -231,7 +232,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
     model, start = setup.model, setup.model.dims
     precision = make_precision(args, setup.device)
     before = evaluate(TokenLogits(model), setup.data.val, precision, args.dist_eval)["acc1"]
-    say(f"before: top-1 {before:.2f}, {savit_log.complexity(model.arch, start, model.arch_kwargs)}")
+    say(f"before: top-1 {before:.2f}, {savit_log.complexity(Arch.of_model(model), start)}")
     provenance.record(args, setup.folder, setup.device, setup.data, {})
 
     # ---------------------------------------------------------------- score
@@ -258,7 +259,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
     dims = masks.dims
     checkpoint.save(
         setup.folder / "pruned_checkpoint.pth",
-        arch=setup.full.record,
+        arch=setup.full.arch.record,
         dims=dims.to_dict(),
         dim=dims.to_dim(),
         masks=masks.state_dict(),

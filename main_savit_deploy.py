@@ -86,9 +86,11 @@ def _add_distillation_args(parser: argparse.ArgumentParser) -> None:
 
 def _full_model(args: argparse.Namespace, parent: Checkpoint) -> FullModel:
     """The full-size model that was pruned, with the weights to distil from where that is asked for."""
-    if args.model and args.model.removesuffix("_deploy") != parent.arch:
-        raise ValueError(f"--model is {args.model} but {args.masked_model} holds {parent.arch}")
-    source = replace(Source.of(args), model=parent.arch, kwargs=structural_kwargs(parent.kwargs) | args.model_kwargs)
+    if args.model and args.model.removesuffix("_deploy") != parent.arch.name:
+        raise ValueError(f"--model is {args.model} but {args.masked_model} holds {parent.arch.name}")
+    source = replace(
+        Source.of(args), model=parent.arch.name, kwargs=structural_kwargs(parent.arch.kwargs) | args.model_kwargs
+    )
     if args.distillation_type_full != "none" and not (source.weights or source.pretrained):
         source = replace(source, weights=parent.origin)
     return read_full_model(source)
@@ -101,9 +103,9 @@ def _teacher(args: argparse.Namespace, full: FullModel) -> FullModel:
         if not full.has_weights:
             raise ValueError("--distillation-type-full: no full model to distil from: give --teacher-path-full FILE")
         return full
-    model = args.teacher_model_full or (None if path else full.arch)
+    model = args.teacher_model_full or (None if path else full.arch.name)
     teacher = read_full_model(Source(model, weights=path, pretrained=not path))
-    return teacher.with_kwargs(num_classes=full.kwargs["num_classes"])
+    return teacher.with_kwargs(num_classes=full.classes)
 
 
 def _model(args: argparse.Namespace, parent: Checkpoint, classes: int) -> nn.Module:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import options
-from models import ViTDims, build_vit
+from models import ViTDims
 from models.pretrained import read_dims
 from models.redistribution import RULES, redistributed
 from runtime.errors import Problems
@@ -85,7 +85,7 @@ def check_args(args: argparse.Namespace) -> Run:
     data = problems.attempt(load_data, args, full.image_size)
     problems.raise_if_any()
     full = full.with_kwargs(num_classes=data.classes)
-    model = build_vit(full.arch, dims, **full.kwargs | drop_rate_kwargs(args))
+    model = full.arch.build(dims, **drop_rate_kwargs(args))
     run = Run(device, full, data, model, origin=full.path)
     if args.kl_loss_coeff:
         run.teacher = problems.attempt(load_full_teacher, full, device)

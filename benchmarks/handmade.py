@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from latency.measure import DTYPES, interleaved, ratio, stopwatch, warm_up
 from latency.points import random_dims
-from latency.whole import fresh, images_for
-from models import ViTDims, skeleton
+from latency.whole import build_random, random_images
+from models import Arch, ViTDims, skeleton
 from options.parser import key_values
 from runtime.console import table
 from runtime.device import device_name
@@ -114,9 +114,10 @@ class HandViT(nn.Module):
 def compare(args: argparse.Namespace, kwargs: dict, dims: ViTDims) -> tuple[float, float, float]:
     """Medians over builds: throughput of ours over by hand, of ours over the dense model; difference of the logits."""
     device, dtype, found, kept = torch.device(args.device), DTYPES[args.dtype], [], []
-    images = images_for(args.model, kwargs, args.batch_size, device)
+    arch = Arch.of(args.model, **kwargs)
+    images = random_images(arch, args.batch_size, device)
     for _ in range(BUILDS):
-        dense, ours, hand = (fresh(args.model, d, kwargs, device) for d in (None, dims, dims))
+        dense, ours, hand = (build_random(arch, d, device) for d in (None, dims, dims))
         hand.load_state_dict(ours.state_dict())
         models = dict(dense=dense, ours=ours, again=dense, hand=HandViT(hand).to(dtype))  # both after the same model
         for block, b in zip(models["hand"].blocks, dims.blocks, strict=True):

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from latency.table import LatencyTable
-from latency.whole import BUILDS, ROUNDS, images_for, measured_ratios
-from models import Masks, ViTDims, build_vit, macs, params
+from latency.whole import BUILDS, ROUNDS, measure_ratios, random_images
+from models import Arch, Masks, ViTDims, build_vit, macs, params
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner
 from pruning.saliency import Saliency
@@ -51,7 +51,7 @@ def saliency(arch: str, kwargs: dict, device: torch.device) -> dict[str, torch.T
     model = build_vit(arch, **kwargs).to(device).train()
     scores = Saliency(model, model.dims, "taylor_sq", 0.9)
     for _ in range(WINDOW):
-        images = images_for(arch, kwargs, STEP_IMAGES, device)
+        images = random_images(Arch.of(arch, **kwargs), STEP_IMAGES, device)
         labels = torch.randint(model.num_classes, (STEP_IMAGES,), device=device)
         model.zero_grad(set_to_none=True)
         torch.nn.functional.cross_entropy(model(images), labels).backward()
@@ -87,8 +87,8 @@ def main(args: argparse.Namespace) -> None:
     chosen = [choose(lut, dense, scores, target, args)[0] for target in args.targets]
     for target, dims in zip(args.targets, chosen, strict=True) if args.dims_dir else ():
         (Path(args.dims_dir) / f"dims_{target}.json").write_text(json.dumps(dims.to_dict()))
-    ratios, seconds = measured_ratios(
-        arch, kwargs, chosen, batch, device, dtype, bool(compiled), rounds=args.rounds, builds=args.builds
+    ratios, seconds = measure_ratios(
+        Arch.of(arch, **kwargs), chosen, batch, device, dtype, bool(compiled), rounds=args.rounds, builds=args.builds
     )
     rows = []
     for target, dims, measured in zip(args.targets, chosen, ratios, strict=True):

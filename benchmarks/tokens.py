@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.rows import append, read, spread
 from latency.measure import DTYPES, interleaved, ratio, settle_allocator
-from latency.whole import fresh, images_for
-from models import Masks, TokenLogits, ViTDims, build_vit, skeleton
+from latency.whole import build_random, random_images
+from models import Arch, Masks, TokenLogits, ViTDims, build_vit, skeleton
 from models.pretrained import load_initial_, read_initial
 from models.tokens import layers, streamline_
 from pruning import pm_vit
@@ -95,7 +95,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def by_content(arch: str, keep_rate: float, device: torch.device) -> nn.Module:
     """A model with random weights, the same share of patches left in every block, merged by content."""
     dims = pm_vit.uniform(ViTDims.of(parent := skeleton(arch)), keep_rate, parent.num_prefix_tokens)
-    return streamline_(fresh(arch, dims, dict(content_merge=True), device))
+    return streamline_(build_random(Arch.of(arch, content_merge=True), dims, device))
 
 
 def with_structure(arch: str, keep_rate: float, device: torch.device, way: str | None = None) -> nn.Module:
@@ -105,7 +105,7 @@ def with_structure(arch: str, keep_rate: float, device: torch.device, way: str |
     ranks = torch.rand(1, patches, generator=torch.Generator().manual_seed(0)).expand(depth, -1)
     structure = pm_vit.chosen(ranks, range(depth), min(0.1, 1 - keep_rate), keep_rate)
     dims = pm_vit.compressed_dims(ViTDims.of(parent), structure, prefix)
-    model = fresh(arch, dims, {}, device)
+    model = build_random(Arch.of(arch), dims, device)
     for i, tokens in layers(model):
         found = pm_vit.assigned(structure, i, parent.patch_embed.grid_size, prefix, pm_vit.Merging())
         tokens.set(*(t.to(device) for t in found))
@@ -119,11 +119,13 @@ def speed(args: argparse.Namespace) -> None:
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     print(f"batch {args.batch_size}, {args.dtype}, eager, {device_name(device).removesuffix(threads)}{threads}")
     for arch in args.models:
-        images = images_for(arch, {}, args.batch_size, device)
+        images = random_images(Arch.of(arch), args.batch_size, device)
         models = {f"{k:g}": with_structure(arch, k, device) for k in args.keep_rates}
         models |= {"0.6 as products": with_structure(arch, 0.6, device, way="products")}
         models |= {f"{k:g} by content": by_content(arch, k, device) for k in args.keep_rates}
-        timings = interleaved(dict(dense=fresh(arch, None, {}, device)) | models, images, args.rounds, dtype=args.dtype)
+        timings = interleaved(
+            dict(dense=build_random(Arch.of(arch), None, device)) | models, images, args.rounds, dtype=args.dtype
+        )
         lines = []
         for name in models:
             found = ratio(timings["dense"], timings[name])

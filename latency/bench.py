@@ -7,15 +7,14 @@ import random
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from latency.measure import DTYPES, WARM_UP, caller, settle_allocator, stopwatch, warm_up
 from latency.points import branches
+from models.arch import Arch
 from models.dims import BlockDims, ViTDims
-from models.vit import build_vit, skeleton
 
 PASS_SECONDS = dict(cpu=0.0, cuda=0.006)  # what a pass of a branch lasts at least: one call on a CPU
 PASSES = 2  # of which the quickest counts
@@ -51,22 +50,21 @@ class Bench:
     Keys are those of `points.branches` and ("overhead", "EMB_96"): what is outside the blocks. The full-width block is
     the reference, measured again and again in between: it tells the machine's drift, and when others use it.
 
-    grid: points of embed, heads, qk, v, mlp and maybe tokens; kwargs: timm's, of the model `arch`.
+    grid: points of embed, heads, qk, v, mlp and maybe tokens.
     """
 
     def __init__(
         self,
-        arch: str,
-        kwargs: dict[str, Any],
+        arch: Arch,
         grid: dict[str, list[int]],
         batch: int,
         device: str,
         dtype: str,
         compiled: bool,
     ) -> None:
-        parent = skeleton(arch, **kwargs)
+        parent = arch.skeleton
         self._begin(parent, batch, device, dtype, compiled)
-        self.arch, self.kwargs, self.dims = arch, kwargs, (dims := ViTDims.of(parent))
+        self.arch, self.dims = arch, (dims := arch.dims)
         tokens = dims.blocks[0].tokens
         counts = grid.get("tokens", [tokens])
         streams = {(e, n): self._random(batch, n, e) for e in grid["embed"] for n in counts}  # B N E
@@ -74,7 +72,7 @@ class Bench:
         planned = list(branches(grid, tokens))
         for embed in grid["embed"]:
             chosen = [(key, d) for key, e, d in planned if e == embed and key[0] != "tokens"]
-            modules = _without_storage(arch, kwargs, embed, [replace(d, tokens=tokens) for _, d in chosen])
+            modules = _without_storage(arch, embed, [replace(d, tokens=tokens) for _, d in chosen])
             kinds: dict[tuple[str, int], list[nn.Module]] = {}
             for (key, d), module in zip(chosen, modules, strict=True):
                 kinds.setdefault((key[0], d.tokens), []).append(pool.fill(module))
@@ -82,12 +80,12 @@ class Bench:
                 self._points[key] = module, streams[embed, d.tokens], others, streams[embed, d.tokens]
             others, stream = kinds["mlp", tokens], streams[embed, tokens]
             for key, d in ((key, d) for key, e, d in planned if e == embed and key[0] == "tokens"):
-                merging = build_vit(arch, ViTDims(embed, (d,)), **kwargs).blocks[0].to(self.device, self.dtype).eval()
+                merging = arch.build(ViTDims(embed, (d,))).blocks[0].to(self.device, self.dtype).eval()
                 self._points[key] = merging, stream, others, stream
-            outside = build_vit(arch, ViTDims(embed, ()), **kwargs).to(self.device, self.dtype).eval()
+            outside = arch.build(ViTDims(embed, ())).to(self.device, self.dtype).eval()
             key = "overhead", f"EMB_{embed}"
             self._points[key] = outside, self.images, others, stream
-        block = _without_storage(arch, kwargs, dims.embed, dims.blocks[:1])
+        block = _without_storage(arch, dims.embed, dims.blocks[:1])
         self._reference = caller(pool.fill(block), self._random(batch, tokens, dims.embed), compiled=False)
         with torch.inference_mode():
             warm_up(self._reference, self.device, WARM_UP[device])
@@ -144,6 +142,6 @@ class Bench:
         return found
 
 
-def _without_storage(arch: str, kwargs: dict[str, Any], embed: int, blocks: Iterable[BlockDims]) -> nn.Sequential:
+def _without_storage(arch: Arch, embed: int, blocks: Iterable[BlockDims]) -> nn.Sequential:
     with torch.device("meta"):
-        return build_vit(arch, ViTDims(embed, tuple(blocks)), **kwargs).blocks.eval()
+        return arch.build(ViTDims(embed, tuple(blocks))).blocks.eval()

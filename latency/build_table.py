@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,10 @@ from latency.samples import NOISY, Progress, sample_all
 from latency.stage import PUBLISHED_POINTS
 from latency.swin_bench import SwinBench
 from latency.table import STAGE, LatencyTable
-from latency.whole import measured_ratios
-from models import SwinDims, dims_of, is_swin, left_alone, skeleton
+from latency.whole import measure_ratios
+from models import Arch, SwinDims
 from models.pretrained import read_initial
 from models.swin_dims import Dims
-from models.tokens import plain
 from options.parser import key_values
 from runtime.console import complain, say_next, say_result
 from runtime.device import device_name
@@ -97,19 +97,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parent_of(args: argparse.Namespace) -> tuple[str, dict[str, Any], Dims]:
-    """The timm name, arguments and widths of the model: points are of blocks in which every token asks, however a
-    checkpoint compresses them. Raises ValueError (ModelError for an unknown model)."""
-    arch, kwargs = args.model, {}
+def read_arch(args: argparse.Namespace) -> Arch:
+    """The model: points are of blocks in which every token asks, however a checkpoint compresses them.
+
+    Raises ValueError (ModelError for an unknown model).
+    """
+    name, kwargs = args.model, {}
     if args.initial_checkpoint:
         stored, kwargs, _ = read_initial(args.initial_checkpoint)
-        arch = arch or stored
-    if not arch:
+        name = name or stored
+    if not name:
         raise ValueError("--model or --initial-checkpoint is needed")
-    kwargs = plain(kwargs | key_values(args.model_kwargs, "--model-kwargs"))
-    kwargs |= dict(content_merge=True) if args.merge == "content" and not is_swin(arch) else {}
-    kwargs |= {k: v for k, v in dict(img_size=args.input_size, num_classes=args.num_classes).items() if v is not None}
-    return arch, kwargs, dims_of(skeleton(arch, **kwargs))
+    arch = Arch.of(name, **kwargs | key_values(args.model_kwargs, "--model-kwargs")).plain
+    sizes = {k: v for k, v in dict(img_size=args.input_size, num_classes=args.num_classes).items() if v is not None}
+    arch = replace(arch.with_kwargs(**sizes), merge="place" if arch.is_swin else args.merge)
+    return arch
 
 
 def grid_for(
@@ -154,10 +156,10 @@ def runtime_of(args: argparse.Namespace) -> OnnxRuntime | Command | None:
     raise ValueError("--runtime must be onnxruntime, or command 'CMD {onnx}'; not " + " ".join(args.runtime))
 
 
-def _check_plain(args: argparse.Namespace, arch: str) -> None:
+def _check_plain(args: argparse.Namespace, arch: Arch) -> None:
     """Raises ValueError where a flag is for plain ViTs and the model is none."""
-    if is_swin(arch) and (flags := [f"--{name}" for name in ("tokens", "runtime") if getattr(args, name)]):
-        raise ValueError(f"{' and '.join(flags)}: for plain ViTs, not for {arch}, a Swin Transformer")
+    if arch.is_swin and (flags := [f"--{name}" for name in ("tokens", "runtime") if getattr(args, name)]):
+        raise ValueError(f"{' and '.join(flags)}: for plain ViTs, not for {arch.name}, a Swin Transformer")
 
 
 def problems(args: argparse.Namespace) -> list[str]:
@@ -180,12 +182,13 @@ def problems(args: argparse.Namespace) -> list[str]:
     if not os.access(folder, os.W_OK) or Path(args.output).is_dir():
         missing = "" if folder.is_dir() else f": there is no folder {folder}"
         found.append(f"--output: cannot write {args.output}{missing}")
-    model = _attempt(found, parent_of, args)
+    arch = _attempt(found, read_arch, args)
     prefix = 0
-    if model:
-        _attempt(found, _check_plain, args, model[0])
-        prefix = getattr(skeleton(model[0], **model[1]), "num_prefix_tokens", 0)
-    _attempt(found, grid_for, args, model and model[2], (), prefix)
+    dims = _attempt(found, lambda: arch.dims) if arch else None  # None: there is no such model
+    if dims:
+        _attempt(found, _check_plain, args, arch)
+        prefix = arch.prefix
+    _attempt(found, grid_for, args, dims, (), prefix)
     _attempt(found, runtime_of, args)
     return found
 
@@ -199,16 +202,15 @@ def _attempt(found: list[str], check: Callable, *args: Any) -> Any:
         return None
 
 
-def settings_of(args: argparse.Namespace, arch: str, kwargs: dict[str, Any], grid: dict) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, arch: Arch, grid: dict) -> dict[str, Any]:
     """What the measurements depend on: the table's `_meta`, and what an interrupted run must share to be continued."""
-    parent = skeleton(arch, **kwargs)
-    tokens, where = [stage.blocks[0].tokens for stage in dims_of(parent).stages], runtime_of(args)
+    tokens, where = [stage.blocks[0].tokens for stage in arch.dims.stages], runtime_of(args)
     return dict(
-        model=arch,
-        model_kwargs=kwargs,
+        model=arch.name,
+        model_kwargs=arch.kwargs,
         batch=args.batch_size,
-        img_size=list(parent.patch_embed.img_size),
-        tokens=tokens if is_swin(arch) else tokens[0],
+        img_size=list(arch.skeleton.patch_embed.img_size),
+        tokens=tokens if arch.is_swin else tokens[0],
         dtype=args.dtype,
         device=where.device if where else device_name(args.device),
         runtime=where.name if where else "torch",
@@ -240,21 +242,20 @@ def _share(spread: float) -> str:
 
 def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
     """The measured table, saved, and the number of points measured. Continues an interrupted run."""
-    arch, kwargs, dims = parent_of(args)
-    fixed = left_alone(arch, **kwargs)
+    arch = read_arch(args)
+    dims, fixed = arch.dims, arch.left_alone
     grid, where = grid_for(args, dims, fixed), runtime_of(args)
-    progress = Progress(args.output, settings := settings_of(args, arch, kwargs, grid))
+    progress = Progress(args.output, settings := settings_of(args, arch, grid))
     if where:
-        bench = RuntimeBench(arch, kwargs, grid, args.batch_size, args.dtype, where)
-        measure = bench.measured_ratios
+        bench = RuntimeBench(arch, grid, args.batch_size, args.dtype, where)
+        measure = bench.measure_ratios
     else:
-        kind = SwinBench if is_swin(arch) else Bench
-        bench = kind(arch, kwargs, grid, args.batch_size, args.device, args.dtype, args.compile)
+        kind = SwinBench if arch.is_swin else Bench
+        bench = kind(arch, grid, args.batch_size, args.device, args.dtype, args.compile)
 
         def measure(chosen: Sequence[Dims]) -> tuple[np.ndarray, float]:
-            return measured_ratios(
+            return measure_ratios(
                 arch,
-                kwargs,
                 chosen,
                 args.batch_size,
                 bench.device,
@@ -335,7 +336,7 @@ def say_end(args: argparse.Namespace, table: LatencyTable, points: int, seconds:
         f"main_full_global_latency.py {shlex.join(model)} --data-path IMAGES {how} "
         f"--latency_look_up_table {shlex.quote(args.output)} --latency_target 0.5 --output_dir runs",
     )
-    dense = 1e3 * table.model_seconds(parent_of(args)[2])
+    dense = 1e3 * table.model_seconds(read_arch(args).dims)
     say_result(
         f"{args.output}: {points} points in {seconds:.0f} s; dense model {dense:.2f} ms per batch of {args.batch_size}"
     )

@@ -21,8 +21,8 @@ import options
 from files import checkpoint
 from latency.kernels import attention_kernels
 from latency.measure import DTYPES, Timing, compile_mode, interleaved, ratio
-from latency.whole import fresh
-from models import build_vit
+from latency.whole import build_random
+from models import Arch
 from models.pretrained import from_checkpoint, read_dims, read_initial
 from runtime.console import say, table
 from runtime.device import device_name
@@ -64,22 +64,22 @@ def get_args_parser() -> argparse.ArgumentParser:
 def load(name: str) -> nn.Module:
     """The model that a checkpoint or a timm name stands for, in eval mode. Raises ValueError."""
     if not Path(name).exists() and timm.is_model(name):
-        return fresh(name, None, {}, torch.device("cpu"))
+        return build_random(Arch.of(name), None, torch.device("cpu"))
     content = checkpoint.read(name)
     if "format" in content:
         return from_checkpoint(checkpoint.load(name), name).eval()
     arch, kwargs, state = read_initial(name)
     if not arch:
         raise ValueError(f"{name} does not say its architecture; it needs the keys arch, kwargs and model")
-    model = build_vit(arch, **kwargs)
+    model = Arch.of(arch, **kwargs).build()
     model.load_state_dict(state)
     return model.eval()
 
 
-def narrowed(parent: nn.Module | None, path: str) -> nn.Module | None:
+def narrow(parent: nn.Module | None, path: str) -> nn.Module | None:
     """The parent's architecture with the widths of a dims.json. Raises ValueError."""
     dims = read_dims(path)
-    return parent and fresh(parent.arch, dims, parent.arch_kwargs, torch.device("cpu"))
+    return parent and build_random(Arch.of_model(parent), dims, torch.device("cpu"))
 
 
 def check_args(args: argparse.Namespace) -> dict[str, nn.Module]:
@@ -96,7 +96,7 @@ def check_args(args: argparse.Namespace) -> dict[str, nn.Module]:
         problems.add("the same model is named twice")
     models = {args.models[0]: (first := problems.attempt(load, args.models[0]))}
     for name in args.models[1:]:
-        how = (narrowed, first, name) if name.endswith(".json") else (load, name)
+        how = (narrow, first, name) if name.endswith(".json") else (load, name)
         models[name] = problems.attempt(*how)
     sizes = {name: m.patch_embed.img_size for name, m in models.items() if m is not None}
     if len(set(sizes.values())) > 1:

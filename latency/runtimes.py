@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from latency.measure import DTYPES
 from latency.points import branches
-from latency.whole import fresh, images_for
+from latency.whole import build_random, random_images
+from models.arch import Arch
 from models.dims import ViTDims
-from models.vit import Attention, skeleton
+from models.vit import Attention
 from runtime.device import device_name
 
 WARM_UP, SAMPLE_SECONDS = 3, 0.02
@@ -149,17 +150,16 @@ class RuntimeBench:
 
     def __init__(
         self,
-        arch: str,
-        kwargs: dict[str, Any],
+        arch: Arch,
         grid: dict[str, list[int]],
         batch: int,
         dtype: str,
         runtime: OnnxRuntime | Command,
     ) -> None:
-        self.arch, self.kwargs, self.batch, self.dtype, self.runtime = arch, kwargs, batch, DTYPES[dtype], runtime
+        self.arch, self.batch, self.dtype, self.runtime = arch, batch, DTYPES[dtype], runtime
         self.clock: list[float] = []
         self._folder, self._numbers = tempfile.TemporaryDirectory(), count()
-        self.tokens = ViTDims.of(skeleton(arch, **kwargs)).blocks[0].tokens
+        self.tokens = arch.dims.blocks[0].tokens
         self._points = {key: (embed, block) for key, embed, block in branches(grid, self.tokens)}
         self._points |= {("overhead", f"EMB_{embed}"): (embed, None) for embed in grid["embed"]}
 
@@ -183,17 +183,17 @@ class RuntimeBench:
         embed, block = self._points[key]
         merges = key[0] == "tokens"
         built = block and (block if merges else replace(block, tokens=self.tokens))
-        model = fresh(self.arch, ViTDims(embed, (built,) if block else ()), self.kwargs, torch.device("cpu"))
+        model = build_random(self.arch, ViTDims(embed, (built,) if block else ()), torch.device("cpu"))
         x = torch.randn(self.batch, self.tokens if merges else block.tokens, embed) if block else self._images()
         timer = self._timer(model.blocks[0] if block else model, x)
         return [(timer(), len(self.clock) - 1) for _ in range(times)]
 
     def _images(self) -> Tensor:
-        return images_for(self.arch, self.kwargs, self.batch, torch.device("cpu"))
+        return random_images(self.arch, self.batch, torch.device("cpu"))
 
-    def measured_ratios(self, chosen: Sequence[ViTDims]) -> tuple[np.ndarray, float]:
+    def measure_ratios(self, chosen: Sequence[ViTDims]) -> tuple[np.ndarray, float]:
         """(latency of every architecture over the dense model's, seconds per batch of the dense model), in turn."""
-        models = (fresh(self.arch, dims, self.kwargs, torch.device("cpu")) for dims in (None, *chosen))
+        models = (build_random(self.arch, dims, torch.device("cpu")) for dims in (None, *chosen))
         timers = [self._timer(model, self._images()) for model in models]
         rounds = np.array([[timer() for timer in timers] for _ in range(MODEL_ROUNDS)])
         return np.median(rounds[:, 1:] / rounds[:, :1], axis=0), float(np.median(rounds[:, 0]))

@@ -13,8 +13,9 @@ from latency.bench import OTHER, Bench, _Pool
 from latency.measure import WARM_UP, caller, warm_up
 from latency.points import branches
 from latency.table import STAGE
+from models.arch import Arch
 from models.dims import BlockDims
-from models.swin import Block, stem_of, swin_skeleton, tail_of
+from models.swin import Block, stem_of, tail_of
 from models.swin_dims import SwinDims
 from models.vit import LayerNorm
 
@@ -33,15 +34,14 @@ class SwinBench(Bench):
 
     def __init__(
         self,
-        arch: str,
-        kwargs: dict[str, Any],
+        arch: Arch,
         grids: dict[str, dict[str, list[int]]],
         batch: int,
         device: str,
         dtype: str,
         compiled: bool,
     ) -> None:
-        self.parent = parent = swin_skeleton(arch, **kwargs)
+        self.parent = parent = arch.skeleton
         self._begin(parent, batch, device, dtype, compiled)
         self.dims, self.norm = SwinDims.of(parent), partial(LayerNorm, eps=parent.norm.eps)
         self.pool = _Pool(2 * sum(p.numel() + 64 for p in parent.layers.parameters()), self.device, self.dtype)

@@ -24,8 +24,8 @@ from latency.fit import chosen_for_fit, corrected, fit
 from latency.measure import DTYPES
 from latency.points import random_dims
 from latency.table import LatencyTable
-from latency.whole import BUILDS, ROUNDS, measured_ratios
-from models import dims_of, left_alone, skeleton
+from latency.whole import BUILDS, ROUNDS, measure_ratios
+from models import Arch
 from models.pretrained import read_dims
 from models.swin_dims import Dims
 from options.parser import key_values
@@ -74,14 +74,14 @@ class Check:
 
     def __init__(self, args: argparse.Namespace, lut: LatencyTable) -> None:
         meta = lut.meta
-        self.lut, self.arch = lut, args.model or meta.get("model")
-        if not self.arch:
+        self.lut, name = lut, args.model or meta.get("model")
+        if not name:
             raise ValueError(f"{lut.name} does not name its model: give --model, and --batch-size")
         if meta.get("runtime", "torch") != "torch":
             raise ValueError(f"{lut.name} was measured by {meta['runtime']}; models are measured here with torch")
-        self.kwargs = (meta.get("model_kwargs") or {}) | key_values(args.model_kwargs, "--model-kwargs")
-        self.dense = dims_of(skeleton(self.arch, **self.kwargs))
-        self.fixed = left_alone(self.arch, **self.kwargs)
+        kwargs = (meta.get("model_kwargs") or {}) | key_values(args.model_kwargs, "--model-kwargs")
+        self.arch = Arch.of(name, **kwargs)
+        self.dense, self.fixed = self.arch.dims, self.arch.left_alone
         lut.check_covers(self.dense)
         self.batch, self.dtype = args.batch_size or meta.get("batch"), meta.get("dtype", "fp32")
         if not isinstance(self.batch, int) or self.batch < 1:
@@ -93,9 +93,8 @@ class Check:
 
     def measure(self, chosen: list[Dims]) -> tuple[np.ndarray, float]:
         """(measured ratios to dense, seconds of the dense model)."""
-        return measured_ratios(
+        return measure_ratios(
             self.arch,
-            self.kwargs,
             chosen,
             self.batch,
             self.device,
@@ -140,7 +139,7 @@ def check_args(args: argparse.Namespace) -> tuple[Check, list[Dims]]:
     given = [problems.attempt(read_dims, path) for path in args.dims]
     for dims in given if check else ():
         if dims and len(dims.blocks) != len(check.dense.blocks):
-            problems.add(f"a dims.json has {len(dims.blocks)} blocks, {check.arch} has {len(check.dense.blocks)}")
+            problems.add(f"a dims.json has {len(dims.blocks)} blocks, {check.arch.name} has {len(check.dense.blocks)}")
         elif dims:
             problems.attempt(lut.check_covers, dims)
     problems.raise_if_any()
@@ -163,7 +162,7 @@ def report(check: Check, names: list[str], chosen: list[Dims], plot: str | Path)
         f"{errors.mean():+.1%}; dense model predicted {1e3 * check.lut.model_seconds(check.dense):.2f} ms, measured "
         f"{1e3 * dense_seconds:.2f} ms; {conditions}"
     )
-    draw(predicted, measured, f"{check.arch}\n{conditions}", plot)
+    draw(predicted, measured, f"{check.arch.name}\n{conditions}", plot)
     say(f"plot: {plot}")
 
 

@@ -7,15 +7,14 @@ memory they lie, so every one is built several times.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from latency.measure import interleaved, ratio
-from models.arch import Model, skeleton, without_weights
+from models.arch import Arch, Model, build_empty
 from models.swin_dims import Dims
-from models.tokens import layers, plain
+from models.tokens import layers
 
 BUILDS, ROUNDS = 3, 7
 TOGETHER = 4  # models measured in turn with one dense model
@@ -23,9 +22,9 @@ AGREE = 0.06  # relative difference between builds up to which they agree
 
 
 @torch.no_grad()
-def fresh(arch: str, dims: Dims | None, kwargs: dict[str, Any], device: torch.device) -> Model:
+def build_random(arch: Arch, dims: Dims | None, device: torch.device) -> Model:
     """A model with small random weights."""
-    model = without_weights(arch, dims, device, **kwargs)
+    model = build_empty(arch, dims, device)
     for parameter in model.parameters():
         parameter.uniform_(-0.04, 0.04)
     for _, tokens in layers(model):
@@ -33,15 +32,14 @@ def fresh(arch: str, dims: Dims | None, kwargs: dict[str, Any], device: torch.de
     return model.eval()
 
 
-def images_for(arch: str, kwargs: dict[str, Any], batch: int, device: torch.device) -> torch.Tensor:
+def random_images(arch: Arch, batch: int, device: torch.device) -> torch.Tensor:
     """Random images (B, channels, H, W) of the model's size."""
-    stem = skeleton(arch, **kwargs).patch_embed
+    stem = arch.skeleton.patch_embed
     return torch.randn(batch, stem.proj.in_channels, *stem.img_size, device=device)
 
 
-def measured_ratios(
-    arch: str,
-    kwargs: dict[str, Any],
+def measure_ratios(
+    arch: Arch,
     chosen: Sequence[Dims],
     batch: int,
     device: torch.device,
@@ -57,14 +55,14 @@ def measured_ratios(
     Where builds disagree by more than `AGREE`, the architecture is measured in up to as many more. `progress` wraps the
     groups that are measured one after another.
     """
-    images = images_for(arch, kwargs, batch, device)
+    images = random_images(arch, batch, device)
     ratios: list[list[float]] = [[] for _ in chosen]
     dense_seconds, kept = [], None
 
     def measure(members: Sequence[int]) -> None:
         nonlocal kept
-        models = {str(i): fresh(arch, chosen[i], kwargs, device) for i in members}
-        models["dense"] = fresh(arch, None, plain(kwargs), device)
+        models = {str(i): build_random(arch, chosen[i], device) for i in members}
+        models["dense"] = build_random(arch.plain, None, device)
         kept = (models, kept and kept[0])  # while the last ones are held, the next lie elsewhere
         timings = interleaved(models, images, rounds, dtype=dtype, compiled=compiled)
         for i in members:

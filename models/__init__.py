@@ -1,8 +1,7 @@
 """Vision Transformers, plain and Swin, with free widths: architecture as a value, masks, compaction, counts."""
 
-from models.arch import build_vit, dims_of, is_swin, left_alone, skeleton
+from models.arch import Arch, build_vit, dims_of, is_swin, left_alone, macs, params, skeleton
 from models.compact import compact
-from models.count import macs, params
 from models.dims import BlockDims, DimsError, ViTDims
 from models.features import FeaturePyramid, backbone
 from models.masks import Masks
@@ -11,6 +10,7 @@ from models.swin_dims import SwinDims, dims_from_dict
 from models.vit import ModelError, TokenLogits
 
 __all__ = [
+    "Arch",
     "BlockDims",
     "DimsError",
     "FeaturePyramid",

@@ -1,7 +1,9 @@
-"""Plain Vision Transformers and Swin Transformers under one name each for what both have."""
+"""An architecture as a value, and plain Vision Transformers and Swin Transformers under one name for what both have."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -9,11 +11,130 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from models import swin, vit
+from models import count, swin, vit
 from models.dims import ViTDims
 from models.swin_dims import Dims, SwinDims
 
 Model = VisionTransformer | SwinTransformer
+MERGES = dict(place="", dense="dense_merge", content="content_merge")  # and the argument by which files call each
+
+
+@dataclass(frozen=True)
+class Arch:
+    """timm's model by name and arguments, and how this project compresses its tokens: everything but the widths.
+
+    arguments: timm's own, as canonical JSON; merge: how blocks of fewer tokens merge them (a key of MERGES); lean:
+    whether the last block computes only what the head reads. Equal architectures are equal values.
+    """
+
+    name: str
+    arguments: str = "{}"
+    merge: str = "place"
+    lean: bool = False
+
+    @classmethod
+    def of(cls, name: str, **kwargs: Any) -> Arch:
+        """From timm's name and arguments, among them dense_merge, content_merge and lean_last as files hold them.
+
+        Raises ModelError for arguments that are not plain values.
+        """
+        own = {key: kwargs.pop(key, False) for key in (*MERGES.values(), "lean_last") if key}
+        merge = next((merge for merge, key in MERGES.items() if key and own[key]), "place")
+        try:
+            return cls(name, json.dumps(kwargs, sort_keys=True), merge, bool(own["lean_last"]))
+        except TypeError as error:
+            raise vit.ModelError(f"{name}: model arguments must be plain values ({error})") from None
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Arch:
+        """From what checkpoints hold under `arch`."""
+        return cls.of(record["name"], **record["kwargs"])
+
+    @classmethod
+    def of_model(cls, model: Model) -> Arch:
+        """That of a model of this project."""
+        return cls.of(model.arch, **model.arch_kwargs)
+
+    @property
+    def timm_kwargs(self) -> dict[str, Any]:
+        """timm's own arguments."""
+        return json.loads(self.arguments)
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """timm's arguments and ours, as `build_vit` takes them and files hold them."""
+        own = {key: True for merge, key in MERGES.items() if key and merge == self.merge}
+        return self.timm_kwargs | own | (dict(lean_last=True) if self.lean else {})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As checkpoints hold it under `arch`."""
+        return dict(name=self.name, kwargs=self.kwargs)
+
+    def with_kwargs(self, **kwargs: Any) -> Arch:
+        """With other arguments, of timm's or as `of` takes them; None leaves one to its default."""
+        return Arch.of(self.name, **{k: v for k, v in (self.kwargs | kwargs).items() if v is not None})
+
+    @property
+    def plain(self) -> Arch:
+        """timm's own model, without compression of tokens."""
+        return Arch(self.name, self.arguments)
+
+    @property
+    def is_swin(self) -> bool:
+        """Whether it is a Swin Transformer."""
+        return is_swin(self.name)
+
+    @property
+    def skeleton(self) -> Model:
+        """timm's model at full width without storage: `skeleton`. Raises ModelError."""
+        return skeleton(self.name, **self.timm_kwargs)
+
+    @property
+    def dims(self) -> Dims:
+        """Widths of the full-size model, in which every token asks."""
+        return dims_of(self.skeleton)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: class, distillation, registers."""
+        return getattr(self.skeleton, "num_prefix_tokens", 0)
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """Axes that cannot be pruned (`qk`, in every block), each with the reason."""
+        return {} if self.is_swin else vit.left_alone(self.name, **self.timm_kwargs)
+
+    def build(self, dims: Dims | None = None, **kwargs: Any) -> Model:
+        """The model with the widths `dims`, by default its own: `build_vit`. kwargs: further ones of timm."""
+        return build_vit(self.name, dims, **self.kwargs | kwargs)
+
+    def _counted(self, dims: Dims | None) -> tuple[Model, Dims]:
+        """A full-width model of as many blocks as `dims`, and the dims with their queries."""
+        if self.is_swin:
+            parent = self.skeleton
+            if dims is not None:
+                swin.check_fits(self.name, parent, dims)
+            return parent, dims or dims_of(parent)
+        deep = self if dims is None else self.with_kwargs(depth=max(1, len(dims.blocks)))
+        parent = deep.skeleton
+        return parent, vit.settle_queries(self.name, dims or dims_of(parent), deep.kwargs)[0]
+
+    def params(self, dims: Dims | None = None) -> int:
+        """Trainable parameters of `build(dims)`."""
+        return count.params(*self._counted(dims), self.kwargs)
+
+    def macs_formula(self, dims: ViTDims) -> count.MacsFormula:
+        """MACs of a plain ViT as a function of its widths; of `dims` only depth, tokens and queries count."""
+        return count.MacsFormula.of(*self._counted(dims), by_content=self.merge == "content")
+
+    def macs_by_part(self, dims: Dims | None = None) -> dict[str, int]:
+        """What `macs` sums: patch_embed, attention, mlp, classifier, and tokens (their compression) or downsampling."""
+        return count.macs_by_part(*self._counted(dims), by_content=self.merge == "content")
+
+    def macs(self, dims: Dims | None = None) -> int:
+        """Multiply-accumulates of one image through `build(dims)`; see `models.count.MacsFormula`."""
+        return sum(self.macs_by_part(dims).values())
 
 
 def is_swin(arch: str) -> bool:
@@ -45,10 +166,10 @@ def build_vit(arch: str, dims: Dims | None = None, **kwargs: Any) -> Model:
 
 
 @torch.no_grad()
-def without_weights(arch: str, dims: Dims | None, device: torch.device, **kwargs: Any) -> Model:
-    """`build_vit` without timm's initialisation, which takes longer than the rest: parameters hold anything."""
+def build_empty(arch: Arch, dims: Dims | None, device: torch.device) -> Model:
+    """`arch.build(dims)` without timm's initialisation, which takes longer than the rest: parameters hold anything."""
     with torch.device("meta"):
-        model = build_vit(arch, dims, **kwargs)
+        model = arch.build(dims)
     model.to_empty(device=device)
     for module in model.modules():
         if hasattr(module, "init_non_persistent_buffers"):
@@ -62,5 +183,15 @@ def dims_of(model: Model) -> Dims:
 
 
 def left_alone(arch: str, **kwargs: Any) -> dict[str, str]:
-    """Axes of a model that cannot be pruned (`qk`, in every block), each with the reason."""
-    return {} if is_swin(arch) else vit.left_alone(arch, **kwargs)
+    """Axes of a model that cannot be pruned: `Arch.left_alone`."""
+    return Arch.of(arch, **kwargs).left_alone
+
+
+def params(arch: str, dims: Dims | None = None, **kwargs: Any) -> int:
+    """Trainable parameters of `build_vit(arch, dims, **kwargs)`."""
+    return Arch.of(arch, **kwargs).params(dims)
+
+
+def macs(arch: str, dims: Dims | None = None, **kwargs: Any) -> int:
+    """Multiply-accumulates of one image through `build_vit(arch, dims, **kwargs)`; see `models.count.MacsFormula`."""
+    return Arch.of(arch, **kwargs).macs(dims)

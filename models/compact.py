@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from models.arch import Model, without_weights
+from models.arch import Arch, Model, build_empty
 from models.masks import Masks
 from models.tokens import layers
 
@@ -16,7 +16,7 @@ def compact(model: Model, masks: Masks) -> Model:
     A block without heads or without MLP units loses that branch, its bias included.
     """
     reference = next(model.parameters())
-    small = without_weights(model.arch, masks.dims, reference.device, **model.arch_kwargs).to(reference.dtype)
+    small = build_empty(Arch.of_model(model), masks.dims, reference.device).to(reference.dtype)
     source = dict(model.named_parameters())
     for name, parameter in small.named_parameters():
         if name in source:  # all but what merges tokens by a mask

@@ -11,31 +11,20 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from models.arch import Model, dims_of, is_swin, skeleton
 from models.axes import branch_of
 from models.content import anchors_of
 from models.dims import ViTDims
-from models.swin import check_fits
 from models.swin_dims import Dims, SwinDims
 from models.tokens import merging
-from models.vit import settle_queries
+
+Model = VisionTransformer | SwinTransformer
 
 
-def _parent(arch: str, dims: Dims | None, kwargs: dict[str, Any]) -> tuple[Model, Dims]:
-    if is_swin(arch):
-        parent = skeleton(arch, **kwargs)
-        if dims is not None:
-            check_fits(arch, parent, dims)
-        return parent, dims or dims_of(parent)
-    if dims is not None:
-        kwargs = kwargs | dict(depth=max(1, len(dims.blocks)))
-    parent = skeleton(arch, **kwargs)
-    return parent, settle_queries(arch, dims or dims_of(parent), kwargs)[0]
+def params(parent: Model, dims: Dims, kwargs: dict[str, Any]) -> int:
+    """Trainable parameters of a model with the widths `dims`.
 
-
-def params(arch: str, dims: Dims | None = None, **kwargs: Any) -> int:
-    """Trainable parameters of `build_vit(arch, dims, **kwargs)`."""
-    parent, dims = _parent(arch, dims, kwargs)
+    parent: timm's model at full width, of as many blocks; kwargs: among them how tokens are merged.
+    """
     sizes = dims.sizes()
     total = 0
     for name, parameter in parent.named_parameters():
@@ -76,17 +65,18 @@ class MacsFormula:
     compression: int
 
     @classmethod
-    def of(cls, arch: str, dims: ViTDims, **kwargs: Any) -> MacsFormula:
-        """The formula of `build_vit(arch, dims, **kwargs)`: everything but the widths comes from the parent."""
-        parent = skeleton(arch, **kwargs | dict(depth=max(1, len(dims.blocks))))
-        dims, kwargs = settle_queries(arch, dims, kwargs)
+    def of(cls, parent: VisionTransformer, dims: ViTDims, by_content: bool = False) -> MacsFormula:
+        """Everything but the widths comes from the full-width model, tokens and queries from `dims`.
+
+        by_content: whether tokens are merged by content (`models.content`).
+        """
         patch = prod(parent.patch_embed.patch_size) * parent.patch_embed.proj.in_channels
         heads = sum(hasattr(parent, name) for name in ("head", "head_dist"))
         tokens = np.array([b.tokens for b in dims.blocks], dtype=np.int64)
         patches, prefix = parent.patch_embed.num_patches, parent.num_prefix_tokens
         merged = tokens < patches + prefix
         queries = np.array([b.tokens if b.queries is None else b.queries for b in dims.blocks], dtype=np.int64)
-        if kwargs.get("content_merge"):
+        if by_content:
             compression = sum(anchors_of(k - prefix) + k for k in tokens[merged].tolist()) * (patches + prefix)
         else:
             rebuilt = merged & (queries == tokens)
@@ -130,16 +120,10 @@ def _swin_macs(parent: SwinTransformer, dims: SwinDims) -> dict[str, int]:
     )
 
 
-def macs_by_part(arch: str, dims: Dims | None = None, **kwargs: Any) -> dict[str, int]:
-    """What `macs` sums: patch_embed, attention, mlp, classifier, and tokens (their compression) or downsampling."""
-    parent, dims = _parent(arch, dims, kwargs)
+def macs_by_part(parent: Model, dims: Dims, by_content: bool = False) -> dict[str, int]:
+    """MACs of one image by part of the model; arguments as of `MacsFormula.of`, or a Swin Transformer's."""
     if isinstance(dims, SwinDims):
         return _swin_macs(parent, dims)
     widths = np.array([(b.heads, b.qk, b.v, b.mlp) for b in dims.blocks], dtype=np.int64).reshape(-1, 4).T
-    parts = MacsFormula.of(arch, dims, **kwargs).parts(np.int64(dims.embed), *widths)
-    return {name: int(count) for name, count in parts.items()}
-
-
-def macs(arch: str, dims: Dims | None = None, **kwargs: Any) -> int:
-    """Multiply-accumulates of one image through `build_vit(arch, dims, **kwargs)`; see MacsFormula."""
-    return sum(macs_by_part(arch, dims, **kwargs).values())
+    parts = MacsFormula.of(parent, dims, by_content).parts(np.int64(dims.embed), *widths)
+    return {name: int(number) for name, number in parts.items()}

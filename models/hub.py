@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 
 from files.atomic import write_atomically
 from files.checkpoint import FORMAT, CheckpointError
-from models.arch import Model, is_swin, skeleton
+from models.arch import Arch, Model
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUB = "hf-hub:"
@@ -28,12 +28,13 @@ def is_folder(path: str | Path) -> bool:
 
 def config_of(model: Model, **more: Any) -> dict[str, Any]:
     """What config.json says of a compact model; `more` are further plain values."""
-    kwargs = {k: v for k, v in model.arch_kwargs.items() if not k.endswith("drop_rate")}
-    common = dict(format=FORMAT, arch=dict(name=model.arch, kwargs=kwargs), dims=model.dims.to_dict(), **more)
-    if is_swin(model.arch):  # which only this project reads
+    arch = Arch.of_model(model)
+    arch = arch.with_kwargs(**{name: None for name in arch.timm_kwargs if name.endswith("drop_rate")})
+    common = dict(format=FORMAT, arch=arch.record, dims=model.dims.to_dict(), **more)
+    if arch.is_swin:  # which only this project reads
         return common
-    parent = skeleton(model.arch, **model.arch_kwargs)
-    block, prefix = parent.blocks[0], parent.num_prefix_tokens
+    parent, prefix = arch.skeleton, arch.prefix
+    block = parent.blocks[0]
     return common | dict(
         scale=block.attn.head_dim**-0.5,
         norm_eps=block.norm1.eps,

@@ -10,9 +10,8 @@ import torch
 from files import checkpoint, schema
 from files.checkpoint import CheckpointError
 from models import hub
-from models.arch import Model, build_vit, is_swin, skeleton
+from models.arch import Arch, Model
 from models.compact import compact
-from models.count import params
 from models.dims import DimsError
 from models.masks import Masks
 from models.swin_dims import Dims, dims_from_dict
@@ -58,20 +57,18 @@ def from_checkpoint(content: dict[str, Any], path: str | Path, ema: bool = False
     if weights is None:
         raise CheckpointError(f"checkpoint {path} holds no moving average of the weights")
     try:
-        arch = content["arch"]["name"]
-        kwargs = content["arch"]["kwargs"] | overrides
+        arch = Arch.of_record(content["arch"]).with_kwargs(**overrides)
         dims = dims_from_dict(content["dims"])
         if content["masks"] is None:
-            _check_size(weights, params(arch, dims, **kwargs), path)
-            model = build_vit(arch, dims, **kwargs)
+            _check_size(weights, arch.params(dims), path)
+            model = arch.build(dims)
             _fill(model, weights, path)
             return model
-        named = skeleton(arch, **kwargs)
-        total = named.patch_embed.num_patches + getattr(named, "num_prefix_tokens", 0)
+        total = arch.skeleton.patch_embed.num_patches + arch.prefix
         parent = full_dims(dims, content["masks"], total)
-        _check_size(weights, params(arch, parent, **kwargs), path)
-        student = build_vit(arch, parent, **kwargs)
-        grid = student.patch_embed.grid_size if has_tokens(content["masks"]) and not is_swin(arch) else None
+        _check_size(weights, arch.params(parent), path)
+        student = arch.build(parent)
+        grid = student.patch_embed.grid_size if has_tokens(content["masks"]) and not arch.is_swin else None
         masks = Masks(student.dims, grid=grid)
         masks.load_state_dict(content["masks"])
         masks.install_tokens_(student)
@@ -118,9 +115,9 @@ def read_initial(path: str | Path) -> tuple[str | None, dict[str, Any], dict[str
     return arch, kwargs, state
 
 
-def check_initial(arch: str, kwargs: dict[str, Any], state: dict[str, torch.Tensor], path: str | Path) -> None:
+def check_initial(arch: Arch, state: dict[str, torch.Tensor], path: str | Path) -> None:
     """Raises CheckpointError where the model that was named is larger than the weights, classifiers aside."""
-    named = skeleton(arch, **kwargs).named_parameters()
+    named = arch.skeleton.named_parameters()
     expected = sum(p.numel() for name, p in named if not name.startswith("head"))
     _check_size(state, expected, path)
 

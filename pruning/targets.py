@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from latency.table import LatencyTable
-from models.count import macs, params
+from models.arch import Arch
 from models.swin_dims import Dims
-from models.tokens import plain
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,7 @@ def latency_share(predicted: Callable[[Dims], float], limit: float) -> Target:
 def targets_of(
     dense: Dims,
     table: LatencyTable,
-    arch: str,
-    kwargs: dict[str, Any],
+    arch: Arch,
     *,
     latency_ms: float | None = None,
     macs_: float | None = None,
@@ -56,9 +53,9 @@ def targets_of(
     if latency_ms is not None:
         unit = f"ms per batch of {table.meta.get('batch', 'unknown size')} on {table.meta.get('device', 'its device')}"
         found.append(Target("--latency_target_ms", latency_ms, unit, lambda d: 1e3 * table.model_seconds(d)))
-    counts = (("--macs_target", "MACs", macs_, macs), ("--params_target", "parameters", params_, params))
+    counts = (("--macs_target", "MACs", macs_, "macs"), ("--params_target", "parameters", params_, "params"))
     for flag, unit, limit, count in counts:
         if limit is not None:
-            number = limit if limit > 1 else limit * count(arch, dense, **plain(kwargs))
-            found.append(Target(flag, number, unit, lambda d, count=count: count(arch, d, **kwargs)))
+            number = limit if limit > 1 else limit * getattr(arch.plain, count)(dense)
+            found.append(Target(flag, number, unit, getattr(arch, count)))
     return found

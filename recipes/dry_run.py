@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import macs, params
 from pruning.global_latency import GlobalPruner
 from recipes.nvit import Setup
 from runtime.console import say, table
@@ -92,7 +91,7 @@ def report(args: Any, setup: Setup) -> None:
     rows = []
     for i in sorted({round(i * (len(events) - 1) / (SHOWN_EVENTS - 1)) for i in range(SHOWN_EVENTS)} if events else ()):
         ratio, dims = events[i]
-        step, counts = (i + 1) * interval, [count(full.arch, dims, **full.kwargs) for count in (macs, params)]
+        step, counts = (i + 1) * interval, (full.arch.macs(dims), full.arch.params(dims))
         rows.append(
             [
                 str(i + 1),

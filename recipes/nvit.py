@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine import Precision
 from latency.table import LatencyTable
 from losses import NViTLoss
-from models import Masks, left_alone
+from models import Masks
 from pruning.config import PruningConfig
 from pruning.gate_saliency import GateSaliency
 from pruning.global_latency import Event, GlobalPruner
@@ -62,12 +62,11 @@ def make_pruner(
         dense,
         table,
         full.arch,
-        full.kwargs,
         latency_ms=args.latency_target_ms,
         macs_=args.macs_target,
         params_=args.params_target,
     )
-    sizes = config.group_sizes(masks, args.width_multiple, left_alone(full.arch, **full.kwargs))
+    sizes = config.group_sizes(masks, args.width_multiple, full.arch.left_alone)
     kind = ValuePruner if args.selection == "value" else GlobalPruner
     return kind(
         masks,

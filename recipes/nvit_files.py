@@ -13,7 +13,6 @@ import torch
 from engine import Precision, Progress
 from files import checkpoint
 from models import compact
-from models.tokens import plain
 from pruning.config import PruningConfig
 from recipes.nvit import PruningSteps, Setup
 from runtime.console import say, say_result
@@ -45,7 +44,7 @@ def save(name: str, args: Any, setup: Setup, state: State) -> None:
     checkpoint.save(
         setup.folder / name,
         keep_older=name == CHECKPOINT,
-        arch=setup.full.record,
+        arch=setup.full.arch.record,
         dims=masks.dims.to_dict(),
         dim=masks.dims.to_dim(),
         masks=masks.state_dict(),
@@ -70,7 +69,7 @@ def read_resumed(
         folder,
         CHECKPOINT,
         run="pruning",
-        fitting=dict(arch=full.record),
+        fitting=dict(arch=full.arch.record),
         needed="pruner",
         inputs=inputs,
         may_differ={"epochs"},
@@ -117,7 +116,7 @@ def conclude(
         f"compact: widths {masks.dims.to_dim()}, relative difference to the masked model "
         f"{results.check_compact(model, compact(model, masks)):.1e}"
     )
-    dense = replace(report, full=replace(setup.full, kwargs=plain(setup.full.kwargs))).dense(
+    dense = replace(report, full=replace(setup.full, arch=setup.full.arch.plain)).dense(
         masks.full.with_queries(None), top1_dense
     )
     pruned = report.conclude("pruned", masks.dims, metrics["acc1"], round(setup.pruner.ratio, 5), dense)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import options
-from models import is_swin
+from models import Arch
 from pruning.gate_saliency import KINDS
 from recipes.calibration import WHEN
 from runtime.errors import Problems
@@ -185,11 +185,11 @@ def check(args: Any, problems: Problems) -> None:
         problems.add(f"--shrink_interval does not go with --opt {args.opt}: its slow weights keep their shape")
 
 
-def check_family(args: Any, arch: str, problems: Problems) -> None:
+def check_family(args: Any, arch: Arch, problems: Problems) -> None:
     """Complaints about flags that a Swin Transformer is not pruned with."""
-    if not is_swin(arch):
+    if not arch.is_swin:
         return
     usual = dict(one_shot=False, tokens=None, align=None, compensate=None, selection="published", saliency="weights")
     for name in (name for name, value in usual.items() if getattr(args, name) != value):
         value = "" if getattr(args, name) is True else f" {getattr(args, name)}"
-        problems.add(f"{options.flag(name)}{value} is for plain ViTs, not for {arch}, a Swin Transformer")
+        problems.add(f"{options.flag(name)}{value} is for plain ViTs, not for {arch.name}, a Swin Transformer")

@@ -128,7 +128,7 @@ def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
     masks = setup.student.masks
     checkpoint.save(
         setup.folder / name,
-        arch=setup.full.record,
+        arch=setup.full.arch.record,
         dims=masks.dims.to_dict(),
         dim=masks.dims.to_dim(),
         masks=masks.state_dict(),

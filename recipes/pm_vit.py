@@ -75,9 +75,9 @@ def read_model(args: Any) -> Model:
         weights = args.resume or args.initial_checkpoint
         full = read_full_model(replace(Source.of(args), model=name, weights=weights))
         return Model(full, None, full.path)
-    if name not in (None, start.arch):
-        raise ValueError(f"--model is {args.model} but {args.resume} holds {start.arch}")
-    full = read_full_model(Source(start.arch, structural_kwargs(start.kwargs) | args.model_kwargs))
+    if name not in (None, start.arch.name):
+        raise ValueError(f"--model is {args.model} but {args.resume} holds {start.arch.name}")
+    full = read_full_model(Source(start.arch.name, structural_kwargs(start.arch.kwargs) | args.model_kwargs))
     if args.input_size not in (None, full.image_size):
         raise ValueError(f"--input-size is {args.input_size} but {args.resume} is for images of {full.image_size}")
     full = full.with_kwargs(num_classes=start.classes)
@@ -187,8 +187,8 @@ def teacher(args: Any, run: Run) -> nn.Module:
     if not path:
         raise ValueError("--distillation-type: no dense model to distil from: give --teacher-path FILE")
     arch, _, _ = read_initial(path)
-    name = name or arch or run.full.arch
-    own = structural_kwargs(run.full.kwargs) if not arch and name == run.full.arch else {}
+    name = name or arch or run.full.arch.name
+    own = structural_kwargs(run.full.arch.kwargs) if not arch and name == run.full.arch.name else {}
     try:
         skeleton(name)
     except ModelError:

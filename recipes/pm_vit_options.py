@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import options
-from models import skeleton
 from pruning import pm_vit
 from recipes import pm_vit as steps
 from runtime.errors import Problems
@@ -155,8 +154,10 @@ def check_model(args: Any, model: steps.Model) -> None:
     compressed = steps.is_compressed(model.full, model.dims)
     if (args.eval or not (args.prune or args.speed_only)) and not compressed:
         what = "--eval" if args.eval else "finetuning"
-        raise ValueError(f"{what}: {args.resume or model.full.arch} has no token structure; compress it with --prune")
-    by_content = compressed and model.start.kwargs.get("content_merge")
+        raise ValueError(
+            f"{what}: {args.resume or model.full.arch.name} has no token structure; compress it with --prune"
+        )
+    by_content = compressed and model.start.arch.merge == "content"
     if compressed and not by_content and args.prune and args.merge == pm_vit.CONTENT:
         raise ValueError(f"--merge content: {args.resume} merges by place; --merge grid goes on with it")
     if by_content:
@@ -174,5 +175,5 @@ def check_model(args: Any, model: steps.Model) -> None:
     if args.compensate and compressed:
         raise ValueError(f"--compensate refits to a model with all of its tokens; {args.resume} has fewer")
     if args.prune:
-        stem = skeleton(model.full.arch, **model.full.kwargs).patch_embed
+        stem = model.full.arch.skeleton.patch_embed
         pm_vit.budget(len(steps.merge_list(args, model.dims)), stem.num_patches, args.prune_rate, args.keep_rate)

@@ -13,7 +13,7 @@ from torch import nn
 
 from loading import shards
 from models import Masks, ViTDims, macs
-from models.count import MacsFormula
+from models.arch import Arch
 from pruning import savit
 from pruning.gates import axes_of_component
 from pruning.interaction import without_second_derivative
@@ -51,7 +51,7 @@ def read_full(args: Any) -> FullModel:
 def build(full: FullModel) -> nn.Module:
     """The frozen model to prune. Raises ValueError for a narrower one that knows other classes than the data has."""
     model = full.build().requires_grad_(False).eval()
-    if model.num_classes != (classes := full.kwargs["num_classes"]):
+    if model.num_classes != (classes := full.classes):
         raise ValueError(f"{full.start.path} has {model.num_classes} classes, the data has {classes}")
     return model
 
@@ -104,7 +104,7 @@ def select(args: Any, model: nn.Module, importance: Importance, device: torch.de
         linear=args.linear_term,
         hessian_embed=args.hessian_embed,
     )
-    formula = MacsFormula.of(model.arch, dims, **model.arch_kwargs)
+    formula = Arch.of_model(model).macs_formula(dims)
     problem = Problem(formula, dims, rankings, objective, budget(args, model))
     try:
         return savit.choose(problem, dims, args.search, args.seed, device), problem

@@ -8,25 +8,25 @@ from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 
-from models.count import macs_by_part, params
+from models.arch import Arch
 from models.dims import ViTDims
 from models.masks import Masks
 from pruning.macs_search import Problem
 
 
-def complexity(arch: str, dims: ViTDims, kwargs: dict[str, Any]) -> str:
+def complexity(arch: Arch, dims: ViTDims) -> str:
     """Parameters and GMACs of one image. Published: Attention and FC without, total with stem and classifier."""
-    parts = macs_by_part(arch, dims, **kwargs)
+    parts = arch.macs_by_part(dims)
     giga = {name: count / 1e9 for name, count in parts.items()}
     return (
-        f"params {params(arch, dims, **kwargs):,}, Attention {giga['attention']:.5g}, FC {giga['mlp']:.5g}, "
+        f"params {arch.params(dims):,}, Attention {giga['attention']:.5g}, FC {giga['mlp']:.5g}, "
         f"total {sum(giga.values()):.5g} GMACs"
     )
 
 
 def summary(model: VisionTransformer, masks: Masks, problem: Problem) -> dict[str, Any]:
     """Plain values: MACs by part before and after, and units of every component, in all and per block."""
-    arch, kwargs = model.arch, model.arch_kwargs
+    arch = Arch.of_model(model)
     components = {}
     for ranking in problem.rankings:
         left = [masks.alive(axis) for axis in ranking.axes]
@@ -36,7 +36,7 @@ def summary(model: VisionTransformer, masks: Masks, problem: Problem) -> dict[st
             left_per_block=left,
             removed_percent=round(100 * (1 - sum(left) / ranking.total), 3),
         )
-    before, after = (macs_by_part(arch, dims, **kwargs) for dims in (masks.full, masks.dims))
+    before, after = (arch.macs_by_part(dims) for dims in (masks.full, masks.dims))
     removed = {name: round(100 * (1 - after[name] / count), 3) if count else 0.0 for name, count in before.items()}
     removed["total"] = round(100 * (1 - sum(after.values()) / sum(before.values())), 3)
     return dict(
@@ -50,9 +50,9 @@ def summary(model: VisionTransformer, masks: Masks, problem: Problem) -> dict[st
 
 def lines(model: VisionTransformer, masks: Masks, problem: Problem) -> list[str]:
     """The log as text; the last line is the result."""
-    arch, kwargs = model.arch, model.arch_kwargs
+    arch = Arch.of_model(model)
     told = summary(model, masks, problem)
-    text = [f"model complexity before pruning: {complexity(arch, masks.full, kwargs)}"]
+    text = [f"model complexity before pruning: {complexity(arch, masks.full)}"]
     sizes = masks.full.sizes()
     for ranking in problem.rankings:
         component = told["components"][ranking.component]
@@ -65,7 +65,7 @@ def lines(model: VisionTransformer, masks: Masks, problem: Problem) -> list[str]
             f"  {axis}: units {masks.alive(axis)}, pruned_perc:[{sizes[axis] - masks.alive(axis)}, {sizes[axis]}]"
             for axis in ranking.axes
         ]
-    text.append(f"pruned model complexity: {complexity(arch, masks.dims, kwargs)}")
+    text.append(f"pruned model complexity: {complexity(arch, masks.dims)}")
     removed = told["macs_removed_percent"]
     text.append(
         f"removed: attn {removed['attention']:.3f} %, ffn {removed['mlp']:.3f} %, total {removed['total']:.3f} "

@@ -84,7 +84,7 @@ def save(name: str, args: Any, run: Run, state: State) -> None:
     checkpoint.save(
         run.folder / name,
         keep_older=name == CHECKPOINT,
-        arch=run.full.record,
+        arch=run.full.arch.record,
         dims=dims.to_dict(),
         dim=dims.to_dim(),
         model=run.model.state_dict(),
@@ -105,7 +105,7 @@ def read_resumed(args: Any, run: Run, folder: Path, resume: str | None = None) -
 
     resume: in place of --resume, where a script has another use for that flag.
     """
-    fitting = dict(arch=run.full.record, dims=run.model.dims.to_dict())
+    fitting = dict(arch=run.full.arch.record, dims=run.model.dims.to_dict())
     named = {name: model.state_dict() for name, model in (("teacher", run.teacher), ("CNN", run.cnn)) if model}
     run.inputs = resuming.inputs_of(run.data, weights=run.start or run.full.state, **named)
     return resuming.read(

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from models import build_vit, dims_of, is_swin, skeleton
+from models import Arch
 from models.pretrained import check_initial, load_initial_, read_initial
 from models.swin import as_timm_names
 from models.swin_dims import Dims
@@ -22,31 +22,34 @@ from training.sources import Checkpoint, Source, Teacher
 
 @dataclass(frozen=True)
 class FullModel:
-    """The full-size model a run is about: timm's name, kwargs (classes once the data is known) and weights.
+    """The full-size model that a run is about: its architecture (with its classes once the data is known) and weights.
 
     start: the checkpoint of a narrower model that the run starts from; `path` is then where the dense weights are.
     """
 
-    arch: str
-    kwargs: dict[str, Any]
+    arch: Arch
     path: str = ""
     state: dict[str, Tensor] | None = field(default=None, repr=False)
     pretrained: bool = False
     start: Checkpoint | None = None
 
     def with_kwargs(self, **kwargs: Any) -> FullModel:
-        """The same, built with other arguments."""
-        return replace(self, kwargs=self.kwargs | kwargs)
+        """The same with other arguments of timm."""
+        return replace(self, arch=self.arch.with_kwargs(**kwargs))
 
     @property
     def image_size(self) -> int:
         """Side of its images, in pixels."""
-        return skeleton(self.arch, **self.kwargs).patch_embed.img_size[0]
+        return self.arch.skeleton.patch_embed.img_size[0]
+
+    @property
+    def classes(self) -> int:
+        return self.arch.skeleton.num_classes
 
     @property
     def dims(self) -> Dims:
         """Widths of the full-size model, whatever the run starts from."""
-        return dims_of(skeleton(self.arch, **self.kwargs))
+        return self.arch.dims
 
     def build(self, **drop_rates: float) -> nn.Module:
         """The model with its weights, or freshly initialised where it has none. Raises ValueError."""
@@ -55,30 +58,30 @@ class FullModel:
         if self.state is None and self.pretrained:
             return self._download(drop_rates)
         if self.state is not None:
-            check_initial(self.arch, self.kwargs, self.state, self.path)
-        model = build_vit(self.arch, **self.kwargs | drop_rates)
+            check_initial(self.arch, self.state, self.path)
+        model = self.arch.build(**drop_rates)
         if self.state is not None and (fresh := load_initial_(model, self.state, self.path)):
             say(f"classifier of {self.path} is for other classes: {', '.join(fresh)} start fresh")
         return model
 
     def _download(self, drop_rates: dict[str, float]) -> nn.Module:
         try:
-            return build_vit(self.arch, pretrained=True, **self.kwargs | drop_rates)
+            return self.arch.build(pretrained=True, **drop_rates)
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"--pretrained: the weights of {self.arch} cannot be downloaded ({first_line(error)}); "
+                f"--pretrained: the weights of {self.arch.name} cannot be downloaded ({first_line(error)}); "
                 "give a local file with --initial-checkpoint FILE"
             ) from None
 
     def check_classifier(self) -> None:
         """Raises ValueError when the weights are for other classes than the data: the head would be random."""
-        found = timm.get_pretrained_cfg_value(self.arch, "num_classes")
+        classes, found = self.classes, timm.get_pretrained_cfg_value(self.arch.name, "num_classes")
         if self.state is not None:
-            head = "head.fc.weight" if is_swin(self.arch) else "head.weight"
-            found = len(self.state.get(head, range(self.kwargs["num_classes"])))  # without: cannot be loaded
-        if found != self.kwargs["num_classes"]:
+            head = "head.fc.weight" if self.arch.is_swin else "head.weight"
+            found = len(self.state.get(head, range(classes)))  # without: cannot be loaded
+        if found != classes:
             raise ValueError(
-                f"the dense weights know {found} classes, the data has {self.kwargs['num_classes']}: first train the "
+                f"the dense weights know {found} classes, the data has {classes}: first train the "
                 "full model on the data (finetune_dense.py --initial-checkpoint FILE --kl_loss_coeff 0)"
             )
 
@@ -86,36 +89,32 @@ class FullModel:
     def has_weights(self) -> bool:
         return self.state is not None or self.pretrained
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """As checkpoints store it under `arch`."""
-        return dict(name=self.arch, kwargs=self.kwargs)
-
 
 def structural_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """timm's arguments without the classes, which the data decides, and the drop rates, which the flags do."""
     return {k: v for k, v in kwargs.items() if k != "num_classes" and not k.endswith("drop_rate")}
 
 
-def check_plain(arch: str) -> None:
+def check_plain(arch: Arch) -> None:
     """Raises ValueError for a Swin Transformer, which most methods do not take."""
-    if is_swin(arch):
+    if arch.is_swin:
         raise ValueError(
-            f"--model {arch} is a Swin Transformer, which main_full_global_latency.py and "
+            f"--model {arch.name} is a Swin Transformer, which main_full_global_latency.py and "
             "finetune_dense.py take and this script does not"
         )
 
 
-def _sized(arch: str, kwargs: dict[str, Any], size: int | None, fixed: bool) -> dict[str, Any]:
-    """The arguments for images of `size`, None for the model's own, which a compact one keeps. Raises ValueError."""
-    own = skeleton(arch, **kwargs).patch_embed.img_size
+def _with_size(arch: Arch, size: int | None, fixed: bool) -> Arch:
+    """The architecture for images of `size`, None for its own, which a compact one keeps. Raises ValueError."""
+    own = arch.skeleton.patch_embed.img_size
     if size and size != own[0]:
-        if fixed or "img_size" in kwargs:
+        if fixed or "img_size" in arch.kwargs:
             raise ValueError(f"--input-size is {size} but the model has img_size={own[0]}")
-        own = skeleton(arch, **(kwargs := kwargs | dict(img_size=size))).patch_embed.img_size
+        arch = arch.with_kwargs(img_size=size)
+        own = arch.skeleton.patch_embed.img_size
     if len(set(own)) > 1:
-        raise ValueError(f"{arch} takes images that are not square, which the data transforms do not make")
-    return kwargs
+        raise ValueError(f"{arch.name} takes images that are not square, which the data transforms do not make")
+    return arch
 
 
 def read_full_model(source: Source, swin: bool = False, narrower: bool = False) -> FullModel:
@@ -123,32 +122,32 @@ def read_full_model(source: Source, swin: bool = False, narrower: bool = False) 
 
     swin: whether it may be a Swin Transformer; narrower: whether the weights may be of a model that was pruned already.
     """
-    arch, kwargs, state, path = None, {}, None, ""
+    name, kwargs, state, path = None, {}, None, ""
     start = Checkpoint.find(source.weights) if narrower else None
     if start and start.is_full:
         start = None
     if start:
-        arch, kwargs, state, path = start.arch, start.kwargs, start.weights, start.origin
+        name, kwargs, state, path = start.arch.name, start.arch.kwargs, start.weights, start.origin
     elif source.weights:
-        arch, kwargs, state = read_initial(source.weights)
+        name, kwargs, state = read_initial(source.weights)
         path = str(Path(source.weights).resolve())
-    if source.model and arch and source.model != arch:
-        raise ValueError(f"--model is {source.model} but {source.weights} holds {arch}")
-    arch = source.model or arch or source.default
+    if source.model and name and source.model != name:
+        raise ValueError(f"--model is {source.model} but {source.weights} holds {name}")
+    name = source.model or name or source.default
     if not swin:
-        check_plain(arch)
+        check_plain(Arch.of(name))
     for key, value in source.kwargs.items():
         if kwargs.get(key, value) != value:
             raise ValueError(f"--model-kwargs {key}={value} but {source.weights} has {key}={kwargs[key]}")
-    kwargs = _sized(arch, structural_kwargs(kwargs | source.kwargs), source.size, fixed=bool(start))
-    if state is not None and is_swin(arch) and not start:
-        state = as_timm_names(state, skeleton(arch, **kwargs), path)
-    return FullModel(arch, kwargs, path, state, source.pretrained, start)
+    arch = _with_size(Arch.of(name, **structural_kwargs(kwargs | source.kwargs)), source.size, fixed=bool(start))
+    if state is not None and arch.is_swin and not start:
+        state = as_timm_names(state, arch.skeleton, path)
+    return FullModel(arch, path, state, source.pretrained, start)
 
 
 def is_dense(full: FullModel, dims: Dims) -> bool:
     """Whether a model of these widths is the full-size model itself; one whose last block is lean is not."""
-    return dims == full.dims and not full.kwargs.get("lean_last")
+    return dims == full.dims and not full.arch.lean
 
 
 def freeze(model: nn.Module, device: torch.device) -> nn.Module:

@@ -12,12 +12,11 @@ import torch
 from files import schema
 from latency.measure import DTYPES, interleaved, ratio
 from latency.table import LatencyTable
-from latency.whole import measured_ratios
-from models import build_vit, macs, params, sparsity
+from latency.whole import measure_ratios
+from models import sparsity
 from models.arch import Model
 from models.compact import difference
 from models.swin_dims import Dims
-from models.tokens import plain
 from runtime.console import say, say_next, say_result, warn
 from runtime.device import device_name
 from runtime.errors import RunFailed
@@ -85,9 +84,8 @@ class Report:
 
     def measure(self, dims: Dims) -> float:
         """Measured latency of the compact model relative to the dense one, the median of fresh pairs of models."""
-        ratios, _ = measured_ratios(
+        ratios, _ = measure_ratios(
             self.full.arch,
-            self.full.kwargs,
             [dims],
             self.conditions.batch,
             self.device,
@@ -104,7 +102,7 @@ class Report:
         stem = model.patch_embed
         images = torch.randn(self.conditions.batch, stem.proj.in_channels, *stem.img_size, device=self.device)
         models = dict(
-            dense=build_vit(self.full.arch, **plain(self.full.kwargs)).to(self.device),
+            dense=self.full.arch.plain.build().to(self.device),
             sparse=sparsity.accelerated(model, DTYPES[self.conditions.dtype]),
         )
         timings = interleaved(models, images, dtype=self.conditions.dtype)
@@ -114,8 +112,8 @@ class Report:
         """One object of summary.json: top-1 in percent, counts of one image, latencies as ratios to the dense model."""
         return dict(
             top1=round(top1, 3),
-            params=params(self.full.arch, dims, **self.full.kwargs),
-            macs=macs(self.full.arch, dims, **self.full.kwargs),
+            params=self.full.arch.params(dims),
+            macs=self.full.arch.macs(dims),
             latency_predicted=predicted,
             latency_measured=measured,
             device=device_name(self.device),

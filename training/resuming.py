@@ -15,7 +15,7 @@ from engine import Progress
 from files import checkpoint
 from files.atomic import older
 from loading.fingerprint import fingerprint
-from models import dims_from_dict
+from models import Arch, dims_from_dict
 from runtime import elastic
 from runtime.console import say, warn
 from runtime.errors import BadArguments, RunFailed
@@ -150,8 +150,10 @@ def read(
 
 def _fits(key: str, found: Any, wanted: Any) -> bool:
     """Whether a checkpoint holds what it must under a key; older dims do not hold the queries of a lean last block."""
-    if key == "dims" and found is not None:
+    if found is not None and key == "dims":
         found, wanted = (dims_from_dict(dims).with_queries(None) for dims in (found, wanted))
+    elif found is not None and key == "arch":
+        found, wanted = map(Arch.of_record, (found, wanted))
     return found == wanted
 
 

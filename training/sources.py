@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from files import checkpoint
-from models import dims_from_dict, dims_of, skeleton
+from models import Arch, dims_from_dict
 from models.pretrained import from_checkpoint
 from models.swin_dims import Dims
 
@@ -66,17 +66,8 @@ class Checkpoint:
         return cls(path, checkpoint.with_model(checkpoint.checked(content, path), path))
 
     @property
-    def arch(self) -> str:
-        return self.content["arch"]["name"]
-
-    @property
-    def kwargs(self) -> dict[str, Any]:
-        return self.content["arch"]["kwargs"]
-
-    @property
-    def skeleton(self) -> nn.Module:
-        """The full-size model, without storage. Raises ModelError."""
-        return skeleton(self.arch, **self.kwargs)
+    def arch(self) -> Arch:
+        return Arch.of_record(self.content["arch"])
 
     @property
     def dims(self) -> Dims:
@@ -85,7 +76,7 @@ class Checkpoint:
 
     @property
     def classes(self) -> int:
-        return self.skeleton.num_classes
+        return self.arch.skeleton.num_classes
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -110,7 +101,7 @@ class Checkpoint:
     @property
     def is_full(self) -> bool:
         """Whether it holds a model of all its widths and tokens."""
-        return not self.is_pruned and self.content["dims"] == dims_of(self.skeleton).to_dict()
+        return not self.is_pruned and self.dims.with_queries(None) == self.arch.dims
 
     def build(self, ema: bool = False, **overrides: Any) -> nn.Module:
         """The compact model: `models.pretrained.from_checkpoint`."""

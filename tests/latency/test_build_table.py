@@ -9,7 +9,7 @@ import torch
 import main_full_global_latency
 from latency import LatencyTable, LatencyTableError
 from latency.bench import Bench
-from latency.build_table import get_args_parser, main, parent_of, warn_of_noise
+from latency.build_table import get_args_parser, main, read_arch, warn_of_noise
 from latency.points import grid_of
 from models import BlockDims, ViTDims, skeleton
 
@@ -180,7 +180,7 @@ def test_points_are_of_plain_blocks_however_a_checkpoint_compresses(tmp_path, me
         tmp_path / "m.pth",
     )
     args = arguments(tmp_path / "t.json", "--initial-checkpoint", str(tmp_path / "m.pth"), "--merge", merge)
-    _, kwargs, _ = parent_of(args)
+    kwargs = read_arch(args).kwargs
     assert kwargs == KWARGS | (dict(content_merge=True) if merge == "content" else {})
 
 

@@ -5,7 +5,7 @@ import torch
 
 from latency.bench import Bench
 from latency.measure import Timing, interleaved, ratio
-from models import ViTDims, build_vit, skeleton
+from models import Arch, ViTDims, build_vit, skeleton
 from runtime.device import device_name
 
 ARCH = "deit_tiny_distilled_patch16_224"
@@ -76,7 +76,7 @@ def test_device_name_tells_the_threads():
 
 def test_bench_measures_every_branch_of_the_grid():
     grid = dict(embed=[16, 48], heads=[1, 3], qk=[8, 16], v=[16], mlp=[16, 192])
-    bench = Bench(ARCH, KWARGS, grid, batch=4, device="cpu", dtype="fp32", compiled=False)
+    bench = Bench(Arch.of(ARCH, **KWARGS), grid, batch=4, device="cpu", dtype="fp32", compiled=False)
     assert len(bench.keys) == len(set(bench.keys)) == 2 * (2 * 2 * 1 + 2 + 1)
     small, large, outside = (
         min(s for s, _ in bench.samples(key, 5))
@@ -88,7 +88,7 @@ def test_bench_measures_every_branch_of_the_grid():
 
 def test_bench_branches_are_those_of_the_compact_model():
     grid = dict(embed=[48], heads=[2], qk=[4], v=[12], mlp=[40])
-    bench = Bench(ARCH, KWARGS, grid, batch=1, device="cpu", dtype="fp32", compiled=False)
+    bench = Bench(Arch.of(ARCH, **KWARGS), grid, batch=1, device="cpu", dtype="fp32", compiled=False)
     attention = bench._points["attention", "EMB_48", "QK_2_4", "V_12"][0]
     parent = skeleton(ARCH, **KWARGS)
     assert attention.attn.scale == parent.blocks[0].attn.head_dim ** -0.5

@@ -12,7 +12,7 @@ from latency import LatencyTable, LatencyTableError
 from latency.build_table import get_args_parser, main
 from latency.fit import chosen_for_fit, corrected
 from latency.swin_bench import SwinBench
-from models import BlockDims, Masks, SwinDims, ViTDims, skeleton
+from models import Arch, BlockDims, Masks, SwinDims, ViTDims, skeleton
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner, latency_per_unit, narrowed
 from pruning.targets import targets_of
@@ -149,13 +149,13 @@ def test_the_cheaper_unit_goes_where_saliency_is_equal(table):
 
 
 def test_other_targets_count_a_swin(table):
-    macs_, params_ = targets_of(DENSE, table, ARCH, SMALL, macs_=0.5, params_=0.25)
+    macs_, params_ = targets_of(DENSE, table, Arch.of(ARCH, **SMALL), macs_=0.5, params_=0.25)
     assert macs_.measure(DENSE) == 2 * macs_.limit and params_.measure(DENSE) == 4 * params_.limit
 
 
 def test_the_bench_measures_every_part_through_the_modules_of_the_compact_model():
     grids = {f"STAGE_{i}": dict(embed=[8, e], heads=[1], qk=[4], v=[8], mlp=[32]) for i, e in enumerate((16, 32))}
-    bench = SwinBench(ARCH, SMALL, grids, batch=2, device="cpu", dtype="fp32", compiled=False)
+    bench = SwinBench(Arch.of(ARCH, **SMALL), grids, batch=2, device="cpu", dtype="fp32", compiled=False)
     kinds = [key[1] for key in bench.keys]
     assert {kind: kinds.count(kind) for kind in kinds} == dict(attention=4, mlp=4, merging=4, overhead=4)
     for key in bench.keys:

@@ -9,7 +9,7 @@ import pytest
 
 from latency.grid import LatencyTableError
 from latency.table import MAX_BYTES, LatencyTable
-from models.count import macs_by_part
+from models.arch import Arch
 from models.dims import BlockDims, ViTDims
 
 AXES = dict(embed=(32, 64, 96), heads=(1, 3), qk=(1, 16, 32), v=(8, 32), mlp=(16, 64, 128))
@@ -136,9 +136,9 @@ def test_model_seconds_add_blocks_and_overhead():
 
 def test_a_last_block_of_which_few_tokens_ask_takes_its_share_of_macs():
     table, dims = parts_table(), ViTDims(64, (block(2, 16, 8, 100), block(3, 24, 8, 64)))
-    arch = dict(arch="deit_tiny_distilled_patch16_224", img_size=32, patch_size=4, embed_dim=96)
+    arch = dict(name="deit_tiny_distilled_patch16_224", img_size=32, patch_size=4, embed_dim=96)
     one = ViTDims(64, dims.blocks[-1:])
-    full, left = macs_by_part(**arch, dims=one), macs_by_part(**arch, dims=one, lean_last=True)
+    full, left = Arch.of(**arch).macs_by_part(one), Arch.of(**arch, lean_last=True).macs_by_part(one)
     attention, mlp = (table.block_seconds(64, b) for b in (block(3, 24, 8, 0), block(0, 0, 0, 64)))
     expected = attention * left["attention"] / full["attention"] + mlp * left["mlp"] / full["mlp"]
     rest = table.block_seconds(64, dims.blocks[0]) + table.overhead_seconds(64)

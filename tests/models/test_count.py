@@ -8,8 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import BlockDims, ViTDims, build_vit, macs, params
-from models.count import macs_by_part
+from models import Arch, BlockDims, ViTDims, build_vit, macs, params
 from models.vit import Attention
 
 
@@ -84,7 +83,7 @@ def test_savits_published_logs(size, heads, mlp, embed, before, after):
         for i, b in enumerate(dims.blocks)
     ]
     for widths, logged in ((dims, before), (ViTDims(dims.embed - embed, tuple(blocks)), after)):
-        parts = macs_by_part(arch, widths)
+        parts = Arch.of(arch).macs_by_part(widths)
         found = (parts["attention"], parts["mlp"], macs(arch, widths))
         for ours, theirs in zip(found, logged, strict=True):
             assert ours / 1e9 == pytest.approx(theirs, rel=0.005)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from files import checkpoint
 from models import (
+    Arch,
     BlockDims,
     DimsError,
     FeaturePyramid,
@@ -29,7 +30,6 @@ from models import (
     params,
     skeleton,
 )
-from models.count import macs_by_part
 from models.swin import as_timm_names
 from models.vit import LayerNorm
 from pruning.saliency import Saliency
@@ -147,7 +147,7 @@ def test_counts_are_torchs(swin, remove):
             each(torch.randn(1, 3, swin["img_size"], swin["img_size"]))
         assert macs(ARCH, each.dims, **kwargs) == counter.get_total_flops() // 2
         assert params(ARCH, each.dims, **kwargs) == sum(p.numel() for p in each.parameters())
-    parts = macs_by_part(ARCH, **kwargs)
+    parts = Arch.of(ARCH, **kwargs).macs_by_part()
     assert sum(parts.values()) == macs(ARCH, **kwargs) and parts["downsampling"] > 0
 
 

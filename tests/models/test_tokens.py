@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from files import checkpoint
 from files.checkpoint import CheckpointError
-from latency.whole import fresh
+from latency.whole import build_random
 from main_pm_vit import freeze_
-from models import Masks, ModelError, build_vit, compact, load_dense, macs, params
+from models import Arch, Masks, ModelError, build_vit, compact, load_dense, macs, params
 from models.pretrained import from_checkpoint
 from models.tokens import SKIPPED, DenseTokenMerge, TokenMerge, layers, streamline_
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_holds_the_structure(compressed, images, tmp_path):
 
 def test_fresh_models_of_fewer_tokens_have_a_structure(tiny):
     arch = tiny.pop("arch")
-    model = fresh(arch, with_tokens(build_vit(arch, **tiny).dims, 9, 5), tiny, torch.device("cpu"))
+    model = build_random(Arch.of(arch, **tiny), with_tokens(build_vit(arch, **tiny).dims, 9, 5), torch.device("cpu"))
     assert [len(t.owner.unique()) for _, t in layers(model)] == [7, 3]
 
 

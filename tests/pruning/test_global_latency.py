@@ -8,7 +8,7 @@ import torch
 from jobs import token_table
 
 from latency.table import LatencyTable
-from models import BlockDims, Masks, ViTDims, macs, params
+from models import Arch, BlockDims, Masks, ViTDims, macs, params
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner, latency_per_unit, narrowed
 from pruning.targets import targets_of
@@ -85,7 +85,7 @@ def test_a_lean_last_block_is_priced_as_it_is(table, queries):
 def test_targets_of_a_lean_model(table):
     """MACs are a share of the dense model's, whose last block is not lean; milliseconds are those of the lean one."""
     arch, lean = "deit_tiny_distilled_patch16_224", KWARGS | dict(lean_last=True)
-    latency, count = targets_of(DENSE, table, arch, lean, latency_ms=9.0, macs_=0.5)
+    latency, count = targets_of(DENSE, table, Arch.of(arch, **lean), latency_ms=9.0, macs_=0.5)
     assert latency.measure(own := DENSE.with_queries(2)) == pytest.approx(1e3 * table.model_seconds(own))
     assert table.model_seconds(own) < table.model_seconds(DENSE)
     assert count.limit == 0.5 * macs(arch, DENSE, **KWARGS) and count.measure(DENSE) == macs(arch, DENSE, **lean)
@@ -180,7 +180,7 @@ KWARGS = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num
 )
 def test_every_kind_of_target_is_met_from_above(table, limits):
     arch = "deit_tiny_distilled_patch16_224"
-    targets = targets_of(DENSE, table, arch, KWARGS, **limits)
+    targets = targets_of(DENSE, table, Arch.of(arch, **KWARGS), **limits)
     run = pruner(table, targets=targets, per_event=2)
     for seed in range(1000):
         before = run.masks.dims
@@ -199,7 +199,7 @@ def test_every_kind_of_target_is_met_from_above(table, limits):
 
 def test_a_target_below_the_floors_says_what_can_be_reached(table):
     run = pruner(table)
-    (target,) = targets_of(DENSE, table, "deit_tiny_distilled_patch16_224", KWARGS, params_=500.0)
+    (target,) = targets_of(DENSE, table, Arch.of("deit_tiny_distilled_patch16_224", **KWARGS), params_=500.0)
     lowest = params("deit_tiny_distilled_patch16_224", run.floor(), **KWARGS)
     with pytest.raises(ValueError, match=rf"--params_target 500 is below {lowest} parameters"):
         target.check_reachable(run.floor())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models import BlockDims, ViTDims, build_vit, macs
-from models.count import MacsFormula
+from models.arch import Arch
 from pruning.gates import COMPONENTS, axes_of_component
 from pruning.macs_search import POINTS, Objective, Problem, evolution, grid, put_back
 from pruning.savit import Importance, choose, floor_dims, objective, rank
@@ -50,7 +50,7 @@ def make(model, components, target, seed=0, share=0.05, hessian=True, dims=None,
     full = macs(arch, dims, **kwargs)
     assert macs(arch, floor_dims(dims, components, share), **kwargs) <= (1 - target) * full
     found = objective(importance, rankings, dims, **options)
-    return Problem(MacsFormula.of(arch, dims, **kwargs), dims, rankings, found, int((1 - target) * full)), dims
+    return Problem(Arch.of(arch, **kwargs).macs_formula(dims), dims, rankings, found, int((1 - target) * full)), dims
 
 
 def with_one_more(masks):
