@@ -235,7 +235,7 @@ def test_published_names_are_aliases(name, tmp_path):
     parser = main_pm_vit.get_args_parser()
     args = parser.parse_args(["--model", name, "--speed-only"])
     model = pm_vit.read_model(args)
-    assert model.full.arch == "deit_tiny_patch16_224"
+    assert model.full.arch.name == "deit_tiny_patch16_224"
     assert uniform_tokens(model.dims, 0.6, 1).blocks[0].tokens == 118
 
 
