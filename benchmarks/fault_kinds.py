@@ -199,7 +199,7 @@ def worker_killed(job: Any, rng: random.Random) -> str:
         return "the job had ended before"
     os.kill(rng.choice(workers), signal.SIGKILL)
     code, said = process.wait(60), process.errors()
-    assert code == 0 or code == 1 and "a process that reads data died" in said, f"exit code {code}: {said[-300:]}"
+    assert code == 0 or code == 1 and "a data loader worker died" in said, f"exit code {code}: {said[-300:]}"
     return f"after {moment:.2f} s: exit code {code}"
 
 
