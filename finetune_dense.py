@@ -29,7 +29,6 @@ from training.full_model import (
     load_cnn_teacher,
     load_full_teacher,
     read_full_model,
-    structural_kwargs,
 )
 from training.parts import Data, drop_rate_kwargs, load_data, make_precision
 from training.sources import Checkpoint, Source, Teacher
@@ -91,7 +90,7 @@ def _full_model(args: argparse.Namespace, parent: Checkpoint | None) -> FullMode
         return read_full_model(source, swin=True)
     if args.model and args.model != parent.arch.name:
         raise ValueError(f"--model is {args.model} but {args.finetune} holds {parent.arch.name}")
-    source = replace(source, model=parent.arch.name, kwargs=structural_kwargs(parent.arch.kwargs) | args.model_kwargs)
+    source = source.like(parent)
     if args.kl_loss_coeff and not args.eval and not (source.weights or source.pretrained):
         pretrained = bool(parent.args.get("pretrained")) and not parent.origin
         source = replace(source, weights=parent.origin, pretrained=pretrained)

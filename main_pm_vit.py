@@ -15,7 +15,7 @@ from engine import evaluate
 from files import checkpoint
 from latency.whole import measure_ratios
 from loading import shards
-from models import Masks, ViTDims, macs, params
+from models import Arch, Masks, ViTDims
 from models.tokens import train_matrices_
 from pruning import pm_vit
 from recipes import calibration, pm_vit_options
@@ -29,8 +29,9 @@ from runtime.ranks import is_main
 from runtime.script import run_script
 from training import provenance, results, resuming
 from training.dense import CHECKPOINT, Run, conclude, read_resumed, train
-from training.full_model import FullModel, structural_kwargs
+from training.full_model import FullModel
 from training.parts import Data, load_data, make_precision
+from training.sources import structural_kwargs
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -128,11 +129,10 @@ def finetune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None
 def evaluated(args: argparse.Namespace, run: Run) -> None:
     """Say the accuracy of a compressed model and what it costs."""
     result = evaluate(run.model.to(run.device), run.data.val, make_precision(args, run.device), args.dist_eval)
-    counted = (run.model.arch, run.model.dims)
-    kwargs = run.model.arch_kwargs
+    arch, dims = Arch.of_model(run.model), run.model.dims
     say(
         f"{args.resume}: top-1 {result['acc1']:.2f}, top-5 {result['acc5']:.2f} on {int(result['samples'])} images, "
-        f"{macs(*counted, **kwargs) / 1e9:.3f} GMACs, {params(*counted, **kwargs):,} parameters"
+        f"{arch.macs(dims) / 1e9:.3f} GMACs, {arch.params(dims):,} parameters"
     )
 
 

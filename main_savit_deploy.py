@@ -17,7 +17,7 @@ from runtime.ranks import is_main
 from runtime.script import run_script
 from training import results
 from training.dense import Run, conclude, read_resumed, train
-from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model, structural_kwargs
+from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model
 from training.parts import drop_rate_kwargs, load_data
 from training.sources import Checkpoint, Source, Teacher
 
@@ -88,9 +88,7 @@ def _full_model(args: argparse.Namespace, parent: Checkpoint) -> FullModel:
     """The full-size model that was pruned, with the weights to distil from where that is asked for."""
     if args.model and args.model.removesuffix("_deploy") != parent.arch.name:
         raise ValueError(f"--model is {args.model} but {args.masked_model} holds {parent.arch.name}")
-    source = replace(
-        Source.of(args), model=parent.arch.name, kwargs=structural_kwargs(parent.arch.kwargs) | args.model_kwargs
-    )
+    source = Source.of(args).like(parent)
     if args.distillation_type_full != "none" and not (source.weights or source.pretrained):
         source = replace(source, weights=parent.origin)
     return read_full_model(source)

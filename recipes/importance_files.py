@@ -16,7 +16,7 @@ from models import ViTDims
 from pruning.gates import COMPONENTS, axes_of_component
 from pruning.savit import Importance
 from runtime.folders import write_json
-from training.full_model import structural_kwargs
+from training.sources import structural_kwargs
 
 FORMAT = {"name": "vit-importance", "version": 1}
 TENSORS, DESCRIPTION = "importance.safetensors", "importance.json"

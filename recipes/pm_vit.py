@@ -28,10 +28,9 @@ from training.full_model import (
     load_cnn_teacher,
     load_full_teacher,
     read_full_model,
-    structural_kwargs,
 )
 from training.parts import drop_rate_kwargs, make_precision
-from training.sources import Checkpoint, Source, Teacher
+from training.sources import Checkpoint, Source, Teacher, structural_kwargs
 
 ALIASES = {
     f"{name}_{size}_patch16_224": f"deit_{size}_patch16_224"
@@ -77,7 +76,7 @@ def read_model(args: Any) -> Model:
         return Model(full, None, full.path)
     if name not in (None, start.arch.name):
         raise ValueError(f"--model is {args.model} but {args.resume} holds {start.arch.name}")
-    full = read_full_model(Source(start.arch.name, structural_kwargs(start.arch.kwargs) | args.model_kwargs))
+    full = read_full_model(Source(None, args.model_kwargs).like(start))
     if args.input_size not in (None, full.image_size):
         raise ValueError(f"--input-size is {args.input_size} but {args.resume} is for images of {full.image_size}")
     full = full.with_kwargs(num_classes=start.classes)

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from loading import shards
-from models import Masks, ViTDims, macs
-from models.arch import Arch
+from models import Arch, Masks, ViTDims
 from pruning import savit
 from pruning.gates import axes_of_component
 from pruning.interaction import without_second_derivative
@@ -66,10 +65,10 @@ def check_target(args: Any, model: nn.Module) -> None:
     if lacking := [c for c in components if not axes_of_component(dims, c)]:
         raise ValueError(f"--pruning_layers: the model has no {', '.join(lacking)} to prune")
     lowest = savit.floor_dims(dims, components, _floor_share(args))
-    least = macs(model.arch, lowest, **model.arch_kwargs)
+    arch = Arch.of_model(model)
+    least = arch.macs(lowest)
     if budget(args, model) < least:
-        most = 1 - least / macs(model.arch, dims, **model.arch_kwargs)
-        most = math.floor(1e4 * most) / 1e4
+        most = math.floor(1e4 * (1 - least / arch.macs(dims))) / 1e4
         raise ValueError(
             f"--pruning_flops_percentage {args.pruning_flops_percentage} cannot be reached: removing "
             f"{', '.join(components)} down to the floors takes away at most {most:.4f}"
@@ -88,7 +87,7 @@ def check_scoring(args: Any, model: nn.Module, images: int) -> None:
 
 def budget(args: Any, model: nn.Module) -> int:
     """MACs of one image that may stay."""
-    return int((1 - args.pruning_flops_percentage) * macs(model.arch, model.dims, **model.arch_kwargs))
+    return int((1 - args.pruning_flops_percentage) * Arch.of_model(model).macs(model.dims))
 
 
 def select(args: Any, model: nn.Module, importance: Importance, device: torch.device) -> tuple[Masks, Problem]:

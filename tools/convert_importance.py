@@ -30,7 +30,7 @@ from runtime.console import say, say_next
 from runtime.errors import BadArguments, Problems
 from runtime.folders import make_folder
 from runtime.script import run_script
-from training.full_model import structural_kwargs
+from training.sources import structural_kwargs
 
 PUBLISHED = COMPONENTS[:3]  # heads, mlp, embed: layers 0, 1 and 2
 ALLOWED = {

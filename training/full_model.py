@@ -17,7 +17,7 @@ from models.swin_dims import Dims
 from models.vit import TokenLogits
 from runtime.console import say
 from runtime.errors import first_line
-from training.sources import Checkpoint, Source, Teacher
+from training.sources import Checkpoint, Source, Teacher, structural_kwargs
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,6 @@ class FullModel:
     @property
     def has_weights(self) -> bool:
         return self.state is not None or self.pretrained
-
-
-def structural_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """timm's arguments without the classes, which the data decides, and the drop rates, which the flags do."""
-    return {k: v for k, v in kwargs.items() if k != "num_classes" and not k.endswith("drop_rate")}
 
 
 def check_plain(arch: Arch) -> None:

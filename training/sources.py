@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,11 @@ from files import checkpoint
 from models import Arch, dims_from_dict
 from models.pretrained import from_checkpoint
 from models.swin_dims import Dims
+
+
+def structural_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """timm's arguments without the classes, which the data decides, and the drop rates, which the flags do."""
+    return {k: v for k, v in kwargs.items() if k != "num_classes" and not k.endswith("drop_rate")}
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,10 @@ class Source:
     def of(cls, args: Any) -> Source:
         """What --model, --model-kwargs, --input-size, --initial-checkpoint and --pretrained say."""
         return cls(args.model, args.model_kwargs, args.input_size, args.initial_checkpoint, args.pretrained)
+
+    def like(self, start: Checkpoint) -> Source:
+        """For the full-size model that a checkpoint was made from; the kwargs add to its own."""
+        return replace(self, model=start.arch.name, kwargs=structural_kwargs(start.arch.kwargs) | self.kwargs)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from models import build_vit
+from models import Arch, build_vit
 from training import results
 from training.full_model import FullModel
 from training.results import Conditions, Effort, Report
@@ -25,8 +25,8 @@ def report(tmp_path, monkeypatch):
         asked.append(effort)
         return [0.5], 1.0
 
-    monkeypatch.setattr(results, "measured_ratios", measure)
-    full = FullModel(ARCH, KWARGS)
+    monkeypatch.setattr(results, "measure_ratios", measure)
+    full = FullModel(Arch.of(ARCH, **KWARGS))
     return Report(tmp_path, full, torch.device("cpu"), Conditions(4, "bf16", True), Effort(2, 3)), asked
 
 

@@ -7,7 +7,7 @@ import torch
 
 from files import checkpoint
 from files.checkpoint import CheckpointError
-from models import Masks, build_vit
+from models import Arch, Masks, build_vit
 from training.full_model import read_full_model
 from training.sources import Checkpoint, Source, Teacher
 
@@ -36,9 +36,11 @@ def test_a_checkpoint_says_what_it_holds(tmp_path, prune):
     unpruned = Checkpoint.load(save(tmp_path / "unpruned.pth", Masks(full)))
     found = [(c.is_pruned, c.is_full) for c in (dense, pruned, compact, unpruned)]
     assert found == [(False, True), (True, False), (False, False), (True, False)]
-    assert (pruned.arch, pruned.classes, pruned.dims) == (ARCH, 7, masks.dims)
+    assert (pruned.arch.name, pruned.classes, pruned.dims) == (ARCH, 7, masks.dims)
     assert pruned.build().dims == compact.build().dims == masks.dims
     assert (dense.origin, pruned.origin) == ("", str(tmp_path / "dense.pth"))
+    like = Source(None, dict(mlp_ratio=2.0)).like(pruned)
+    assert like == Source(ARCH, KWARGS | dict(mlp_ratio=2.0))  # without the classes, which the data decides
 
 
 def test_what_another_project_wrote_is_no_checkpoint(tmp_path):
@@ -66,5 +68,5 @@ def test_flags_become_values():
 
 def test_classes_make_a_new_full_model():
     full = read_full_model(Source(None, KWARGS, default=ARCH))
-    assert full.arch == ARCH and full.image_size == 16
-    assert full.with_kwargs(num_classes=3).build().num_classes == 3 and "num_classes" not in full.kwargs
+    assert full.arch == Arch.of(ARCH, **KWARGS) and full.image_size == 16
+    assert full.with_kwargs(num_classes=3).build().num_classes == 3 and full.classes == 1000
