@@ -47,6 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         default="",
         help="folder of a pruning run, or a checkpoint (default: train --model itself, with --scratch)",
+        path=True,
     )
     group.add_argument("--scratch", action="store_true", help="keep the widths but not the weights (default: off)")
     group.add_argument("--eval", action="store_true", help="print top-1 and top-5 of --finetune and end")

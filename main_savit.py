@@ -11,6 +11,7 @@ from files import checkpoint
 from models import compact
 from models.arch import Arch
 from models.vit import TokenLogits
+from options.ranges import ABOVE_0, SHARE_ABOVE_0, SHARE_BELOW_1
 from pruning.gates import COMPONENTS
 from pruning.interaction import FORMS
 from pruning.macs_search import SEARCHES
@@ -56,14 +57,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_run_args(parser, "the run's folder; required", trains=False)
     _add_pruning_args(parser)
     group = parser.add_argument_group("accepted, no effect")
-    group.add_argument("--epochs", type=int, default=1, help="nothing is trained here (default: 1)")
-    group.add_argument("--finetune_op", type=int, choices=(2,), default=2, help="2 prunes and ends (default: 2)")
-    group.add_argument("--pruning_per_iteration", type=int, default=100, help="one-shot pruning only (default: 100)")
+    group.add_argument("--epochs", type=int, default=1, help="nothing is trained here (default: %(default)s)")
+    group.add_argument(
+        "--finetune_op", type=int, choices=(2,), default=2, help="2 prunes and ends (default: %(default)s)"
+    )
+    group.add_argument(
+        "--pruning_per_iteration", type=int, default=100, help="one-shot pruning only (default: %(default)s)"
+    )
     group.add_argument(
         "--pruning_flops_threshold",
         type=float,
         default=0.001,
-        help="the budget is met to the last unit (default: 0.001)",
+        help="the budget is met to the last unit (default: %(default)s)",
     )
     return parser
 
@@ -75,34 +80,36 @@ def _add_pruning_args(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         default="",
         help="weights to start from, a pruned checkpoint included (default: --initial-checkpoint)",
+        path=True,
     )
     group.add_argument(
         "--pruning_flops_percentage",
         metavar="SHARE",
         type=float,
         default=0.5,
-        help="share of the starting model's MACs to remove, in (0, 1) (default: 0.5)",
+        help="share of the starting model's MACs to remove, in (0, 1) (default: %(default)s)",
     )
     group.add_argument(
         "--pruning_layers",
         metavar="COMPONENTS",
         type=components,
-        default=COMPONENTS[:3],
-        help="0 heads, 1 mlp, 2 embed, 3 all three; or a list such as heads,mlp,embed,qk,v (default: 3)",
+        default="3",
+        help="0 heads, 1 mlp, 2 embed, 3 all three; or a list such as heads,mlp,embed,qk,v (default: %(default)s)",
     )
     group.add_argument(
         "--pruning_method",
         type=int,
         choices=tuple(METHODS),
         default=2,
-        help="scores from 2 the batches' or 3 the images' gradients, squared (default: 2)",
+        help="scores from 2 the batches' or 3 the images' gradients, squared (default: %(default)s)",
     )
     group.add_argument(
         "--pruning_feed_percent",
         metavar="SHARE",
         type=float,
         default=0.1,
-        help="share of the training batches to score on, in (0, 1] (default: 0.1)",
+        help="share of the training batches to score on, in (0, 1] (default: %(default)s)",
+        check=SHARE_ABOVE_0,
     )
     group.add_argument(
         "--pruning_protect",
@@ -116,7 +123,8 @@ def _add_pruning_args(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         type=float,
         default=0.05,
-        help="share of them to keep, at least one unit, in [0, 1) (default: 0.05)",
+        help="share of them to keep, at least one unit, in [0, 1) (default: %(default)s)",
+        check=SHARE_BELOW_1,
     )
     group.add_argument(
         "--pruning_normalize_by_layer",
@@ -128,7 +136,7 @@ def _add_pruning_args(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(1, 2),
         default=2,
-        help="which: 1 for L1, 2 for L2 (default: 2)",
+        help="which: 1 for L1, 2 for L2 (default: %(default)s)",
     )
     group.add_argument(
         "--pruning_pickle_from",
@@ -149,27 +157,29 @@ def _add_pruning_args(parser: argparse.ArgumentParser) -> None:
         choices=FORMULAS,
         default="joint",
         help="joint weighs units by importance, paper takes them as a random sample, published has "
-        "that code's weights (default: joint)",
+        "that code's weights (default: %(default)s)",
     )
     group.add_argument(
         "--hessian_embed",
         metavar="F",
         type=float,
         default=6.0,
-        help="divides the embedding's interactions, of the published formula (default: 6)",
+        help="divides the embedding's interactions, of the published formula (default: %(default)s)",
+        check=ABOVE_0,
     )
     group.add_argument(
         "--hessian_form",
         choices=FORMS,
         default="exact",
-        help="second derivatives, or finite differences in half the memory (default: exact)",
+        help="second derivatives, or finite differences in half the memory (default: %(default)s)",
     )
     group.add_argument(
         "--hessian_error",
         metavar="SHARE",
         type=float,
         default=0.1,
-        help="relative standard error of every interaction to stop measuring at (default: 0.1)",
+        help="relative standard error of every interaction to stop measuring at (default: %(default)s)",
+        check=ABOVE_0,
     )
     group.add_argument(
         "--linear_term",
@@ -181,7 +191,7 @@ def _add_pruning_args(parser: argparse.ArgumentParser) -> None:
         "--search",
         choices=tuple(SEARCHES),
         default="grid",
-        help="deterministic grid, or the published evolutionary search (default: grid)",
+        help="deterministic grid, or the published evolutionary search (default: %(default)s)",
     )
 
 

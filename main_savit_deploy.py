@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 import options
+from options.ranges import ABOVE_0
 from runtime.console import warn
 from runtime.errors import Problems
 from runtime.folders import make_folder
@@ -40,16 +41,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_resume_args(parser, "ft_checkpoint.pth")
     group = parser.add_argument_group("finetuning")
     group.add_argument(
-        "--masked_model", metavar="FILE", default="", help="pruned_checkpoint.pth of a pruning run; required"
+        "--masked_model", metavar="FILE", default="", help="pruned_checkpoint.pth of a pruning run; required", path=True
     )
     group = parser.add_argument_group("accepted, no effect")
-    group.add_argument("--finetune_op", type=int, choices=(1,), default=1, help="1 finetunes (default: 1)")
+    group.add_argument("--finetune_op", type=int, choices=(1,), default=1, help="1 finetunes (default: %(default)s)")
     group.add_argument(
         "--pruning_flops_percentage",
         type=float,
         choices=(0.0,),
         default=0.0,
-        help="0: nothing is pruned here (default: 0)",
+        help="0: nothing is pruned here (default: %(default)s)",
     )
     parser.set_defaults(model_ema=False)  # published
     return parser
@@ -64,23 +65,33 @@ def _add_distillation_args(parser: argparse.ArgumentParser) -> None:
         help="timm name of the full model (default: the pruned model's own)",
     )
     group.add_argument(
-        "--teacher-path-full", metavar="FILE", default="", help="its weights (default: those that were pruned)"
+        "--teacher-path-full",
+        metavar="FILE",
+        default="",
+        help="its weights (default: those that were pruned)",
+        path=True,
     )
     group.add_argument(
         "--distillation-type-full",
         choices=("none", "soft"),
         default="none",
-        help="soft distils from the full model (default: none)",
+        help="soft distils from the full model (default: %(default)s)",
     )
     group.add_argument(
         "--distillation-alpha-full",
         metavar="F",
         type=float,
         default=1e5,
-        help="weight of its KL, a thousandth of it per batch-mean KL times tau^2 (default: 1e5)",
+        help="weight of its KL, a thousandth of it per batch-mean KL times tau^2 (default: %(default)s)",
+        check=ABOVE_0,
     )
     group.add_argument(
-        "--distillation-tau-full", metavar="T", type=float, default=0.05, help="temperature of its KL (default: 0.05)"
+        "--distillation-tau-full",
+        metavar="T",
+        type=float,
+        default=0.05,
+        help="temperature of its KL (default: %(default)s)",
+        check=ABOVE_0,
     )
 
 

@@ -34,16 +34,20 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="WIDTH",
         type=int,
         default=768,
-        help="embedding width that the redistribution rule starts from (default: 768)",
+        help="embedding width that the redistribution rule starts from (default: %(default)s)",
     )
     group.add_argument(
         "--rule",
         choices=tuple(RULES),
         default="published",
-        help="the published code's rule or the paper's (default: published)",
+        help="the published code's rule or the paper's (default: %(default)s)",
     )
     group.add_argument(
-        "--dims", metavar="FILE", default="", help="any widths instead of a rule's: a dims.json (default: none)"
+        "--dims",
+        metavar="FILE",
+        default="",
+        help="any widths instead of a rule's: a dims.json (default: none)",
+        path=True,
     )
     group.add_argument(
         "--scratch", action="store_true", help="required, as published: there are no weights to start from"

@@ -41,19 +41,21 @@ def get_args_parser() -> argparse.ArgumentParser:
         choices=("slurm", "local", "debug"),
         help="where jobs run (default: slurm where it is installed, else local)",
     )
-    group.add_argument("--ngpus", metavar="N", type=int, default=8, help="processes, and GPUs, per node (default: 8)")
-    group.add_argument("--nodes", metavar="N", type=int, default=1, help="nodes (default: 1)")
+    group.add_argument(
+        "--ngpus", metavar="N", type=int, default=8, help="processes, and GPUs, per node (default: %(default)s)"
+    )
+    group.add_argument("--nodes", metavar="N", type=int, default=1, help="nodes (default: %(default)s)")
     group.add_argument(
         "--timeout",
         metavar="MINUTES",
         type=int,
         default=2800,
-        help="time limit, after which the job is queued again (default: 2800)",
+        help="time limit, after which the job is queued again (default: %(default)s)",
     )
     group.add_argument("--partition", metavar="NAME", default=None, help="SLURM partition (default: the cluster's)")
     group.add_argument("--constraint", metavar="FEATURE", default=None, help="e.g. volta32gb (default: none)")
     group.add_argument("--comment", metavar="TEXT", default=None, help="SLURM comment (default: none)")
-    group.add_argument("--cpus", metavar="N", type=int, default=10, help="CPU cores per process (default: 10)")
+    group.add_argument("--cpus", metavar="N", type=int, default=10, help="CPU cores per process (default: %(default)s)")
     group.add_argument(
         "--mem_gb", metavar="N", type=int, default=None, help="memory per node in GB (default: 40 per process)"
     )

@@ -38,12 +38,14 @@ WIDTHS = [
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES), help="of weights and images (default: fp32)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images per call (default: 8)")
-    parser.add_argument("--heads", type=int, default=12, help="attention heads (default: 12)")
-    parser.add_argument("--tokens", type=int, default=198, help="tokens of an image (default: 198)")
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of each (default: 9)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="fp32", choices=tuple(DTYPES), help="of weights and images (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="images per call (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=12, help="attention heads (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=198, help="tokens of an image (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="measurements of each (default: %(default)s)")
     return parser
 
 

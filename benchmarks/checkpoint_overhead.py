@@ -26,10 +26,10 @@ from runtime.seeds import rng_state
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--initial-checkpoint", required=True, help="the model that is finetuned")
-    parser.add_argument("--images", type=int, default=50_000, help="of an epoch (default: 50,000)")
-    parser.add_argument("--batch-size", type=int, default=128, help="(default: 128)")
-    parser.add_argument("--steps", type=int, default=20, help="updates that are timed (default: 20)")
-    parser.add_argument("--saves", type=int, default=10, help="saves that are timed (default: 10)")
+    parser.add_argument("--images", type=int, default=50_000, help="of an epoch (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="updates that are timed (default: %(default)s)")
+    parser.add_argument("--saves", type=int, default=10, help="saves that are timed (default: %(default)s)")
     return parser
 
 

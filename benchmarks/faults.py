@@ -40,11 +40,11 @@ SCRIPTS = ("main_full_global_latency", "finetune_dense")
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=Path("runs/faults.jsonl"), help="results, one fault a line")
-    parser.add_argument("--faults", type=int, default=200, help="to inject, in all (default: 200)")
+    parser.add_argument("--faults", type=int, default=200, help="to inject, in all (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="(default: all)")
-    parser.add_argument("--minutes", type=float, default=1e9, help="start none after so many (default: no limit)")
-    parser.add_argument("--epochs", type=int, default=5, help="of a job (default: 5)")
-    parser.add_argument("--seed", type=int, default=0, help="of moments and places (default: 0)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="start none after so many (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=5, help="of a job (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of moments and places (default: %(default)s)")
     return parser
 
 

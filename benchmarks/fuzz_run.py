@@ -23,7 +23,7 @@ BATCH = 500  # examples between looks at the clock
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", choices=NAMES, help="what reads the inputs")
-    parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: 10)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="how long (default: %(default)s)")
     parser.add_argument(
         "--with",
         dest="engine",
@@ -31,7 +31,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=None,
         help="(default: atheris where it is installed)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of hypothesis (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of hypothesis (default: %(default)s)")
     return parser
 
 

@@ -33,17 +33,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default="deit_small_patch16_224",
-        help="timm name of the dense model (default: deit_small_patch16_224)",
+        help="timm name of the dense model (default: %(default)s)",
     )
     parser.add_argument(
         "--model-kwargs", nargs="*", default=[], metavar="K=V", help="timm arguments of it (default: none)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="images per call (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per call (default: %(default)s)")
     parser.add_argument("--random", type=int, default=10, help="architectures")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
-    parser.add_argument("--rounds", type=int, default=9, help="measurements of each (default: 9)")
-    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES), help="of weights and images (default: fp32)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="measurements of each (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="fp32", choices=tuple(DTYPES), help="of weights and images (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     return parser
 
 

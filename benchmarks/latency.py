@@ -36,7 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--latency_regularization",
         type=float,
         default=5e-4,
-        help="lambda of saliency - lambda x latency (default: 5e-4)",
+        help="lambda of saliency - lambda x latency (default: %(default)s)",
     )
     parser.add_argument("--prune_per_event", type=int, default=2, help="groups")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"measurements of each (default: {ROUNDS})")

@@ -35,10 +35,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_data_args(parser)
     options.add_augmentation_args(parser)
     group = parser.add_argument_group("benchmark")
-    group.add_argument("--batches", metavar="N", type=int, default=30, help="batches and steps to time (default: 30)")
+    group.add_argument(
+        "--batches", metavar="N", type=int, default=30, help="batches and steps to time (default: %(default)s)"
+    )
     group.add_argument("--device", default="cuda", help="cuda or cpu (default: cuda, and cpu where there is no GPU)")
     group.add_argument("--amp", action="store_true", help="train in mixed precision (default: off)")
-    group.add_argument("--seed", metavar="N", type=int, default=0, help="of the order and augmentation (default: 0)")
+    group.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the order and augmentation (default: %(default)s)"
+    )
     parser.set_defaults(amp_dtype=None, dist_timeout=600, dist_eval=False)
     return parser
 

@@ -29,12 +29,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default="deit_small_patch16_224",
-        help="timm name of the dense model (default: deit_small_patch16_224)",
+        help="timm name of the dense model (default: %(default)s)",
     )
-    parser.add_argument("--images", type=int, default=256, help="calibration images (default: 256)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images per call (default: 32)")
-    parser.add_argument("--target", type=float, default=0.5, help="ratio of the dense model's seconds (default: 0.5)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--images", type=int, default=256, help="calibration images (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per call (default: %(default)s)")
+    parser.add_argument(
+        "--target", type=float, default=0.5, help="ratio of the dense model's seconds (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     return parser
 
 

@@ -37,10 +37,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--initial-checkpoint", default="", help="a dense model (default: the quickstart's, untrained)")
     parser.add_argument("--model", default="", help="timm name instead of a checkpoint")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per call (default: 128)")
-    parser.add_argument("--rounds", type=int, default=15, help="measurements of each (default: 15)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per call (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of each (default: %(default)s)")
     parser.add_argument("--interval", type=int, default=100, help="steps over which one pruning event is spread")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--dtype", default=None, choices=("bfloat16", "float16"), help="autocast type (default: fp32)")
     return parser
 

@@ -53,10 +53,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("what", choices=("scoring", "accuracy"), help="which of the two tables to print")
     parser.add_argument("--initial-checkpoint", default="", help="dense weights")
     parser.add_argument("--model", default="deit_tiny_patch16_224", help="timm name, where there is no checkpoint")
-    parser.add_argument("--batch-size", type=int, default=32, help="images per call (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images per call (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=156, help="of the scoring pass")
     parser.add_argument(
-        "--hessian_error", type=float, default=0.1, help="relative error of every interaction (default: 0.1)"
+        "--hessian_error", type=float, default=0.1, help="relative error of every interaction (default: %(default)s)"
     )
     parser.add_argument("--data-path", default="", help="CIFAR-10 as train/ and val/ class folders")
     parser.add_argument("--bench", type=Path, default=Path("../shared/bench"), help="folder of equal_footing.py")

@@ -17,8 +17,8 @@ import time
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every", type=int, default=4, help="events between compactions (default: 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="pairs of runs (default: 3)")
+    parser.add_argument("--every", type=int, default=4, help="events between compactions (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="pairs of runs (default: %(default)s)")
     parser.add_argument("flags", nargs="+", help="of the run, behind --")
     return parser
 

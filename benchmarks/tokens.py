@@ -65,10 +65,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="timm names, of `speed`",
     )
     parser.add_argument("--keep_rates", type=float, nargs="+", default=KEEP, help="of `speed`")
-    parser.add_argument("--batch-size", type=int, default=16, help="images (default: 16)")
-    parser.add_argument("--rounds", type=int, default=7, help="of interleaved measurements (default: 7)")
-    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES), help="(default: fp32)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--batch-size", type=int, default=16, help="images (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="of interleaved measurements (default: %(default)s)")
+    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES), help="(default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--initial-checkpoint", help="dense weights")
     parser.add_argument("--bench", type=Path, help="folder of equal_footing.py")
     parser.add_argument("--rows", type=Path, help="results, one row a line")
@@ -80,8 +80,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="whose latency tome takes (default: that of the first of --methods)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="rows of each method")
-    parser.add_argument("--keep_rate", type=float, default=0.6, help="share of patches that stay (default: 0.6)")
-    parser.add_argument("--prune_rate", type=float, default=0.1, help="share that is skipped (default: 0.1)")
+    parser.add_argument(
+        "--keep_rate", type=float, default=0.6, help="share of patches that stay (default: %(default)s)"
+    )
+    parser.add_argument("--prune_rate", type=float, default=0.1, help="share that is skipped (default: %(default)s)")
     parser.add_argument("--depth_factor", type=float, default=pm_vit.DEPTH_FACTOR, help="as main_pm_vit.py takes it")
     parser.add_argument("--batches", type=int, default=80, help="of 64 images, to score on")
     parser.add_argument("--calib", type=int, default=1024, help="images to compensate on")

@@ -69,8 +69,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--input-size", type=int, metavar="PIXELS", help="image size (default: the model's)")
     add("--num-classes", type=int, metavar="N", help="classes (default: the model's)")
     add = parser.add_argument_group("what will be deployed").add_argument
-    add("--batch-size", type=int, default=64, metavar="N", help="deployment batch (default: 64)")
-    add("--dtype", default="fp32", help=f"{', '.join(DTYPES)}; weights and images (default: fp32)")
+    add("--batch-size", type=int, default=64, metavar="N", help="deployment batch (default: %(default)s)")
+    add("--dtype", default="fp32", help=f"{', '.join(DTYPES)}; weights and images (default: %(default)s)")
     available = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=available, help="cpu or cuda (default: cuda where there is one)")
     add("--compile", action="store_true", help="measure under torch.compile, on fewer points")
@@ -82,7 +82,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="onnxruntime, or command 'CMD {onnx}', which prints milliseconds (default: torch)",
     )
     add = parser.add_argument_group("measurement").add_argument
-    add("--rounds", type=int, default=3, metavar="N", help="measurements of each point, at least 2 (default: 3)")
+    add(
+        "--rounds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="measurements of each point, at least 2 (default: %(default)s)",
+    )
     add("--points", nargs="*", default=[], metavar="AXIS=N", help="points per axis, e.g. embed=5 heads=4 qk=5 v=5")
     add(
         "--tokens",
@@ -92,7 +98,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="also measure blocks of fewer tokens, for models that compress them (default: the model's alone)",
     )
-    add("--merge", choices=("place", "content"), default="place", help="how those blocks merge tokens (default: place)")
+    add(
+        "--merge",
+        choices=("place", "content"),
+        default="place",
+        help="how those blocks merge tokens (default: %(default)s)",
+    )
     add("--output", required=True, metavar="FILE", help="the table to write (JSON)")
     return parser
 

@@ -53,11 +53,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"batches to measure (default: 1 and {THROUGHPUT_BATCH['cpu']}, on a GPU {THROUGHPUT_BATCH['cuda']})",
     )
-    add("--dtype", default="fp32", choices=tuple(DTYPES), help="weights and images (default: fp32)")
+    add("--dtype", default="fp32", choices=tuple(DTYPES), help="weights and images (default: %(default)s)")
     add("--device", default=available, help="cpu or cuda (default: cuda where there is one)")
     add("--modes", nargs="+", choices=MODES, default=list(MODES), help="(default: eager compiled)")
-    add("--rounds", type=int, default=9, metavar="N", help="measurements of every copy (default: 9)")
-    add("--copies", type=int, default=3, metavar="N", help="copies of each model in eager mode (default: 3)")
+    add("--rounds", type=int, default=9, metavar="N", help="measurements of every copy (default: %(default)s)")
+    add("--copies", type=int, default=3, metavar="N", help="copies of each model in eager mode (default: %(default)s)")
     return parser
 
 

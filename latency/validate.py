@@ -45,8 +45,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("table", metavar="TABLE", help="a latency table")
     add = parser.add_argument_group("architectures").add_argument
     add("dims", metavar="DIMS", nargs="*", help="architectures to measure: dims.json files")
-    add("--random", type=int, default=10, metavar="K", help="random architectures to measure (default: 10)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the random architectures (default: 0)")
+    add("--random", type=int, default=10, metavar="K", help="random architectures to measure (default: %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the random architectures (default: %(default)s)")
     add = parser.add_argument_group("measurement").add_argument
     add("--fit", action="store_true", help="first correct the table's bias from other models, and write it back")
     add("--rounds", type=int, default=ROUNDS, metavar="N", help=f"measurements of each build (default: {ROUNDS})")

@@ -6,8 +6,10 @@ import argparse
 import ast
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from options.ranges import Range
 from runtime.console import complain
 
 
@@ -25,11 +27,53 @@ def key_values(items: list[str], flag: str) -> dict[str, Any]:
     return pairs
 
 
-class Parser(argparse.ArgumentParser):
+@dataclass(frozen=True)
+class Flag:
+    """What is said of a flag where it is declared, beyond what argparse asks for.
+
+    spelling: as it is typed; check: what its value must be; path: it names where something lies; may_differ: a run may
+    be resumed with another value, because it changes how a step is computed and not what it computes.
+    """
+
+    spelling: str
+    check: Range | None = None
+    path: bool = False
+    may_differ: bool = False
+
+
+FLAGS: dict[str, Flag] = {}  # by argument: those of every parser that was made
+
+
+class _Describes(argparse._ActionsContainer):
+    """Takes the parts of a `Flag` with a flag's declaration."""
+
+    def add_argument(
+        self, *names: str, check: Range | None = None, path: bool = False, may_differ: bool = False, **kwargs: Any
+    ) -> argparse.Action:
+        """As argparse's, with the parts of a `Flag`."""
+        action = super().add_argument(*names, **kwargs)
+        if names and names[0].startswith("-"):
+            known = FLAGS.get(action.dest)
+            spelling = next((name for name in names if name.startswith("--")), names[0])
+            FLAGS[action.dest] = Flag(spelling, check or (known and known.check), path, may_differ)
+        return action
+
+
+class _Group(_Describes, argparse._ArgumentGroup):
+    """A named group of flags."""
+
+
+class Parser(_Describes, argparse.ArgumentParser):
     """argparse's, with one line for a mistake, the closest flag for one that is unknown, and no abbreviations."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def add_argument_group(self, *args: Any, **kwargs: Any) -> argparse._ArgumentGroup:
+        """As argparse's."""
+        group = _Group(self, *args, **kwargs)
+        self._action_groups.append(group)
+        return group
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's; exits with code 2."""
@@ -63,6 +107,11 @@ class KeyValues(argparse.Action):
             setattr(namespace, self.dest, key_values(values, option))
         except ValueError as error:
             parser.error(str(error))
+
+
+def flag(name: str) -> str:
+    """How an argument is typed."""
+    return FLAGS[name].spelling if name in FLAGS else f"--{name.replace('_', '-')}"
 
 
 def new_parser(description: str, epilog: str = "", module: str = "") -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ from typing import Any
 
 import options
 from models import Arch
+from options.ranges import ABOVE_0, FROM_0, SHARE_ABOVE_0
 from pruning.gate_saliency import KINDS
 from recipes.calibration import WHEN
 from runtime.errors import Problems
@@ -19,13 +20,14 @@ def add_pruning_args(parser: Any) -> None:
         "--pruning_config",
         metavar="FILE",
         default="pruning_configs/group8_m23_m09.json",
-        help="criterion, momentum, group sizes (default: pruning_configs/group8_m23_m09.json)",
+        help="criterion, momentum, group sizes (default: %(default)s)",
+        path=True,
     )
     group.add_argument(
         "--prune_dict",
         metavar="JSON",
         default='{"Global":0}',
-        help='label of the run and most units removed, 0 for no limit (default: {"Global":0})',
+        help="label of the run and most units removed, 0 for no limit (default: %(default)s)",
     )
     group.add_argument(
         "--interval_prune",
@@ -40,14 +42,16 @@ def add_pruning_args(parser: Any) -> None:
         metavar="UNITS",
         type=int,
         default=1024,
-        help="units per event: prune_per_iter / group_size groups go (default: 1024)",
+        help="units per event: prune_per_iter / group_size groups go (default: %(default)s)",
+        check=ABOVE_0,
     )
     group.add_argument(
         "--group_size",
         metavar="UNITS",
         type=int,
         default=16,
-        help="units that prune_per_iter counts as one group (default: 16)",
+        help="units that prune_per_iter counts as one group (default: %(default)s)",
+        check=ABOVE_0,
     )
     group.add_argument(
         "--student_eval",
@@ -61,7 +65,8 @@ def add_pruning_args(parser: Any) -> None:
         metavar="F",
         type=float,
         default=0.0,
-        help="lambda of saliency - lambda x latency, in squared loss per second of the table (default: 0)",
+        help="lambda of saliency - lambda x latency, in squared loss per second of the table (default: %(default)s)",
+        check=FROM_0,
     )
     group.add_argument(
         "--latency_target",
@@ -69,27 +74,28 @@ def add_pruning_args(parser: Any) -> None:
         type=float,
         default=None,
         help="stop at this share of the dense model's predicted latency, in (0, 1] (default: none)",
+        check=SHARE_ABOVE_0,
     )
     group.add_argument(
         "--selection",
         choices=("published", "value"),
         default="published",
         help="published: saliency - lambda x latency; value: saliency per second of latency, whole "
-        "branches included, the last event exactly (default: published)",
+        "branches included, the last event exactly (default: %(default)s)",
     )
     group.add_argument(
         "--saliency",
         choices=("weights", *KINDS),
         default="weights",
         help="weights: by weights and gradients, as --pruning_config says; gates: by a gate behind "
-        "every unit; gate_samples: the same, squared image by image (default: weights)",
+        "every unit; gate_samples: the same, squared image by image (default: %(default)s)",
     )
     group.add_argument(
         "--saliency_loss",
         choices=("training", "teacher"),
         default="training",
         help="what gates are differentiated for: the training loss, or the cross-entropy to labels "
-        "drawn from the dense model's predictions (default: training)",
+        "drawn from the dense model's predictions (default: %(default)s)",
     )
     group.add_argument(
         "--tokens",
@@ -123,18 +129,21 @@ def add_pruning_args(parser: Any) -> None:
         type=int,
         default=0,
         help="compact the student that is trained every so many pruning events (default: 0, never)",
+        check=FROM_0,
     )
     options.add_target_args(group)
     group.add_argument(
         "--latency_look_up_table",
         metavar="FILE",
         default="latency_head.json",
-        help="from python -m latency.build_table (default: latency_head.json)",
+        help="from python -m latency.build_table (default: %(default)s)",
+        path=True,
     )
     group.add_argument(
         "--dry-run",
         action="store_true",
         help="print the plan of events with an estimate of time and memory, and end (default: off)",
+        may_differ=True,
     )
 
 
@@ -151,7 +160,8 @@ def add_one_shot_args(parser: Any) -> None:
         metavar="N",
         type=int,
         default=1024,
-        help="training images that --one_shot, --align and --compensate look at, over all processes (default: 1024)",
+        help="training images that --one_shot, --align and --compensate look at, in all (default: %(default)s)",
+        check=ABOVE_0,
     )
     group.add_argument(
         "--latency_measured",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import options
+from options.ranges import ABOVE_0, FROM_0, SHARE_ABOVE_0, SHARE_BELOW_1
 from pruning import pm_vit
 from recipes import pm_vit as steps
 from runtime.errors import Problems
@@ -20,6 +21,7 @@ def add_token_args(parser: Any) -> None:
         default="",
         help="the model: dense weights or any checkpoint; a finetuning run's own ft_checkpoint.pth in --output_dir "
         "goes on where it was broken off (default: --initial-checkpoint or --pretrained)",
+        may_differ=True,
     )
     add("--prune", action="store_true", help="score the patches and compress the model (default: off, finetune)")
     add("--eval", action="store_true", help="print counts and accuracy of a compressed model (default: off)")
@@ -35,7 +37,7 @@ def add_token_args(parser: Any) -> None:
         help="scores: attn gradient x attention; head the same without cancellation between heads; head_entropy "
         "attention received, no labels; random; seq evenly spread, no data; clus attn on a compressed model, "
         "whose skipped patches stay skipped; probe evenly spread, as many in every block as the predictions need, "
-        "no labels (default: attn)",
+        "no labels (default: %(default)s)",
     )
     add(
         "--compensate",
@@ -47,17 +49,33 @@ def add_token_args(parser: Any) -> None:
         metavar="N",
         type=int,
         default=256,
-        help="training images that --prune_mode probe and --compensate look at, over all processes (default: 256)",
+        help="training images that --prune_mode probe and --compensate look at, in all (default: %(default)s)",
+        check=ABOVE_0,
     )
-    add("--prune_iter", metavar="N", type=int, default=250, help="batches to score on, 0 for an epoch (default: 250)")
+    add(
+        "--prune_iter",
+        metavar="N",
+        type=int,
+        default=250,
+        help="batches to score on, 0 for an epoch (default: %(default)s)",
+        check=FROM_0,
+    )
     add(
         "--prune_rate",
         metavar="F",
         type=float,
         default=None,
         help="share of patches that skip a block (default: 0 with --merge content and --prune_mode probe, else 0.1)",
+        check=SHARE_BELOW_1,
     )
-    add("--keep_rate", metavar="F", type=float, default=0.6, help="share of patches that stay tokens (default: 0.6)")
+    add(
+        "--keep_rate",
+        metavar="F",
+        type=float,
+        default=0.6,
+        help="share of patches that stay tokens (default: %(default)s)",
+        check=SHARE_ABOVE_0,
+    )
     add("--merge_list", metavar="L", type=int, nargs="+", default=None, help="blocks to compress (default: all)")
     add(
         "--merge",
@@ -71,14 +89,14 @@ def add_token_args(parser: Any) -> None:
         "--merge_entries",
         choices=("mean", "published"),
         default="mean",
-        help="entries of the merge matrix: rows sum to 1, or the centre's is 1 (default: mean)",
+        help="entries of the merge matrix: rows sum to 1, or the centre's is 1 (default: %(default)s)",
     )
     add(
         "--shortcut",
         choices=("merged", "skipped"),
         default="merged",
         help="which patches keep their own values: also merged ones, as far as they differ from their group, or "
-        "skipped ones alone as published (default: merged)",
+        "skipped ones alone as published (default: %(default)s)",
     )
     add("--per_image", action="store_true", help="absolute scores of every image, not of a batch's mean (default: off)")
     add(

@@ -67,12 +67,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="its timm arguments, num_classes included (default: none)",
     )
     parser.add_argument("--data-set", required=True, help="--data-set of the runs that will read the files")
-    parser.add_argument("--pruning_method", type=int, default=2, help="number in the pickles' names (default: 2)")
+    parser.add_argument(
+        "--pruning_method", type=int, default=2, help="number in the pickles' names (default: %(default)s)"
+    )
     parser.add_argument(
         "--hessian_embed",
         type=float,
         default=6.0,
-        help="--hessian_embed of the published run, which is inside its pickle (default: 6)",
+        help="--hessian_embed of the published run, which is inside its pickle (default: %(default)s)",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     return parser

@@ -23,7 +23,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         __doc__, "example: python -m tools.digits_folder runs/digits --size 32", "tools.digits_folder"
     )
     parser.add_argument("output", metavar="DIR", type=Path, help="folder to write")
-    parser.add_argument("--size", metavar="PIXELS", type=int, default=16, help="side of the images (default: 16)")
+    parser.add_argument(
+        "--size", metavar="PIXELS", type=int, default=16, help="side of the images (default: %(default)s)"
+    )
     return parser
 
 

@@ -51,7 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder to write to (default: export_<format> beside the checkpoint)",
     )
     add("--use-ema", action="store_true", help="take the moving average of the weights (default: off)")
-    add("--batch-size", metavar="N", type=int, default=1, help="images per call when measuring (default: 1)")
+    add("--batch-size", metavar="N", type=int, default=1, help="images per call when measuring (default: %(default)s)")
     add(
         "--push",
         metavar="OWNER/NAME",

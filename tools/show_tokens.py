@@ -43,7 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of a token-compressed model")
     parser.add_argument("image", metavar="IMAGE", help="resized to the model's input")
-    parser.add_argument("--output", metavar="FILE", default="tokens.png", help="the picture (default: tokens.png)")
+    parser.add_argument("--output", metavar="FILE", default="tokens.png", help="the picture (default: %(default)s)")
     return parser
 
 

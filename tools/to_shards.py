@@ -36,9 +36,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         metavar="N",
         type=int,
         default=1000,
-        help="images of a shard; there must be a shard for every loader process (default: 1000)",
+        help="images of a shard; there must be a shard for every loader process (default: %(default)s)",
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the order of training images (default: 0)")
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the order of training images (default: %(default)s)"
+    )
     return parser
 
 

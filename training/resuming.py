@@ -23,51 +23,16 @@ from runtime.folders import write_text
 from runtime.ranks import is_main, rank, world_size
 from runtime.seeds import set_rng_state
 
-# What may differ between a run and its continuation: the checkpoint holds the model, paths are only where things lie,
-# and the rest changes how a step is computed but not what it computes.
-PATHS = {
-    "initial_checkpoint",
-    "finetune",
-    "masked_model",
-    "teacher_path",
-    "teacher_path_full",
-    "data_path",
-    "output_dir",
-    "latency_look_up_table",
-    "pruning_config",
-    "dims",
-}
-MAY_DIFFER = PATHS | {
-    "model",
-    "model_kwargs",
-    "input_size",
-    "resume",
-    "start_epoch",
-    "device",
-    "num_workers",
-    "pin_mem",
-    "dist_eval",
-    "dist_timeout",
-    "log_interval",
-    "recovery_interval",
-    "compile",
-    "grad_checkpointing",
-    "batch_size",
-    "grad_accum_steps",
-    "world_size",
-    "dry_run",
-    "bad_images",
-    "checkpoint_errors",
-    "inputs",
-}
+NOT_FLAGS = {"world_size", "inputs"}  # what a checkpoint holds beside the arguments, compared on its own
 
 
 def saved_args(args: Any, origin: str, inputs: dict[str, str] | None = None) -> dict[str, Any]:
-    """The arguments as a checkpoint holds them: what is computed, not where things lie or how it was gone on with.
+    """The arguments as a checkpoint holds them: what is computed, not where things lie or how the run was resumed.
 
     origin: path of the dense weights; inputs: see `inputs_of`.
     """
-    kept = {name: value for name, value in vars(args).items() if name not in PATHS | {"resume", "start_epoch"}}
+    left_out = {name for name, flag in options.FLAGS.items() if flag.path} | {"resume", "start_epoch"}
+    kept = {name: value for name, value in vars(args).items() if name not in left_out}
     return kept | dict(initial_checkpoint=origin, world_size=world_size(), inputs=inputs or {})
 
 
@@ -90,6 +55,7 @@ def _shown(value: Any) -> Any:
 
 
 def _differences(now: dict[str, Any], before: dict[str, Any], may_differ: set[str]) -> list[str]:
+    may_differ = {n for n, flag in options.FLAGS.items() if flag.path or flag.may_differ} | may_differ | NOT_FLAGS
     names = [n for n in now if n in before and n not in may_differ and now[n] != before[n]]
     found = [f"{options.flag(name)} was {_shown(before[name])}, now {_shown(now[name])}" for name in names]
     if _global_batch(now) != _global_batch(before):
@@ -140,7 +106,7 @@ def read(
         raise ValueError(f"--resume: {path} is not a {run} run of this model")
     if args.start_epoch not in (None, content["epoch"] + 1):
         raise ValueError(f"--start_epoch is {args.start_epoch} but {path} goes on with epoch {content['epoch'] + 1}")
-    if differing := _differences(saved_args(args, ""), content["args"], MAY_DIFFER | may_differ):
+    if differing := _differences(saved_args(args, ""), content["args"], set(may_differ)):
         raise ValueError(f"--resume: {path} was made with other arguments: {'; '.join(differing)}")
     made_from = content["args"].get("inputs", {})
     if others := [name for name, digest in (inputs or {}).items() if made_from.get(name, digest) != digest]:

@@ -1,14 +1,18 @@
 """Flags: declared once, explained with unit and default, read by code, and spelled as published."""
 
 import argparse
+import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from test_imports import SCRIPTS as TEST_SCRIPTS
 
 import finetune_dense
 import main_full_global_latency
+import main_pm_vit
 import main_savit
 import main_savit_deploy
 import revit_scratch
@@ -21,6 +25,7 @@ SCRIPTS = dict(
     revit_scratch=revit_scratch,
     main_savit=main_savit,
     main_savit_deploy=main_savit_deploy,
+    main_pm_vit=main_pm_vit,
 )
 NO_EFFECT = {
     "pruning_exit",
@@ -88,19 +93,71 @@ def test_published_commands_parse_to_what_they_say():
     assert args.eval and args.finetune == "C"
 
 
+def arguments_read(source):
+    """Names that code reads off the arguments: `args.NAME`, `getattr(args, "NAME")`."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and is_arguments(node.value):
+            names.add(node.attr)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in ("getattr", "hasattr")
+            and is_arguments(node.args[0])
+        ):
+            names |= {arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)}
+    return names
+
+
+def is_arguments(node):
+    return ast.unparse(node) in ("args", "self.args", "sized")
+
+
+READ = set().union(
+    *(arguments_read(p.read_text()) for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if "tests" not in p.parts)
+)
+
+
+def test_a_flag_that_nobody_reads_is_noticed():
+    """Its name in a table, in a message, or as somebody else's attribute does not count."""
+    source = 'TABLE = {"quoted"}\nprint(f"--said", x.other)\nargs.written = 1\nargs.read\ngetattr(args, "got", 1)\n'
+    assert arguments_read(source) == {"read", "got"}
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_has_help_and_is_read(name):
     parser = SCRIPTS[name].get_args_parser()
-    code = "".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py")) if "tests" not in path.parts)
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
             continue
         assert action.help and len(action.help) > 5, action.dest
         quiet = action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction) or action.default in (None, "")
         assert quiet or "default" in action.help or action.help == argparse.SUPPRESS, action.dest
-        read = re.search(rf"(args|namespace|sized)\.{action.dest}\b|[\"']{action.dest}[\"']", code)
-        assert read or action.dest in NO_EFFECT, f"nobody reads --{action.dest}"
+        assert action.dest in READ | NO_EFFECT, f"nobody reads --{action.dest}"
     assert parser.format_help()
+
+
+@pytest.mark.parametrize("name", sorted(TEST_SCRIPTS))
+def test_every_default_that_is_printed_is_the_default(name):
+    parser = importlib.import_module(name).get_args_parser()
+    for action in parser._actions:
+        if not action.help or action.help == argparse.SUPPRESS:
+            continue
+        text = parser._get_formatter()._expand_help(action)
+        for printed in re.findall(r"\(default: ([^()]*)\)", text)[-1:]:
+            assert is_printed_default(printed, action.default), f"{name} {action.option_strings}: {text}"
+
+
+def is_printed_default(printed, default):
+    """Whether help says what the default is; of None, nothing and booleans, in a word; of many, that it is all."""
+    if not default or default is True:
+        return (
+            printed == str(default) or not re.fullmatch(r"[\d.e+-]+", printed) and (printed != "on" or default is True)
+        )
+    if isinstance(default, list | tuple):
+        return printed == " ".join(map(str, default)) or printed.startswith("all")
+    if default in ("cuda", "cpu") and printed.startswith("cuda"):
+        return "where there is" in printed  # it depends on the machine
+    return printed.removesuffix(", DeiT's") == str(default) or str(default).endswith(f"/{printed}")
 
 
 def test_every_flag_is_declared_once():
@@ -124,7 +181,7 @@ def test_booleans_are_real():
 
 
 def test_resume_takes_nothing_a_path_or_the_empty_string():
-    for script in SCRIPTS.keys() - {"main_savit"}:  # one pass, nothing to resume
+    for script in SCRIPTS.keys() - {"main_savit", "main_pm_vit"}:  # one pass, nothing to resume; and a file, always
         found = [parse(script, line).resume for line in ("", "--resume", "--resume=", "--resume x.pth")]
         assert found == ["", "auto", "", "x.pth"]
 

@@ -1,0 +1,21 @@
+"""What the value of a flag may be, in words and as a test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Range(NamedTuple):
+    """words: what a value must be, to follow "must be"."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+ABOVE_0 = Range("above 0", lambda x: 0 < x < math.inf)
+FROM_0 = Range("from 0 up", lambda x: 0 <= x < math.inf)
+SHARE = Range("in [0, 1]", lambda x: 0 <= x <= 1)
+SHARE_ABOVE_0 = Range("in (0, 1]", lambda x: 0 < x <= 1)
+SHARE_BELOW_1 = Range("in [0, 1)", lambda x: 0 <= x < 1)
