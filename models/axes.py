@@ -12,7 +12,7 @@ The downsampling that begins a stage reads four patches side by side: four times
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from typing import NamedTuple
 
 Segment = tuple[str, ...]
 Dim = tuple[Segment, ...]
@@ -64,19 +64,45 @@ BLOCK: dict[str, tuple[Dim, ...]] = {
     **{f"tokens.{p}": (FIXED,) for p in ("merge", "reconstruct")},
     **{f"tokens.{p}": (FIXED, FIXED) for p in ("merge_matrix", "reconstruct_matrix")},
 }
+KINDS = ("embed", "heads", "qk", "v", "mlp", "tokens")
 BRANCH = dict(norm1="heads", attn="heads", ls1="heads", norm2="mlp", mlp="mlp", ls2="mlp")
-_IN_BLOCK = re.compile(r"((?:layers\.\d+\.)?blocks\.\d+)\.(.+)")
-_IN_STAGE = re.compile(r"layers\.(\d+)\.(?:blocks\.(\d+)\.)?(.+)")
+_PLACE = re.compile(r"(?:layers\.(\d+)\.)?(?:blocks\.(\d+)\.)?(.+)")
+
+
+def _take_apart(name: str) -> tuple[int | None, int | None, str]:
+    """(stage, block, the rest) of the name of an axis or a parameter; None for what it does not name."""
+    stage, block, local = _PLACE.fullmatch(name).groups()
+    return stage and int(stage), block and int(block), local
+
+
+class Axis(NamedTuple):
+    """The parts of an axis's name; `str` gives the name (`embed`, `blocks.3.qk`, `layers.2.blocks.0.qk`).
+
+    kind: embed, heads, qk, v, mlp or tokens; block: counted within the stage, None for an embedding; stage: None in a
+    plain ViT.
+    """
+
+    kind: str
+    block: int | None = None
+    stage: int | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> Axis:
+        """The inverse of `str`. Raises ValueError for what is not the name of an axis."""
+        match = _PLACE.fullmatch(name)
+        if not match or match[3] not in KINDS or (match[3] == "embed") != (match[2] is None):
+            raise ValueError(f"{name!r} is not the name of an axis")
+        stage, block, kind = _take_apart(name)
+        return cls(kind, block, stage)
+
+    def __str__(self) -> str:
+        stage = "" if self.stage is None else f"layers.{self.stage}."
+        return f"{stage}{self.kind}" if self.block is None else f"{stage}blocks.{self.block}.{self.kind}"
 
 
 def local_name(parameter: str) -> str:
     """A parameter's name within its block (`attn.qkv.weight`) or stage, or its whole name."""
-    match = _IN_BLOCK.fullmatch(parameter)
-    return match[2] if match else re.sub(r"^layers\.\d+\.", "", parameter)
-
-
-def _named(dims: tuple[Dim, ...], name: Callable[[str], str]) -> tuple[Dim, ...]:
-    return tuple(tuple(tuple(map(name, segment)) for segment in dim) for dim in dims)
+    return _take_apart(parameter)[2]
 
 
 def axes_of(parameter: str, stages: int = 0) -> tuple[Dim, ...]:
@@ -84,26 +110,25 @@ def axes_of(parameter: str, stages: int = 0) -> tuple[Dim, ...]:
 
     Raises KeyError for a name that no such model has.
     """
-    if stages:
-        return _axes_in_stages(parameter, stages)
-    if not (match := _IN_BLOCK.fullmatch(parameter)):
-        return OUTSIDE[parameter]
-    return _named(BLOCK[match[2]], lambda axis: axis if axis == "embed" else f"{match[1]}.{axis}")
-
-
-def _axes_in_stages(parameter: str, stages: int) -> tuple[Dim, ...]:
-    if match := _IN_STAGE.fullmatch(parameter):
-        stage, block, local = int(match[1]), match[2], match[3]
-        dims = (DOWNSAMPLE if block is None else BLOCK)[local]
+    stage, block, local = _take_apart(parameter)
+    if block is not None:
+        dims = BLOCK[local]
+    elif stage is not None:
+        dims = DOWNSAMPLE[local]
     else:
-        stage, block = 0 if parameter.startswith("patch_embed.") else stages - 1, None
-        dims = SWIN_OUTSIDE[parameter]
-    embeds = dict(embed=f"layers.{stage}.embed", before=f"layers.{stage - 1}.embed")
-    return _named(dims, lambda axis: embeds.get(axis, f"layers.{stage}.blocks.{block}.{axis}"))
+        dims = (SWIN_OUTSIDE if stages else OUTSIDE)[parameter]
+        stage = None if not stages else 0 if parameter.startswith("patch_embed.") else stages - 1
+
+    def name(kind: str) -> str:
+        if kind == "before":
+            return str(Axis("embed", stage=stage - 1))
+        return str(Axis(kind, None if kind == "embed" else block, stage))
+
+    return tuple(tuple(tuple(map(name, segment)) for segment in dim) for dim in dims)
 
 
 def branch_of(parameter: str) -> str | None:
     """The axis whose emptiness removes this parameter's whole branch (`blocks.3.heads`); None where there is none."""
-    match = _IN_BLOCK.fullmatch(parameter)
-    branch = match and BRANCH.get(match[2].split(".")[0])  # token compression stays when both branches go
-    return branch and f"{match[1]}.{branch}"
+    stage, block, local = _take_apart(parameter)
+    kind = BRANCH.get(local.split(".")[0])  # token compression stays when both branches go
+    return None if block is None or kind is None else str(Axis(kind, block, stage))

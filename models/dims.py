@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any
 
-from models.axes import Dim, axes_of
+from models.axes import Axis, Dim, axes_of
 
 MOST = 1_000_000  # of any width; what a model is built from never comes unchecked from a file
 MOST_BLOCKS = 1_000
@@ -143,7 +143,7 @@ class ViTDims:
         """Units of every axis, by the axis names of `models.axes`."""
         named = dict(embed=self.embed)
         for i, b in enumerate(self.blocks):
-            named |= {f"blocks.{i}.{axis}": getattr(b, axis) for axis in BLOCK_AXES}
+            named |= {str(Axis(kind, i)): getattr(b, kind) for kind in BLOCK_AXES}
         return named
 
     def resized(self, sizes: dict[str, int]) -> ViTDims:
@@ -151,17 +151,15 @@ class ViTDims:
         widths: dict[int, dict[str, int]] = {}
         for name, units in sizes.items():
             if name != "embed":
-                _, block, axis = name.split(".")
-                widths.setdefault(int(block), {})[axis] = units
+                axis = Axis.parse(name)
+                widths.setdefault(axis.block, {})[axis.kind] = units
         blocks = (replace(b, **widths[i]) if i in widths else b for i, b in enumerate(self.blocks))
         return ViTDims(sizes.get("embed", self.embed), tuple(blocks))
 
     def width(self, axis: str) -> int:
         """Units of one axis; of `blocks.3.tokens`, the tokens."""
-        if axis == "embed":
-            return self.embed
-        _, block, kind = axis.split(".")
-        return getattr(self.blocks[int(block)], kind)
+        kind, block, _ = Axis.parse(axis)
+        return self.embed if block is None else getattr(self.blocks[block], kind)
 
     def with_queries(self, queries: int | None) -> ViTDims:
         """These dims with so many queries in the last block, None for all tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.axes import Dim, branch_of
+from models.axes import Axis, Dim, branch_of
 from models.patch_grid import spread_order
 from models.swin_dims import Dims
 from models.tokens import around, by_content, spread
@@ -26,7 +26,7 @@ class Masks:
         self.full, self.grid = dims, grid
         patches = grid[0] * grid[1] if grid else 0
         self.prefix = max(b.tokens for b in dims.blocks) - patches if grid else 0  # tokens that are never merged
-        sizes = dims.sizes() | {f"blocks.{i}.tokens": patches for i in range(len(dims.blocks)) if grid}
+        sizes = dims.sizes() | {str(Axis("tokens", i)): patches for i in range(len(dims.blocks)) if grid}
         self.keep = {axis: torch.ones(n, dtype=torch.bool, device=device) for axis, n in sizes.items()}
         self._alive = sizes  # survivors per axis, on the host: no device synchronisation to read a width
 
@@ -53,14 +53,14 @@ class Masks:
         masks = cls(full, device, grid)
         for axis, alive in masks.units(dims).items():
             order = torch.arange(len(masks.keep[axis]))
-            if axis.endswith(".tokens"):
-                order = spread_order(grid, int(axis.split(".")[1]))
+            if (parts := Axis.parse(axis)).kind == "tokens":
+                order = spread_order(grid, parts.block)
             masks.remove(axis, order[alive:].to(device))
         return masks
 
     def units(self, dims: Dims) -> dict[str, int]:
         """Units that an architecture has of every axis."""
-        tokens = {f"blocks.{i}.tokens": b.tokens - self.prefix for i, b in enumerate(dims.blocks) if self.grid}
+        tokens = {str(Axis("tokens", i)): b.tokens - self.prefix for i, b in enumerate(dims.blocks) if self.grid}
         return dims.sizes() | tokens
 
     def remove(self, axis: str, units: Tensor) -> None:
@@ -74,11 +74,11 @@ class Masks:
     @property
     def dims(self) -> Dims:
         """The architecture that is left."""
-        left = self.full.resized({a: n for a, n in self._alive.items() if not a.endswith(".tokens")})
+        left = self.full.resized({a: n for a, n in self._alive.items() if Axis.parse(a).kind != "tokens"})
         if not self.grid:
             return left
-        patches = {i: self._alive[f"blocks.{i}.tokens"] for i, b in enumerate(left.blocks) if b.heads or b.mlp}
-        return left.resized({f"blocks.{i}.tokens": self.prefix + n for i, n in patches.items()})  # empty: as they were
+        used = [str(Axis("tokens", i)) for i, b in enumerate(left.blocks) if b.heads or b.mlp]  # empty: as they were
+        return left.resized({axis: self.prefix + self._alive[axis] for axis in used})
 
     def _keep_along(self, dim: Dim) -> Tensor:
         """Survivors along one dimension of a parameter: products of axes, concatenated."""
@@ -161,7 +161,7 @@ class Masks:
             return
         reference = next(model.parameters())
         for i, (block, left) in enumerate(zip(model.blocks, self.dims.blocks, strict=True)):
-            keep = self.keep[f"blocks.{i}.tokens"].cpu()
+            keep = self.keep[str(Axis("tokens", i))].cpu()
             merged = left.tokens < self.prefix + len(keep)
             if merged and by_content(model):
                 tokens = spread(int(keep.sum()), self.grid, i, self.prefix, content=True)

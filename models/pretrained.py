@@ -11,6 +11,7 @@ from files import checkpoint, schema
 from files.checkpoint import CheckpointError
 from models import hub
 from models.arch import Arch, Model
+from models.axes import Axis
 from models.compact import compact
 from models.dims import DimsError
 from models.masks import Masks
@@ -42,7 +43,7 @@ def full_dims(dims: Dims, masks: dict[str, torch.Tensor], total: int) -> Dims:
 
     A block whose tokens have a mask had all `total` of them.
     """
-    tokens = {axis: total for axis in (f"blocks.{i}.tokens" for i in range(len(dims.blocks))) if axis in masks}
+    tokens = {axis: total for axis in (str(Axis("tokens", i)) for i in range(len(dims.blocks))) if axis in masks}
     return dims.resized({axis: len(masks[axis]) for axis in dims.sizes()} | tokens)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-from models.axes import Dim, axes_of
+from models.axes import Axis, Dim, axes_of
 from models.dims import MOST_BLOCKS, BlockDims, DimsError, ViTDims
 
 MOST_STAGES = 16
@@ -76,21 +76,22 @@ class SwinDims:
 
     def sizes(self) -> dict[str, int]:
         """Units of every axis, by the axis names of `models.axes`: `layers.0.embed`, `layers.0.blocks.1.heads`."""
-        return {f"layers.{i}.{axis}": n for i, stage in enumerate(self.stages) for axis, n in stage.sizes().items()}
+        stages = zip(self.prefixes, self.stages, strict=True)
+        return {prefix + axis: n for prefix, stage in stages for axis, n in stage.sizes().items()}
 
     def resized(self, sizes: dict[str, int]) -> SwinDims:
         """These dims with other widths on the axes that `sizes` has. Raises DimsError."""
         parts: list[dict[str, int]] = [{} for _ in self.stages]
         for name, units in sizes.items():
-            _, stage, axis = name.split(".", 2)
-            parts[int(stage)][axis] = units
+            axis = Axis.parse(name)
+            parts[axis.stage][str(axis._replace(stage=None))] = units
         stages = (stage.resized(part) if part else stage for stage, part in zip(self.stages, parts, strict=True))
         return SwinDims(tuple(stages))
 
     def width(self, axis: str) -> int:
         """Units of one axis."""
-        _, stage, rest = axis.split(".", 2)
-        return self.stages[int(stage)].width(rest)
+        parts = Axis.parse(axis)
+        return self.stages[parts.stage].width(str(parts._replace(stage=None)))
 
     def with_queries(self, queries: None) -> SwinDims:
         """These dims: every token asks."""

@@ -5,8 +5,8 @@ from math import prod
 import pytest
 import torch
 
-from models import BlockDims, ViTDims, build_vit, skeleton
-from models.axes import axes_of, branch_of
+from models import BlockDims, SwinDims, ViTDims, build_vit, skeleton
+from models.axes import Axis, axes_of, branch_of
 
 TOKENS = 16
 
@@ -64,3 +64,35 @@ def test_unknown_parameters_are_refused(name):
 
 def test_a_name_needs_no_weights():
     assert {p.device.type for p in skeleton("vit_tiny_patch16_224").parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "name, parts",
+    [
+        ("embed", ("embed", None, None)),
+        ("blocks.3.qk", ("qk", 3, None)),
+        ("blocks.0.tokens", ("tokens", 0, None)),
+        ("layers.2.embed", ("embed", None, 2)),
+        ("layers.0.blocks.11.heads", ("heads", 11, 0)),
+    ],
+)
+def test_names_of_axes_are_taken_apart_and_put_together(name, parts):
+    axis = Axis.parse(name)
+    assert axis == Axis(*parts) == parts and str(axis) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "qk", "blocks.qk", "blocks.1.embed", "blocks.-1.qk", "blocks.1.qk.weight", "layers.0", "layers.0.qk"]
+)
+def test_other_names_are_no_axes(name):
+    with pytest.raises(ValueError, match="is not the name of an axis"):
+        Axis.parse(name)
+
+
+def test_every_axis_of_a_model_is_one(tiny):
+    swin = SwinDims((ViTDims(8, (BlockDims(1, 8, 8, 16, 4),) * 2), ViTDims(16, (BlockDims(2, 8, 8, 32, 1),))))
+    for dims in (build_vit(**tiny).dims, swin):
+        assert [str(Axis.parse(name)) for name in dims.sizes()] == [*dims.sizes()]
+        assert all(dims.width(name) == units for name, units in dims.sizes().items())
+        for name, units in dims.sizes().items():
+            assert dims.resized({name: units + 1}).sizes() == dims.sizes() | {name: units + 1}
