@@ -14,6 +14,7 @@ import numpy as np
 
 from latency.stage import ALL
 from latency.table import LatencyTable
+from models.axes import Axis
 from models.dims import BlockDims, ViTDims
 from pruning.probe import Curve
 
@@ -132,7 +133,7 @@ def allocate(
     """
     budget = target * table.model_seconds(full.with_queries(None))
     rows = [
-        candidates(block, {axis: groups[f"blocks.{i}.{axis}"] for axis in AXES}, prices)
+        candidates(block, {kind: groups[str(Axis(kind, i))] for kind in AXES}, prices)
         for i, (block, prices) in enumerate(zip(full.blocks, curves, strict=True))
     ]
     widths, queries = (

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from files import schema
+from models.axes import Axis
 from models.masks import Masks
 from models.swin_dims import Dims
 from pruning.saliency import Saliency
@@ -60,7 +61,7 @@ class PruningConfig:
         sizes = TOKENS | self.group_size
 
         def size(axis: str, n: int) -> int:
-            kind = axis.rsplit(".", 1)[-1]
+            kind = Axis.parse(axis).kind
             if kind in left_alone:
                 return n
             step = 1 if kind in ("heads", "tokens") else multiple

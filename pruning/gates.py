@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from models.axes import Axis
 from models.dims import ViTDims
 from models.vit import LayerNorm
 
@@ -27,7 +28,7 @@ def axes_of_component(dims: ViTDims, component: str) -> list[str]:
     if component == "embed":
         return ["embed"]
     branch = "mlp" if component == "mlp" else "heads"
-    return [f"blocks.{i}.{component}" for i, block in enumerate(dims.blocks) if getattr(block, branch)]
+    return [str(Axis(component, i)) for i, block in enumerate(dims.blocks) if getattr(block, branch)]
 
 
 class Gates:
@@ -67,7 +68,7 @@ class Gates:
 
     def _queries(self, block: int):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            if (gate := self.values.get(f"blocks.{block}.qk")) is None:
+            if (gate := self.values.get(str(Axis("qk", block)))) is None:
                 return None
             gate = gate.repeat(1, self.model.blocks[block].dims.heads)  # B (H qk): queries alone, so that it acts once
             return output * F.pad(gate, (0, output.shape[-1] - gate.shape[-1]), value=1.0)[:, None]
@@ -76,7 +77,7 @@ class Gates:
 
     def _heads(self, block: int, width: int):
         def hook(module: nn.Module, args: tuple) -> tuple | None:
-            heads, v = (self.values.get(f"blocks.{block}.{axis}") for axis in ("heads", "v"))
+            heads, v = (self.values.get(str(Axis(kind, block))) for kind in ("heads", "v"))
             (x,) = args  # B N (H v)
             if heads is not None:
                 x = x * heads.repeat_interleave(width, dim=1)[:, None]
@@ -88,7 +89,7 @@ class Gates:
 
     def _gate_hidden(self, mlp: nn.Module, block: int) -> RemovableHandle:
         def gated(x: Tensor) -> Tensor:
-            gate = self.values.get(f"blocks.{block}.mlp")  # at 0 the activation gives 0
+            gate = self.values.get(str(Axis("mlp", block)))  # at 0 the activation gives 0
             return x if gate is None else x * gate[:, None]
 
         if self.behind:

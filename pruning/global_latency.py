@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latency.stage import StageTable, block_rows
 from latency.table import LatencyTable
+from models.axes import Axis
 from models.dims import ViTDims
 from models.masks import Masks
 from models.swin_dims import Dims
@@ -76,7 +77,7 @@ def _per_unit_of_stage(table: StageTable, dims: ViTDims, group_sizes: dict[str, 
     """As `latency_per_unit`, of the blocks of one stage."""
     rows = block_rows(dims.embed, dims.blocks)
     base, width = rows[:, : len(COLUMNS)], len(COLUMNS)
-    names = [[kind if kind == "embed" else f"blocks.{i}.{kind}" for kind in COLUMNS] for i in range(len(base))]
+    names = [[str(Axis(kind, None if kind == "embed" else i)) for kind in COLUMNS] for i in range(len(base))]
     sizes = np.array([[group_sizes.get(name, 0) for name in row] for row in names]).reshape(-1, width)
     tokens = base[:, -1]
     sizes[:, -1] = np.where((tokens == table.tokens) & (sizes[:, -1] > 0), tokens // 2, sizes[:, -1])
@@ -145,7 +146,7 @@ class GlobalPruner:
     def floor(self) -> Dims:
         """The smallest architecture that pruning may reach: one group of every axis."""
         sizes = {axis: min(n, self.group_sizes[axis]) for axis, n in self.masks.full.sizes().items()}
-        tokens = {a: self.masks.prefix + n for a, n in self.group_sizes.items() if a.endswith(".tokens")}
+        tokens = {a: self.masks.prefix + n for a, n in self.group_sizes.items() if Axis.parse(a).kind == "tokens"}
         return self.masks.full.resized(sizes | tokens)
 
     @property

@@ -12,17 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from models.axes import Axis
 from models.count import MacsFormula
 from models.dims import ViTDims
 
 WIDTHS = ("embed", "heads", "qk", "v", "mlp")
 POINTS = 20_000  # of a grid over counts
 POPULATION, KIDS, GENERATIONS = 100, 50, 100  # published
-
-
-def block_of(axis: str) -> int:
-    """3 for `blocks.3.heads`, 0 for `embed`."""
-    return 0 if axis == "embed" else int(axis.split(".")[1])
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,7 @@ class Problem:
         self.most = np.array([len(r.axis) for r in rankings], dtype=np.int64)
         self._full = {w: np.array([getattr(b, w) for b in dims.blocks], dtype=np.int64) for w in WIDTHS[1:]}
         self._full["embed"] = np.int64(dims.embed)
-        self._blocks = [np.array([block_of(axis) for axis in r.axes]) for r in rankings]
+        self._blocks = [np.array([Axis.parse(axis).block or 0 for axis in r.axes]) for r in rankings]
         self._left: list[np.ndarray] = []  # per component (M + 1, L), or (M + 1,) for the embedding
         for ranking, blocks in zip(rankings, self._blocks, strict=True):
             gone = ranking.removed_per_axis()

@@ -15,6 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from models.axes import Axis
 from models.compact import compact
 from models.masks import Masks
 from models.tokens import by_content, spread
@@ -157,7 +158,7 @@ def block_curves(
         later = model.blocks[i + 1 :]
         read = slice(None) if len(later) else streams.read(model)
         found: dict[str, Curve] = {}
-        if group := groups.get(f"blocks.{i}.tokens"):
+        if group := groups.get(str(Axis("tokens", i))):
             found["tokens"] = _token_curve(model, i, judge, logits, group)
         for branch in streams.branches(block):
             is_attention = branch.last is block.attn.proj
@@ -169,7 +170,7 @@ def block_curves(
                 return streams.head(model, later(x))
 
             probe = _Probe(branch, fit, judge, read, rest, logits)
-            local = {axis: groups[f"blocks.{i}.{axis}"] for axis in ("heads", "qk", "v", "mlp")}
+            local = {kind: groups[str(Axis(kind, i))] for kind in ("heads", "qk", "v", "mlp")}
             if is_attention:
                 found |= _attention_curves(probe, block.attn, local)
             else:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.axes import local_name
+from models.axes import Axis, local_name
 from models.swin_dims import Dims
 
 # Which axes score a parameter, by its name inside the block. As published: qk sums Q only and v sums V only (the other
@@ -31,11 +31,6 @@ SCORED = {
     "downsample.reduction.weight": ("embed",),  # a stage's own, which it writes, and that of the stage before
 }
 CONSTANTS = dict(heads=1 / 12, qk=1 / 2, v=1 / 2, mlp=1.0)  # published; embed's 1/12 is 1/depth, of its stage
-
-
-def _kind(axis: str) -> str:
-    """The axis without its block: `blocks.3.qk` is `qk`."""
-    return axis.rsplit(".", 1)[-1]
 
 
 class EventMean:
@@ -122,11 +117,8 @@ class Saliency(EventMean):
 
     def _constant_of(self, axis: str, units: int, dims: Dims) -> Tensor:
         squared = self.criterion == "taylor_sq"
-        if _kind(axis) == "embed":
-            stage = dims.stages[int(axis.split(".")[1]) if "." in axis else 0]
-            constant = 1 / len(stage.blocks)
-        else:
-            constant = CONSTANTS[_kind(axis)]
+        kind, _, stage = Axis.parse(axis)
+        constant = 1 / len(dims.stages[stage or 0].blocks) if kind == "embed" else CONSTANTS[kind]
         return torch.full((units,), constant if squared else 1.0)
 
     def _destinations(
@@ -141,7 +133,8 @@ class Saliency(EventMean):
                 rows = slice(start, start + torch.Size(shape).numel())
                 start = rows.stop
                 for axis in segment:
-                    if _kind(axis) in scored and not (_kind(axis) == "qk" and axis in seen):
+                    kind = Axis.parse(axis).kind
+                    if kind in scored and not (kind == "qk" and axis in seen):
                         others = [i for i, other in enumerate(segment) if other != axis]
                         places.append((position, rows, shape, others, self._views[axis]))
                     seen.add(axis)

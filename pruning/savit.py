@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.axes import Axis
 from models.dims import ViTDims
 from models.masks import Masks
 from pruning.gates import Gates, axes_of_component
@@ -86,7 +87,7 @@ class Scores:
 
     def per_component(self, measured: Tensor) -> list[Tensor]:
         """The scores in a summand, one vector per component, its axes behind one another."""
-        lengths = [sum(n for axis, n in self.sizes.items() if axis.endswith(c)) for c in self.components]
+        lengths = [sum(n for axis, n in self.sizes.items() if Axis.parse(axis).kind == c) for c in self.components]
         return list(measured[2 : 2 + sum(lengths)].split(lengths))
 
     def add(self, measured: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from models.axes import Axis
 from models.masks import Masks
 from models.patch_grid import nearest_on_grid
 from pruning.saliency import EventMean
@@ -38,7 +39,7 @@ class TokenSaliency(EventMean):
     """
 
     def __init__(self, model: nn.Module, masks: Masks, momentum: float, scaler: torch.amp.GradScaler) -> None:
-        sizes = {axis: n for axis, n in masks.sizes().items() if axis.endswith(".tokens")}
+        sizes = {axis: n for axis, n in masks.sizes().items() if Axis.parse(axis).kind == "tokens"}
         super().__init__(sizes, momentum, next(model.parameters()).device)
         self.masks, self.scaler = masks, scaler
         self._seen: list[dict[int, list[Tensor]]] = []  # per forward pass and block: its tokens and its output
@@ -61,9 +62,9 @@ class TokenSaliency(EventMean):
 
     def _places(self, block: int) -> tuple[Tensor, ...]:
         """(survivors, the nearest of them, patches each stands for) of a block, looked up when the masks change."""
-        alive = self.masks.alive(f"blocks.{block}.tokens")
+        alive = self.masks.alive(str(Axis("tokens", block)))
         if block not in self._near or self._near[block][0] != alive:
-            keep = self.masks.keep[f"blocks.{block}.tokens"].cpu()
+            keep = self.masks.keep[str(Axis("tokens", block))].cpu()
             found = keep.nonzero().flatten(), *partners(keep, self.masks.grid)
             self._near[block] = alive, tuple(t.to(self.average.device) for t in found)
         return self._near[block][1]
@@ -79,7 +80,7 @@ class TokenSaliency(EventMean):
                 survivors, near, stands = self._places(block)
                 moved = self._moved(tokens, out, survivors, near, stands) / scale  # B K
                 each = (moved * len(moved) * len(self._seen)).square().mean(0) / len(self._seen)
-                views[f"blocks.{block}.tokens"][survivors] += each
+                views[str(Axis("tokens", block))][survivors] += each
         self._seen = []
         if dist.is_initialized():
             dist.all_reduce(total)

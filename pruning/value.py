@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latency.stage import block_rows
+from models.axes import Axis
 from models.dims import ViTDims
 from pruning.allocation import allocate
 from pruning.global_latency import BRANCHES, COLUMNS, Event, GlobalPruner, Group
@@ -46,17 +47,17 @@ class ValuePruner(GlobalPruner):
     def _widths(self, axis: str, alive: int) -> np.ndarray:
         """What an axis may be cut to, widest first: multiples of its group, and nothing where that ends a branch."""
         size = self.group_sizes[axis]
-        least = 0 if axis.rsplit(".", 1)[-1] in BRANCHES else size
+        least = 0 if Axis.parse(axis).kind in BRANCHES else size
         return np.arange((alive - 1) // size * size, least - 1, -size)
 
     def _saved(self, axis: str, alive: int, widths: np.ndarray) -> np.ndarray:
         """Seconds of the model that an axis saves at each of the widths, never negative."""
         dims = self.masks.dims
         rows = block_rows(dims.embed, dims.blocks)
-        if axis != "embed":
-            rows = rows[[int(axis.split(".")[1])]]
+        kind, block, _ = Axis.parse(axis)
+        if block is not None:
+            rows = rows[[block]]
         rows = np.tile(rows, (1 + len(widths), 1, 1))  # widths x blocks x columns
-        kind = axis.rsplit(".", 1)[-1]
         rows[1:, :, COLUMNS.index(kind)] = (widths + (self.masks.prefix if kind == "tokens" else 0))[:, None]
         seconds = self.table.blocks_seconds(rows, monotone=True).sum(1)
         if axis == "embed":
@@ -125,10 +126,10 @@ class ValuePruner(GlobalPruner):
                 return {}
             alive = len(order := orders[axis])
             lost = np.concatenate([[0.0], scores[axis][order].cumsum(0).numpy()]) / max(total, np.finfo(float).tiny)
-            offset = self.masks.prefix if axis.endswith(".tokens") else 0
+            offset = self.masks.prefix if Axis.parse(axis).kind == "tokens" else 0
             return {offset + alive: 0.0} | {offset + int(w): float(lost[alive - w]) for w in self._widths(axis, alive)}
 
-        curves = [{kind: curve(f"blocks.{i}.{kind}") for kind in COLUMNS[1:]} for i in range(len(now.blocks))]
+        curves = [{kind: curve(str(Axis(kind, i))) for kind in COLUMNS[1:]} for i in range(len(now.blocks))]
         target = (
             self.targets[0].limit
             * self.table.model_seconds(self.dense)
@@ -139,6 +140,6 @@ class ValuePruner(GlobalPruner):
             return {}
         kept = self.masks.units(found[0][0])
         return {
-            axis: kept[axis] if kept[axis] or axis.rsplit(".", 1)[-1] in BRANCHES else len(orders[axis])
+            axis: kept[axis] if kept[axis] or Axis.parse(axis).kind in BRANCHES else len(orders[axis])
             for axis in orders
         }

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from engine import Progress
+from models.axes import Axis
 from runtime.ranks import is_main
 
 
@@ -48,7 +49,7 @@ class Curves:
         kinds: dict[str, list[Tensor]] = {}
         for axis, values in scores.items() if self.writer else ():
             left = values[keep[axis].to(values.device)]
-            kinds.setdefault(axis.rsplit(".", 1)[-1], []).append(left[left > 0].log10())
+            kinds.setdefault(Axis.parse(axis).kind, []).append(left[left > 0].log10())
         for kind, parts in kinds.items():
             if (values := torch.cat(parts)).numel():
                 self.writer.add_histogram(f"saliency_log10/{kind}", values, step)
