@@ -23,9 +23,9 @@ HELD = 10  # one image of so many is not fitted: it chooses the ridge, and judge
 
 
 def divergence(logits: Tensor, dense: Tensor) -> Tensor:
-    """KL(dense || logits) of every row, in nats."""
-    target = dense.log_softmax(-1)
-    return (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
+    """KL(dense || logits) of every row, in nats; in float64, as what nearly cancels has terms of 1."""
+    target = dense.double().log_softmax(-1)
+    return (target.exp() * (target - logits.double().log_softmax(-1))).sum(-1)
 
 
 @dataclass

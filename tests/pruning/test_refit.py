@@ -24,6 +24,16 @@ def kl(model, dense, images):
     return float(divergence(model(images), dense(images)).mean())
 
 
+def test_the_divergence_of_nearly_equal_predictions_is_not_rounding():
+    logits = torch.randn(64, 10)
+    near = logits + 1e-4 * torch.randn(64, 10)
+    expected = torch.nn.functional.kl_div(
+        near.double().log_softmax(1), logits.double().softmax(1), reduction="none"
+    ).sum(1)
+    assert (divergence(near, logits) > 0).all()
+    torch.testing.assert_close(divergence(near, logits), expected, rtol=1e-6, atol=1e-14)
+
+
 def test_a_model_that_lost_nothing_is_left_alone(aligned, images):
     small = compact(aligned, Masks(aligned.dims))
     found = refit_(aligned, small, Masks(aligned.dims), torch.randn(40, 3, 16, 16), 16)
