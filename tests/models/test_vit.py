@@ -95,7 +95,8 @@ def test_masked_layer_norm_is_a_layer_norm_of_the_survivors(randomise, kept):
     y, y_small = masked(x), small(x_small)
     y.backward(incoming)
     y_small.backward(incoming[..., keep])
-    limit = dict(rtol=1e-12, atol=1e-12)
+    # one survivor has no variance, and 1 / sqrt(eps), 1e3, makes rounding of its mean as much larger
+    limit = dict(rtol=1e-12, atol=1e-12 if kept > 1 else 1e-10)
     torch.testing.assert_close(y[..., keep], y_small, **limit)
     torch.testing.assert_close(x.grad[..., keep], x_small.grad, **limit)
     torch.testing.assert_close(masked.weight.grad[keep], small.weight.grad, **limit)
