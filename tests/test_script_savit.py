@@ -245,9 +245,8 @@ def test_any_number_of_processes_gives_the_same_importance(runs, tmp_path, proce
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",  # on a port that is free
         f"--nproc_per_node={processes}",
-        "--master_port",
-        str(29700 + processes),
         "main_savit.py",
         *PRUNE,
         "--finetune",
