@@ -115,7 +115,7 @@ class Bench:
         """To the dense model: measured, or by the table."""
         if self.args.measured:
             return self.ef.latency_ratio(self.base, model)[0]
-        return self.table.ratio(dims_of(model), dims_of(self.base), getattr(model.blocks[-1], "read", None))
+        return self.table.ratio(dims_of(model), dims_of(self.base))
 
     def meet(self, make: Callable[[float], nn.Module], target: float) -> nn.Module:
         """What `make` makes for a table's ratio, such that `ratio` is at or below the target, in a few rounds."""
