@@ -182,14 +182,13 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train the rest of the epoch that `progress` is in; returns its mean losses and the last learning rate.
 
-    The model returns the logits of both tokens (`models.TokenLogits`); criterion(logits, images, targets) returns a
-    loss and its parts. `loader` starts with the first batch that is left, and an update takes `accumulate` batches. The
-    random numbers of an update depend on the seed, the rank and the update's number alone. Hooks: before_step gets the
-    number of the update since training began (timm's `scheduler.step_update`); after_backward runs once gradients are
-    unscaled and before the weights move; after_step(loss) runs after the weights have moved and the update is counted,
-    and ends the epoch early by returning True. An update that overflows under loss scaling is skipped, and so is its
-    after_backward. The caller chooses train or eval mode. Raises RunFailed, before the weights move, when a loss or a
-    gradient is not finite.
+    The model returns the logits of both tokens (`models.TokenLogits`), criterion(logits, images, targets) a loss and
+    its parts. `loader` starts with the first batch that is left; an update takes `accumulate` batches. The random
+    numbers of an update depend on the seed, the rank and the update's number alone. Hooks: before_step gets the number
+    of the update since training began (timm's `scheduler.step_update`); after_backward runs with gradients unscaled and
+    weights not yet moved; after_step(loss) runs with the weights moved and the update counted, and ends the epoch early
+    by returning True. An update that overflows under loss scaling is skipped, with its after_backward. The caller
+    chooses train or eval mode. Raises RunFailed, before the weights move, for a loss or gradient that is not finite.
     """
     meters, guard = progress.meters, FiniteGuard(precision, progress.epoch)
     overflows = precision.overflows
@@ -204,8 +203,7 @@ def train_one_epoch(
             loss = torch.zeros((), device=precision.device)
             for number in range(accumulate):
                 images, targets = (t.to(precision.device, non_blocking=True) for t in next(batches))
-                last = number == accumulate - 1
-                with contextlib.nullcontext() if last or world_size() == 1 else model.no_sync():
+                with contextlib.nullcontext() if number + 1 == accumulate or world_size() == 1 else model.no_sync():
                     part, values = _backward(model, criterion, images, targets, precision, mixup, 1 / accumulate)
                 guard.see(part, step * accumulate + number)
                 meters.add(dict(loss=part) | values, len(images))

@@ -5,9 +5,10 @@ from models.compact import compact
 from models.dims import BlockDims, DimsError, ViTDims
 from models.features import FeaturePyramid, backbone
 from models.masks import Masks
+from models.parents import ModelError
 from models.pretrained import load_dense
 from models.swin_dims import SwinDims, dims_from_dict
-from models.vit import ModelError, TokenLogits
+from models.vit import TokenLogits
 
 __all__ = [
     "Arch",

@@ -11,8 +11,9 @@ import torch
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from models import count, swin, vit
+from models import count, parents, swin, vit
 from models.dims import ViTDims
+from models.parents import ModelError
 from models.swin_dims import Dims, SwinDims
 
 Model = VisionTransformer | SwinTransformer
@@ -43,7 +44,7 @@ class Arch:
         try:
             return cls(name, json.dumps(kwargs, sort_keys=True), merge, bool(own["lean_last"]))
         except TypeError as error:
-            raise vit.ModelError(f"{name}: model arguments must be plain values ({error})") from None
+            raise ModelError(f"{name}: model arguments must be plain values ({error})") from None
 
     @classmethod
     def of_record(cls, record: dict[str, Any]) -> Arch:
@@ -103,7 +104,7 @@ class Arch:
     @property
     def left_alone(self) -> dict[str, str]:
         """Axes that cannot be pruned (`qk`, in every block), each with the reason."""
-        return {} if self.is_swin else vit.left_alone(self.name, **self.timm_kwargs)
+        return {} if self.is_swin else parents.left_alone(self.name, **self.timm_kwargs)
 
     def build(self, dims: Dims | None = None, **kwargs: Any) -> Model:
         """The model with the widths `dims`, by default its own: `build_vit`. kwargs: further ones of timm."""
@@ -150,8 +151,8 @@ def skeleton(arch: str, **kwargs: Any) -> Model:
     if is_swin(arch):
         return swin.swin_skeleton(arch, **kwargs)
     if timm.is_model(arch) and (module := timm.model_entrypoint(arch).__module__).startswith(swin.MODULE):
-        raise vit.ModelError(f"{arch} is not a Swin Transformer of the first version: it is built by {module}")
-    return vit.skeleton(arch, **kwargs)
+        raise ModelError(f"{arch} is not a Swin Transformer of the first version: it is built by {module}")
+    return parents.skeleton(arch, **kwargs)
 
 
 def build_vit(arch: str, dims: Dims | None = None, **kwargs: Any) -> Model:
@@ -161,7 +162,7 @@ def build_vit(arch: str, dims: Dims | None = None, **kwargs: Any) -> Model:
     """
     kind = SwinDims if is_swin(arch) else ViTDims
     if dims is not None and not isinstance(dims, kind):
-        raise vit.ModelError(f"{arch} takes {kind.__name__}, not {type(dims).__name__}")
+        raise ModelError(f"{arch} takes {kind.__name__}, not {type(dims).__name__}")
     return swin.build_swin(arch, dims, **kwargs) if kind is SwinDims else vit.build_vit(arch, dims, **kwargs)
 
 

@@ -15,9 +15,9 @@ from models.axes import Axis
 from models.compact import compact
 from models.dims import DimsError
 from models.masks import Masks
+from models.parents import ModelError
 from models.swin_dims import Dims, dims_from_dict
 from models.tokens import train_matrices_
-from models.vit import ModelError
 
 
 def _fill(model: Model, state: dict[str, torch.Tensor], path: str | Path) -> None:

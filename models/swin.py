@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from files.checkpoint import CheckpointError
 from models.attention import by_kernel
 from models.dims import MOST_BLOCKS, BlockDims
+from models.parents import ModelError
 from models.swin_dims import MOST_STAGES, SwinDims
-from models.vit import Attention, LayerNorm, ModelError
+from models.vit import Attention, LayerNorm
 
 MODULE = "timm.models.swin_transformer"
 MOST_BUFFERS = 100_000_000  # values: the masks and indices of windows grow with sizes that no weight tells
@@ -161,7 +162,7 @@ def _skeleton(arch: str, kwargs_json: str) -> SwinTransformer:
 
 
 def swin_skeleton(arch: str, **kwargs: Any) -> SwinTransformer:
-    """As `models.vit.skeleton`, of a Swin Transformer."""
+    """As `models.parents.skeleton`, of a Swin Transformer."""
     depths = kwargs.get("depths", ())
     whole = isinstance(depths, list | tuple) and all(isinstance(n, int) for n in depths)
     if not whole or len(depths) > MOST_STAGES or sum(depths) > MOST_BLOCKS:  # before timm builds them

@@ -55,7 +55,9 @@ class _Describes(argparse._ActionsContainer):
         if names and names[0].startswith("-"):
             known = FLAGS.get(action.dest)
             spelling = next((name for name in names if name.startswith("--")), names[0])
-            FLAGS[action.dest] = Flag(spelling, check or (known and known.check), path, may_differ)
+            if known:  # another script's flag of that name: what is said of one holds for both
+                check, path, may_differ = check or known.check, path or known.path, may_differ or known.may_differ
+            FLAGS[action.dest] = Flag(spelling, check, path, may_differ)
         return action
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from engine import progress_bar
 from loading.loaders import start_epoch
 from models import ViTDims
+from models.parents import ModelError, skeleton
 from models.pretrained import read_initial
-from models.vit import ModelError, TokenLogits, skeleton
+from models.vit import TokenLogits
 from pruning import pm_vit
 from pruning.token_counts import probed
 from training.dense import Run

@@ -14,8 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from models import BlockDims, Masks, ModelError, ViTDims, build_vit
 from models.compact import expand_
+from models.parents import skeleton
 from models.tokens import plain
-from models.vit import skeleton
 
 
 def uniform_dims(dims: ViTDims) -> ViTDims:
