@@ -27,7 +27,7 @@ def add_pruning_args(parser: Any) -> None:
         "--prune_dict",
         metavar="JSON",
         default='{"Global":0}',
-        help="label of the run and most units removed, 0 for no limit (default: %(default)s)",
+        help="a label for the run, and the most units to remove, 0 for no limit (default: %(default)s)",
     )
     group.add_argument(
         "--interval_prune",
@@ -42,7 +42,7 @@ def add_pruning_args(parser: Any) -> None:
         metavar="UNITS",
         type=int,
         default=1024,
-        help="units per event: prune_per_iter / group_size groups go (default: %(default)s)",
+        help="units to remove at each event: prune_per_iter / group_size groups (default: %(default)s)",
         check=ABOVE_0,
     )
     group.add_argument(
@@ -58,14 +58,14 @@ def add_pruning_args(parser: Any) -> None:
         metavar="BOOL",
         type=options.boolean,
         default=False,
-        help="after the first event the student runs in eval mode (default: False)",
+        help="run the student in eval mode after the first event (default: %(default)s)",
     )
     group.add_argument(
         "--latency_regularization",
         metavar="F",
         type=float,
         default=0.0,
-        help="lambda of saliency - lambda x latency, in squared loss per second of the table (default: %(default)s)",
+        help="lambda in saliency - lambda x latency, in squared loss per second of the table (default: %(default)s)",
         check=FROM_0,
     )
     group.add_argument(
@@ -80,22 +80,22 @@ def add_pruning_args(parser: Any) -> None:
         "--selection",
         choices=("published", "value"),
         default="published",
-        help="published: saliency - lambda x latency; value: saliency per second of latency, whole "
-        "branches included, the last event exactly (default: %(default)s)",
+        help="what goes first. published: the lowest saliency - lambda x latency. value: the lowest saliency per second "
+        "saved; whole branches may go, and the last event is solved exactly (default: %(default)s)",
     )
     group.add_argument(
         "--saliency",
         choices=("weights", *KINDS),
         default="weights",
-        help="weights: by weights and gradients, as --pruning_config says; gates: by a gate behind "
-        "every unit; gate_samples: the same, squared image by image (default: %(default)s)",
+        help="how units are scored. weights: from weights and gradients, as --pruning_config says. gates: from a gate "
+        "behind every unit. gate_samples: the same, squared per image (default: %(default)s)",
     )
     group.add_argument(
         "--saliency_loss",
         choices=("training", "teacher"),
         default="training",
-        help="what gates are differentiated for: the training loss, or the cross-entropy to labels "
-        "drawn from the dense model's predictions (default: %(default)s)",
+        help="the loss whose derivative the gates take: the training loss, or the cross-entropy with labels drawn from "
+        "the dense model's predictions (default: %(default)s)",
     )
     group.add_argument(
         "--tokens",
@@ -103,9 +103,9 @@ def add_pruning_args(parser: Any) -> None:
         nargs="?",
         const="place",
         default=None,
-        help="the patches that every block computes on are a sixth axis: those removed are merged into "
-        "their neighbours, or, with --one_shot, by content; the table must know several token "
-        "counts (default: off; place where no word follows)",
+        help="also prune the patches that each block computes on. place merges removed patches into their neighbours; "
+        "content, with --one_shot only, into the patches they are most like. --tokens alone means place. The latency "
+        "table must hold several token counts (default: off)",
     )
     group.add_argument(
         "--align",
@@ -113,22 +113,22 @@ def add_pruning_args(parser: Any) -> None:
         nargs="?",
         const="blocks",
         default=None,
-        help="first rotate and sort heads and MLP units, or all: the embedding too, so that few units "
-        "carry the most; the function stays (default: off; --align alone is blocks)",
+        help="before pruning, rotate and sort units so that few of them carry the most, without changing the model's "
+        "outputs: heads and MLP units (blocks), or the embedding too (all). --align alone means blocks (default: off)",
     )
     group.add_argument(
         "--compensate",
         choices=WHEN,
         default=None,
-        help="refit the survivors on calibration images, at every event to the student before it, or "
-        "at the end to the dense model (default: off)",
+        help="refit the remaining weights on calibration images: at every event to the student before it, or at the "
+        "end to the dense model (default: off)",
     )
     group.add_argument(
         "--shrink_interval",
         metavar="EVENTS",
         type=int,
         default=0,
-        help="compact the student that is trained every so many pruning events (default: 0, never)",
+        help="compact the student after every N pruning events, to train faster (default: 0, never)",
         check=FROM_0,
     )
     options.add_target_args(group)
@@ -136,13 +136,13 @@ def add_pruning_args(parser: Any) -> None:
         "--latency_look_up_table",
         metavar="FILE",
         default="latency_head.json",
-        help="from python -m latency.build_table (default: %(default)s)",
+        help="latency table, from python -m latency.build_table (default: %(default)s)",
         path=True,
     )
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the plan of events with an estimate of time and memory, and end (default: off)",
+        help="print the planned events with an estimate of time and memory, then exit (default: off)",
         may_differ=True,
     )
 
@@ -160,13 +160,13 @@ def add_one_shot_args(parser: Any) -> None:
         metavar="N",
         type=int,
         default=1024,
-        help="training images that --one_shot, --align and --compensate look at, in all (default: %(default)s)",
+        help="training images for --one_shot, --align and --compensate, over all processes (default: %(default)s)",
         check=ABOVE_0,
     )
     group.add_argument(
         "--latency_measured",
         action="store_true",
-        help="meet --latency_target as measured here, in a few rounds, not as predicted (default: off)",
+        help="meet --latency_target as measured on this device, in a few rounds, not as predicted (default: off)",
     )
 
 

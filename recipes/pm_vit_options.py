@@ -19,11 +19,11 @@ def add_token_args(parser: Any) -> None:
         "--resume",
         metavar="FILE",
         default="",
-        help="the model: dense weights or any checkpoint; a finetuning run's own ft_checkpoint.pth in --output_dir "
-        "goes on where it was broken off (default: --initial-checkpoint or --pretrained)",
+        help="the model: dense weights or any checkpoint. The ft_checkpoint.pth that finetuning has written to "
+        "--output_dir resumes that run (default: --initial-checkpoint or --pretrained)",
         may_differ=True,
     )
-    add("--prune", action="store_true", help="score the patches and compress the model (default: off, finetune)")
+    add("--prune", action="store_true", help="score the patches and compress the model (default: off, finetune it)")
     add("--eval", action="store_true", help="print counts and accuracy of a compressed model (default: off)")
     add(
         "--speed-only",
@@ -34,22 +34,22 @@ def add_token_args(parser: Any) -> None:
         "--prune_mode",
         choices=pm_vit.MODES,
         default="attn",
-        help="scores: attn gradient x attention; head the same without cancellation between heads; head_entropy "
-        "attention received, no labels; random; seq evenly spread, no data; clus attn on a compressed model, "
-        "whose skipped patches stay skipped; probe evenly spread, as many in every block as the predictions need, "
-        "no labels (default: %(default)s)",
+        help="how patches are scored. attn: gradient x attention. head: the same, without cancellation between heads. "
+        "head_entropy: by the attention they receive, without labels. random. seq: spread evenly, without data. clus: "
+        "attn on a compressed model whose skipped patches stay skipped. probe: spread evenly, as many per block as the "
+        "predictions need, without labels (default: %(default)s)",
     )
     add(
         "--compensate",
         action="store_true",
-        help="refit the weights, after --prune, to the dense model's outputs, without labels (default: off)",
+        help="after --prune, refit the weights to the dense model's outputs, without labels (default: off)",
     )
     add(
         "--calib_images",
         metavar="N",
         type=int,
         default=256,
-        help="training images that --prune_mode probe and --compensate look at, in all (default: %(default)s)",
+        help="training images for --prune_mode probe and --compensate, over all processes (default: %(default)s)",
         check=ABOVE_0,
     )
     add(
@@ -81,9 +81,9 @@ def add_token_args(parser: Any) -> None:
         "--merge",
         choices=pm_vit.MERGES,
         default=None,
-        help="where merged patches go: content, image by image the patch that each is most like; or, the same for all "
-        "images, grid, the nearest centre, or raster, along the row as published (default: content; grid where "
-        "--prune_rate, --prune_mode clus or a flag of matrices asks for places)",
+        help="where merged patches go. content: per image, into the patch that each is most like. grid: for all "
+        "images, into the nearest centre. raster: along the row, as published (default: content, or grid if --prune_rate, "
+        "--prune_mode clus or a flag of the matrices asks for places)",
     )
     add(
         "--merge_entries",
@@ -95,23 +95,27 @@ def add_token_args(parser: Any) -> None:
         "--shortcut",
         choices=("merged", "skipped"),
         default="merged",
-        help="which patches keep their own values: also merged ones, as far as they differ from their group, or "
-        "skipped ones alone as published (default: %(default)s)",
+        help="which patches keep values of their own: merged ones too, as far as they differ from their group, or only "
+        "skipped ones, as published (default: %(default)s)",
     )
-    add("--per_image", action="store_true", help="absolute scores of every image, not of a batch's mean (default: off)")
+    add(
+        "--per_image",
+        action="store_true",
+        help="take the scores' absolute values per image, not per batch (default: off)",
+    )
     add(
         "--depth_factor",
         metavar="F",
         type=float,
         default=pm_vit.DEPTH_FACTOR,
-        help=f"scores of block l are multiplied by 1 - F l (default: {pm_vit.DEPTH_FACTOR})",
+        help="multiply the scores of block l by 1 - F l (default: %(default)s)",
     )
     add(
         "--dense_merge",
         action="store_true",
         help="store and train both matrices in full, as published, with --shortcut skipped (default: off)",
     )
-    add("--freeze_param", action="store_true", help="finetune the token matrices alone (default: off)")
+    add("--freeze_param", action="store_true", help="finetune only the token matrices (default: off)")
     add("--freeze_matrix", action="store_true", help="finetune everything but the token matrices (default: off)")
     add("--final_finetune", metavar="N", type=int, dest="epochs", help="epochs of finetuning (default: 100)")
 
