@@ -80,8 +80,8 @@ def add_pruning_args(parser: Any) -> None:
         "--selection",
         choices=("published", "value"),
         default="published",
-        help="what goes first. published: the lowest saliency - lambda x latency. value: the lowest saliency per second "
-        "saved; whole branches may go, and the last event is solved exactly (default: %(default)s)",
+        help="what goes first. published: the lowest saliency - lambda x latency. value: the lowest saliency per "
+        "second saved; whole branches may go, and the last event is solved exactly (default: %(default)s)",
     )
     group.add_argument(
         "--saliency",

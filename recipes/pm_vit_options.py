@@ -82,8 +82,8 @@ def add_token_args(parser: Any) -> None:
         choices=pm_vit.MERGES,
         default=None,
         help="where merged patches go. content: per image, into the patch that each is most like. grid: for all "
-        "images, into the nearest centre. raster: along the row, as published (default: content, or grid if --prune_rate, "
-        "--prune_mode clus or a flag of the matrices asks for places)",
+        "images, into the nearest centre. raster: along the row, as published (default: content, or grid if "
+        "--prune_rate, --prune_mode clus or a flag of the matrices asks for places)",
     )
     add(
         "--merge_entries",

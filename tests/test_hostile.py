@@ -246,7 +246,8 @@ def test_a_hostile_file_takes_no_memory(tmp_path):
         ),
     )
     code = (
-        "import resource, sys, checkpoint\n"
+        "import resource, sys\n"
+        "from files import checkpoint\n"
         "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n    checkpoint.read(sys.argv[1])\n"
         "except checkpoint.CheckpointError as error:\n"

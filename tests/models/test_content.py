@@ -294,7 +294,7 @@ def test_what_merges_by_place_goes_on_by_place(runs, tmp_path, capsys):
     for flags in ([small], [dense], [dense, "--merge", "grid"], [runs["pruned"] / "pruned_checkpoint.pth"]):
         flags = ["--speed-only", "--device", "cpu", "--resume", *map(str, flags)]
         run_ = main_pm_vit.check_args(main_pm_vit.get_args_parser().parse_args(flags))
-        built.append(run_.full.kwargs.get("content_merge", False))
+        built.append(run_.full.arch.merge == "content")
     assert built == [False, True, False, True]
 
 
