@@ -200,8 +200,9 @@ class LatencyTable:
         """Raises LatencyTableError when stages, widths or token counts are not the table's."""
         self.model_seconds(dims)
         counts = self.meta.get("tokens")
-        counts = counts if isinstance(counts, list) else [counts]
-        for table, stage, tokens in zip(self.stages, dims.stages, counts + [None] * len(self.stages), strict=False):
+        if not isinstance(counts, list):
+            counts = [None if self.is_staged else counts] * len(self.stages)
+        for table, stage, tokens in zip(self.stages, dims.stages, counts, strict=False):
             if tokens is None or table.tokens:
                 continue
             if odd := [b.tokens for b in stage.blocks if b.tokens != tokens]:

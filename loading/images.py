@@ -64,7 +64,7 @@ def to_rgb(image: Image.Image, exif: bool = True) -> tuple[Image.Image, int]:
     integers and for floating point outside that range.
     """
     bits = 0
-    if exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+    if exif and image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
         image, bits = ImageOps.exif_transpose(image), TURNED
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image, bits = _to_8_bits(image), bits | SCALED

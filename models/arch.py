@@ -15,6 +15,7 @@ from models import count, parents, swin, vit
 from models.dims import ViTDims
 from models.parents import ModelError
 from models.swin_dims import Dims, SwinDims
+from models.tokens import COMPRESSIONS
 
 Model = VisionTransformer | SwinTransformer
 MERGES = dict(place="", dense="dense_merge", content="content_merge")  # and the argument by which files call each
@@ -39,7 +40,7 @@ class Arch:
 
         Raises ModelError for arguments that are not plain values.
         """
-        own = {key: kwargs.pop(key, False) for key in (*MERGES.values(), "lean_last") if key}
+        own = {key: kwargs.pop(key, False) for key in COMPRESSIONS}
         merge = next((merge for merge, key in MERGES.items() if key and own[key]), "place")
         try:
             return cls(name, json.dumps(kwargs, sort_keys=True), merge, bool(own["lean_last"]))

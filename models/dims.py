@@ -150,16 +150,24 @@ class ViTDims:
         """These dims with other widths on the axes that `sizes` has. Raises DimsError."""
         widths: dict[int, dict[str, int]] = {}
         for name, units in sizes.items():
-            if name != "embed":
-                axis = Axis.parse(name)
+            axis = self._parse(name)
+            if axis.block is not None:
                 widths.setdefault(axis.block, {})[axis.kind] = units
         blocks = (replace(b, **widths[i]) if i in widths else b for i, b in enumerate(self.blocks))
         return ViTDims(sizes.get("embed", self.embed), tuple(blocks))
 
     def width(self, axis: str) -> int:
         """Units of one axis; of `blocks.3.tokens`, the tokens."""
-        kind, block, _ = Axis.parse(axis)
+        kind, block, _ = self._parse(axis)
         return self.embed if block is None else getattr(self.blocks[block], kind)
+
+    @staticmethod
+    def _parse(axis: str) -> Axis:
+        """An axis by its name. Raises DimsError for one of a Swin Transformer, which names its stage."""
+        parts = Axis.parse(axis)
+        if parts.stage is not None:
+            raise DimsError(f"{axis} is an axis of a Swin Transformer, not of a plain ViT")
+        return parts
 
     def with_queries(self, queries: int | None) -> ViTDims:
         """These dims with so many queries in the last block, None for all tokens."""

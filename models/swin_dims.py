@@ -28,6 +28,8 @@ class SwinDims:
             raise DimsError(f"stages must be ViTDims, not {odd[0]!r}")
         if not 1 <= len(self.stages) <= MOST_STAGES:
             raise DimsError(f"dims: 1 to {MOST_STAGES} stages, not {len(self.stages):,}")
+        if any(block.queries is not None for block in self.blocks):
+            raise DimsError("a block of a Swin Transformer has no queries: every token asks")
 
     @classmethod
     def of(cls, model: Any) -> SwinDims:

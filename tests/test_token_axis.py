@@ -13,7 +13,8 @@ import finetune_dense
 import main_full_global_latency
 import main_pm_vit
 from models import Masks, build_vit, compact, load_dense, macs
-from models.tokens import layers, plain
+from models.arch import Arch
+from models.tokens import layers
 from pruning.allocation import allocate, interpolated
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner
@@ -262,7 +263,7 @@ def test_one_shot_with_tokens_by_content(job, runs, tmp_path):
     assert any(b.tokens < 18 for b in small.dims.blocks)
     assert small.arch_kwargs["content_merge"] and small.arch_kwargs["lean_last"] and small.blocks[-1].num_queries == 2
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["dense"]["macs"] == macs(small.arch, **plain(small.arch_kwargs))
+    assert summary["dense"]["macs"] == Arch.of_model(small).plain.macs()
     assert summary["pruned"]["macs"] == macs(small.arch, small.dims, **small.arch_kwargs)
     run(
         finetune_dense,

@@ -13,9 +13,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from models import BlockDims, Masks, ModelError, ViTDims, build_vit
+from models.arch import Arch
 from models.compact import expand_
 from models.parents import skeleton
-from models.tokens import plain
 
 
 def uniform_dims(dims: ViTDims) -> ViTDims:
@@ -63,6 +63,8 @@ def plain_timm(model: VisionTransformer, **pretrained_cfg: Any) -> VisionTransfo
         num_heads=block.heads,
         mlp_ratio=_mlp_ratio(uniform.embed, block.mlp),
     )
-    found = timm.create_model(model.arch, **plain(model.arch_kwargs) | shape, pretrained_cfg_overlay=pretrained_cfg)
+    found = timm.create_model(
+        model.arch, **Arch.of_model(model).timm_kwargs | shape, pretrained_cfg_overlay=pretrained_cfg
+    )
     found.load_state_dict(state)
     return found.eval()

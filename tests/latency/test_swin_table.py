@@ -70,6 +70,11 @@ def test_a_model_that_it_does_not_cover_is_refused(table, change, message):
         table.check_covers(change(DENSE))
 
 
+def test_one_token_count_for_all_stages_checks_nothing(table):
+    scalar = LatencyTable(table.data | dict(_meta=table.meta | dict(tokens=7)))
+    scalar.check_covers(DENSE)
+
+
 def test_a_table_of_a_plain_vit_is_refused(tmp_path):
     (tmp_path / "t.json").write_text(json.dumps({"EMB_8": {"QK_1_8": {"V_8": {"MLP_8": 1.0}}}}))
     with pytest.raises(LatencyTableError, match="measured on a plain ViT but the model has 2 stages"):

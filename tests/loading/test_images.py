@@ -159,15 +159,15 @@ class TestPictures:
         with pytest.raises(CorruptImage, match=f"x.tif .*{reason}"):
             read_image(str(tmp_path / "x.tif"))
 
-    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("orientation", range(10))
     def test_images_are_turned_as_their_exif_says(self, orientation, tmp_path):
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8))
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = orientation
         picture.save(path := tmp_path / "x.png", exif=exif)
         upright, bits = open_image(str(path))
-        assert bits == (0 if orientation == 1 else TURNED)
-        assert upright.size == ((9, 6) if orientation < 5 else (6, 9))
+        assert bits == (TURNED if 2 <= orientation <= 8 else 0)
+        assert upright.size == ((6, 9) if 5 <= orientation <= 8 else (9, 6))
         assert np.array_equal(np.asarray(upright), np.asarray(ImageOps.exif_transpose(Image.open(path))))
         assert np.array_equal(np.asarray(read_image(str(path), exif=False)), np.asarray(picture))
 

@@ -7,6 +7,7 @@ import pytest
 import timm
 
 from models import BlockDims, DimsError, ModelError, ViTDims, build_vit, macs, skeleton
+from models.swin_dims import SwinDims
 
 BLOCK = dict(heads=3, qk=16, v=20, mlp=40, tokens=18)
 DIMS = ViTDims(48, (BlockDims(**BLOCK), BlockDims(0, 0, 0, 7, 18)))
@@ -120,6 +121,13 @@ def test_bad_published_spellings_are_explained(change, tokens, complaint):
         ViTDims.from_dim(DIMS.to_dim() | change, tokens)
 
 
+@pytest.mark.parametrize("use", [lambda axis: DIMS.width(axis), lambda axis: DIMS.resized({axis: 4})])
+@pytest.mark.parametrize("axis", ["layers.0.embed", "layers.0.blocks.0.mlp"])
+def test_a_stage_is_not_ignored(use, axis):
+    with pytest.raises(DimsError, match=f"{axis} is an axis of a Swin Transformer"):
+        use(axis)
+
+
 class TestQueries:
     LEAN = ViTDims(8, (BlockDims(2, 4, 4, 16, 6), BlockDims(2, 4, 4, 16, 6, queries=1)))
 
@@ -140,6 +148,10 @@ class TestQueries:
     def test_bad_ones_are_refused(self, queries, complaint):
         with pytest.raises(DimsError, match=complaint):
             BlockDims(2, 4, 4, 16, 6, queries=queries)
+
+    def test_a_swin_transformer_has_none(self):
+        with pytest.raises(DimsError, match="Swin Transformer has no queries"):
+            SwinDims((self.LEAN,))
 
     def test_the_argument_and_the_dims_say_the_same(self, tiny):
         by_argument = build_vit(**tiny, lean_last=True)
