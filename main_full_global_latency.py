@@ -187,7 +187,7 @@ def check_args(args: argparse.Namespace) -> Setup:
     return Setup(device, full, data, Student(model, masks), cnn, table, config, pruner, folder, resumed, inputs)
 
 
-def evaluated(dense: nn.Module, args: argparse.Namespace, setup: Setup, precision: Precision) -> float:
+def evaluate_dense(dense: nn.Module, args: argparse.Namespace, setup: Setup, precision: Precision) -> float:
     """Top-1 of the dense model in percent, said."""
     found = evaluate(dense, setup.data.val, precision, args.dist_eval)
     say(f"dense model: top-1 {found['acc1']:.2f} on {int(found['samples'])} images")
@@ -202,7 +202,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
     precision, report = make_precision(args, setup.device), make_report(args, setup, effort)
     images = calibration.prepare(args, setup)
     teacher = freeze(copy.deepcopy(setup.model), setup.device)
-    top1_dense = evaluated(teacher, args, setup, precision)
+    top1_dense = evaluate_dense(teacher, args, setup, precision)
     if args.one_shot:
         one_shot.run_(args, setup, report, precision, top1_dense)
         return

@@ -74,7 +74,7 @@ def prune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
     images = calibration.images_of(args, run.full) if pm_vit_options.calibrates(args) else None
     try:
         found = steps.structure(args, run, images)
-        small = pm_vit.compressed(model, found, merging, args.dense_merge)
+        small = pm_vit.compress(model, found, merging, args.dense_merge)
     except pm_vit.CompressionError as error:
         raise FailedTogether(str(error)) from None
     if args.compensate:
@@ -126,7 +126,7 @@ def finetune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None
 
 
 # ----------------------------------------------------------------------------------------------------- eval and speed
-def evaluated(args: argparse.Namespace, run: Run) -> None:
+def evaluate_compressed(args: argparse.Namespace, run: Run) -> None:
     """Say the accuracy of a compressed model and what it costs."""
     result = evaluate(run.model.to(run.device), run.data.val, make_precision(args, run.device), args.dist_eval)
     arch, dims = Arch.of_model(run.model), run.model.dims
@@ -202,7 +202,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
             dims = pm_vit.uniform(dims, args.keep_rate, run.full.arch.prefix)
         speed(args, run.full, dims, run.device)
     elif args.eval:
-        evaluated(args, run)
+        evaluate_compressed(args, run)
     elif args.prune:
         prune(args, run, effort)
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import options
 from models import ViTDims
 from models.pretrained import read_dims
-from models.redistribution import RULES, redistributed
+from models.redistribution import RULES, redistribute
 from runtime.errors import Problems
 from runtime.folders import make_folder
 from runtime.processes import start_processes
@@ -67,7 +67,7 @@ def run_folder(args: argparse.Namespace, dims: ViTDims) -> Path:
 def _dims(args: argparse.Namespace, full: FullModel) -> ViTDims:
     tokens = full.dims.blocks[0].tokens
     if not args.dims:
-        return redistributed(args.EMB, tokens, args.rule)
+        return redistribute(args.EMB, tokens, args.rule)
     dims = read_dims(args.dims)
     if odd := [b.tokens for b in dims.blocks if b.tokens != tokens]:
         raise ValueError(f"--dims {args.dims} has blocks of {odd[0]} tokens, the model has {tokens}")

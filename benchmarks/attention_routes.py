@@ -15,7 +15,7 @@ import statistics
 import torch
 
 from latency.measure import DTYPES, settle_allocator, stopwatch, warm_up
-from models.attention import ROUTES, attend, route
+from models.attention import ROUTES, attend, choose_route
 from runtime.console import table
 from runtime.device import device_name
 
@@ -56,17 +56,17 @@ def compare(args: argparse.Namespace, qk: int, v: int) -> list[str]:
     product = torch.randn(args.batch_size, args.tokens, H * (2 * qk + v), device=device).to(dtype)
     parts = product.split([H * qk, H * qk, H * v], dim=-1)
     q, k, v_ = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in parts)  # B H N d
-    calls = {way: (lambda way=way: attend(q, k, v_, 0.125, way=way)) for way in ROUTES}
-    exact = attend(q.double(), k.double(), v_.double(), 0.125, way="explicit")
-    errors = {way: float((call() - exact).norm() / exact.norm()) for way, call in calls.items()}
+    calls = {route: (lambda route=route: attend(q, k, v_, 0.125, route=route)) for route in ROUTES}
+    exact = attend(q.double(), k.double(), v_.double(), 0.125, route="explicit")
+    errors = {route: float((call() - exact).norm() / exact.norm()) for route, call in calls.items()}
     repeats = 1 if device.type == "cpu" else 20
     for call in calls.values():
         warm_up(call, device, 3)
-    samples = {way: [] for way in calls}
+    samples = {route: [] for route in calls}
     for _ in range(args.rounds):
-        for way, call in calls.items():
-            samples[way].append(stopwatch(call, repeats, device))
-    chosen = route(qk, v, device, dtype)
+        for route, call in calls.items():
+            samples[route].append(stopwatch(call, repeats, device))
+    chosen = choose_route(qk, v, device, dtype)
     cells = [f"{1e3 * statistics.median(samples[w]):.3f}{'<' if w == chosen else ' '}" for w in ROUTES]
     return [f"{qk}/{v}", *cells, *(f"{errors[w]:.0e}" for w in ROUTES)]
 
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace) -> None:
     settle_allocator()
     device = device_name(args.device)
     print(f"batch {args.batch_size}, {args.heads} heads, {args.tokens} tokens, {args.dtype}, {device}")
-    headers = ["qk/v", *(f"{way} ms" for way in ROUTES), *(f"{way} err" for way in ROUTES)]
+    headers = ["qk/v", *(f"{route} ms" for route in ROUTES), *(f"{route} err" for route in ROUTES)]
     print(table(headers, [compare(args, qk, v) for qk, v in WIDTHS]), flush=True)
 
 

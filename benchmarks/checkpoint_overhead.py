@@ -33,7 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def timed(action: Callable[[], object], count: int) -> float:
+def time_step(action: Callable[[], object], count: int) -> float:
     """Median seconds of a call, after one that does not count."""
     seconds = []
     for _ in range(count + 1):
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
         sum(nn.functional.cross_entropy(logits, targets) for logits in both(images)).backward()
         optimizer.step()
 
-    step = timed(update, args.steps)
+    step = time_step(update, args.steps)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         path = Path(folder) / "ft_checkpoint.pth"
         content = dict(
@@ -68,8 +68,8 @@ def main(args: argparse.Namespace) -> None:
             optimizer=optimizer.state_dict(),
             rng=rng_state(),
         )
-        save = timed(lambda: checkpoint.save(path, keep_older=True, **content), args.saves)
-        plain = timed(lambda: torch.save(content, path), args.saves)
+        save = time_step(lambda: checkpoint.save(path, keep_older=True, **content), args.saves)
+        plain = time_step(lambda: torch.save(content, path), args.saves)
         size = path.stat().st_size
     epoch = step * (args.images // args.batch_size)
     print(f"one save of {size / 2**20:.1f} MiB: {1e3 * save:.0f} ms (torch.save alone {1e3 * plain:.0f} ms)")

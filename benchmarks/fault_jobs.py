@@ -142,7 +142,7 @@ class Material:
         self.root, self.epochs, self.prune, self.tune = root, epochs, prune, tune
         self.table, self.images = root / "table.json", root / "images"
         self.table.write_text(json.dumps(_table()))
-        self.dense = dense or self._made(
+        self.dense = dense or self._make(
             tune,
             "dense/*/ft_checkpoint.pth",
             [
@@ -161,13 +161,13 @@ class Material:
                 str(root / "dense"),
             ],
         )
-        self.pruned = pruned or self._made(
+        self.pruned = pruned or self._make(
             prune, "global_prune_*/pruned_checkpoint.pth", [*self.prune_flags(4), "--output_dir", str(root)]
         )
         for split, train in (("train", True), ("val", False)):
             _write_images(self.images / split, Digits(train), PER_CLASS if train else PER_CLASS // 4)
 
-    def _made(self, script: Any, result: str, flags: list[str]) -> Path:
+    def _make(self, script: Any, result: str, flags: list[str]) -> Path:
         process = Process(script, flags, self.root / "log", None, {})
         if process.wait(600):
             raise RunFailed(f"the material cannot be made: {process.errors()[-500:]}")

@@ -29,7 +29,7 @@ def fault(name: str) -> Callable:
     return register
 
 
-def _signalled(job: Any, rng: random.Random, number: int, codes: tuple[int, ...]) -> str:
+def _signal(job: Any, rng: random.Random, number: int, codes: tuple[int, ...]) -> str:
     moment = rng.uniform(0.0, 1.05) * job.seconds
     process = job.start()
     ended = process.wait(moment)
@@ -42,17 +42,17 @@ def _signalled(job: Any, rng: random.Random, number: int, codes: tuple[int, ...]
 
 @fault("kill -9")
 def kill(job: Any, rng: random.Random) -> str:
-    return _signalled(job, rng, signal.SIGKILL, (-9, 0))  # 0: it ended just before
+    return _signal(job, rng, signal.SIGKILL, (-9, 0))  # 0: it ended just before
 
 
 @fault("SIGTERM")
 def sigterm(job: Any, rng: random.Random) -> str:
-    return _signalled(job, rng, signal.SIGTERM, (143, -15, 0))  # -15: before training there is nothing to write
+    return _signal(job, rng, signal.SIGTERM, (143, -15, 0))  # -15: before training there is nothing to write
 
 
 @fault("SIGINT")
 def sigint(job: Any, rng: random.Random) -> str:
-    return _signalled(job, rng, signal.SIGINT, (130, 0))
+    return _signal(job, rng, signal.SIGINT, (130, 0))
 
 
 def counting(at: Callable[[int], bool]) -> Callable[[], None]:
@@ -69,7 +69,7 @@ def counting(at: Callable[[int], bool]) -> Callable[[], None]:
                 os.kill(os.getpid(), signal.SIGKILL)
             return write(self, data)
 
-        def counted(action: Callable) -> Callable:
+        def count(action: Callable) -> Callable:
             def counts(*args: Any, **kwargs: Any) -> Any:
                 if at(next(done)):
                     os.kill(os.getpid(), signal.SIGKILL)
@@ -79,7 +79,7 @@ def counting(at: Callable[[int], bool]) -> Callable[[], None]:
 
         _Patient.write = written
         for name in ("fsync", "link", "replace"):
-            setattr(os, name, counted(getattr(os, name)))
+            setattr(os, name, count(getattr(os, name)))
 
     return patch
 
@@ -104,7 +104,7 @@ def _broken_off(job: Any, rng: random.Random) -> list[Path]:
 
 
 @fault("truncated checkpoint")
-def truncated(job: Any, rng: random.Random) -> str:
+def truncate(job: Any, rng: random.Random) -> str:
     newest = _broken_off(job, rng)[0]
     size = newest.stat().st_size
     left = rng.choice((0, size - 1, rng.randrange(size)))
@@ -113,7 +113,7 @@ def truncated(job: Any, rng: random.Random) -> str:
 
 
 @fault("bit-flipped checkpoint")
-def flipped(job: Any, rng: random.Random) -> str:
+def flip(job: Any, rng: random.Random) -> str:
     newest = _broken_off(job, rng)[0]
     data = bytearray(newest.read_bytes())
     where, bit = rng.randrange(len(data)), rng.randrange(8)
@@ -123,7 +123,7 @@ def flipped(job: Any, rng: random.Random) -> str:
 
 
 @fault("swapped checkpoints")
-def swapped(job: Any, rng: random.Random) -> str:
+def swap(job: Any, rng: random.Random) -> str:
     """The two in each other's place, the newest gone, or another run's in its place (which must be refused)."""
     how = rng.choice(("swapped", "newest gone", "another run's"))
     newest, before = _broken_off(job, rng)[:2]
@@ -164,15 +164,15 @@ def disk_full(job: Any, rng: random.Random) -> str:
 
 @fault("rank killed")
 def rank_killed(job: Any, rng: random.Random) -> str:
-    return _lost_rank(job, rng, signal.SIGKILL)
+    return _lose_rank(job, rng, signal.SIGKILL)
 
 
 @fault("rank stopped")
 def rank_stopped(job: Any, rng: random.Random) -> str:
-    return _lost_rank(job, rng, signal.SIGSTOP)
+    return _lose_rank(job, rng, signal.SIGSTOP)
 
 
-def _lost_rank(job: Any, rng: random.Random, number: int) -> str:
+def _lose_rank(job: Any, rng: random.Random, number: int) -> str:
     moment, gone = rng.uniform(0.2, 1.0) * job.seconds, rng.randrange(2)
     ranks = job.start_ranks()
     try:

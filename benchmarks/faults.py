@@ -53,7 +53,7 @@ def plan(kinds: list[str], count: int) -> list[tuple[str, int]]:
     return [(kinds[i % len(kinds)], i // len(kinds)) for i in range(count)]
 
 
-def undisturbed(material: Material, name: str) -> Job:
+def run_undisturbed(material: Material, name: str) -> Job:
     """A job's run without a fault: its time, its result, and how many steps its saves have."""
     job = Job(material, name, "undisturbed")
     steps = multiprocessing.Value("i", 0)
@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> None:
                 break
             name = OF_KIND.get(kind, TURNS[(number + list(KINDS).index(kind)) % 2])
             if name not in references:
-                references[name] = undisturbed(material, name)
+                references[name] = run_undisturbed(material, name)
                 print(
                     f"{name}: {references[name].seconds:.1f} s undisturbed, {references[name].operations} steps of "
                     "saves",

@@ -253,7 +253,7 @@ def files(draw: Any) -> bytes:
     if how == "values":
         for _ in range(draw(st.integers(0, 3))):
             content = draw(odd(content))
-    data = _bytes(_signed(content))
+    data = _bytes(_sign(content))
     if how == "pickle":
         return _with_pickle(data, lambda inside: draw(torn(inside)))
     if how == "code":
@@ -261,7 +261,7 @@ def files(draw: Any) -> bytes:
     return draw(torn(data)) if how == "bytes" else data
 
 
-def _signed(content: Any) -> Any:
+def _sign(content: Any) -> Any:
     with contextlib.suppress(Exception):  # not even of the right shape
         content["format"] = content["format"] | dict(sha256=checkpoint.digest(content))
     return content
@@ -307,7 +307,7 @@ STRATEGIES = dict(
 def seeds(name: str) -> list[bytes]:
     """Valid inputs of a target."""
     if name == "checkpoint":
-        return [_bytes(_signed(dict(valid_checkpoint())))]
+        return [_bytes(_sign(dict(valid_checkpoint())))]
     if name == "arguments":
         return ["\n".join(words).encode() for words in ([flag, "1"] for flag in _flags())]
     valid = dict(table=[TABLE, TOKENS], dims=[DIMS, DIM, STAGES], config=CONFIGS)[name]

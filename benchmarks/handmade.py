@@ -53,7 +53,7 @@ def as_called(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def padded(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def pad(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     width = max(q.shape[-1], v.shape[-1])
     q, k, padded_v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, padded_v, scale=scale)[..., : v.shape[-1]]
@@ -83,7 +83,7 @@ class HandBlock(nn.Module):
     def choose(self, x: Tensor) -> None:
         """The fastest kernel for inputs like x."""
         seconds = {}
-        for kernel in (as_called, padded, products):
+        for kernel in (as_called, pad, products):
             self.kernel = kernel
             warm_up(lambda: self.attention(x), x.device, 3)
             seconds[kernel] = min(stopwatch(lambda: self.attention(x), 1, x.device) for _ in range(5))

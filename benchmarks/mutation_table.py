@@ -68,7 +68,7 @@ MUTATIONS = [
     Mutation(
         "ridge judged on rows that were fitted",
         "pruning/moments.py",
-        {"corrected(*present, fit, ridge)": "corrected(*present, fit + held, ridge)"},
+        {"correct(*present, fit, ridge)": "correct(*present, fit + held, ridge)"},
         ("tests/pruning/test_moments.py::test_the_ridge_that_is_best_on_rows_not_fitted_is_used_on_all",),
     ),
     Mutation(

@@ -116,7 +116,7 @@ def scoring(args: argparse.Namespace) -> None:
     model = _model(args)
     data = _batches(model, args)
     scores, sampled, ours = Scores(model.dims, THREE, 2), SampledMean(3), 0.0
-    with Gates(model).attached() as gates:
+    with Gates(model).attach() as gates:
 
         def loss(t: int) -> Callable[[], Tensor]:
             return lambda: F.cross_entropy(model(data[t][0]), data[t][1])
@@ -158,7 +158,7 @@ def _measure_peak(args: argparse.Namespace, form: str) -> int:
     model = _model(args)
     ((images, targets),) = _batches(model, argparse.Namespace(**vars(args) | dict(batches=1)))
     before = _high_water()
-    with Gates(model).attached() as gates:
+    with Gates(model).attach() as gates:
 
         def loss() -> Tensor:
             return F.cross_entropy(model(images), targets)
@@ -185,7 +185,7 @@ def torch_macs(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def pruned_by_savit(args: argparse.Namespace, method: str, seed: int) -> nn.Module:
+def prune_by_savit(args: argparse.Namespace, method: str, seed: int) -> nn.Module:
     """Half of the MACs removed by main_savit.py; one scoring pass per seed serves all methods."""
     folder = args.rows.parent / f"savit_{seed}"
     command = [
@@ -216,7 +216,7 @@ def pruned_by_savit(args: argparse.Namespace, method: str, seed: int) -> nn.Modu
     return load_dense(output / "pruned_checkpoint.pth")
 
 
-def pruned_by_torch_pruning(args: argparse.Namespace, data: tuple[Tensor, Tensor], seed: int) -> nn.Module:
+def prune_by_torch_pruning(args: argparse.Namespace, data: tuple[Tensor, Tensor], seed: int) -> nn.Module:
     """By Torch-Pruning's Taylor criterion, its sparsity bisected to half of the MACs. Raises RuntimeError."""
     import torch_pruning_baseline as baseline
 
@@ -251,9 +251,9 @@ def accuracy(args: argparse.Namespace) -> None:
             if (method, seed) in done or time.monotonic() - begin > 60 * args.minutes:
                 continue
             if method == "torch-pruning":
-                model = pruned_by_torch_pruning(args, train, seed)
+                model = prune_by_torch_pruning(args, train, seed)
             else:
-                model = pruned_by_savit(args, method, seed)
+                model = prune_by_savit(args, method, seed)
             sample = torch.randn(1, 3, 32, 32)
             row = dict(
                 method=method,

@@ -31,7 +31,7 @@ from models.pretrained import load_initial_, read_initial
 from models.tokens import layers, streamline_
 from pruning import pm_vit
 from pruning.refit import refit_
-from pruning.token_counts import probed
+from pruning.token_counts import choose_counts
 from runtime.console import table
 from runtime.device import device_name
 
@@ -100,18 +100,18 @@ def by_content(arch: str, keep_rate: float, device: torch.device) -> nn.Module:
     return streamline_(build_random(Arch.of(arch, content_merge=True), dims, device))
 
 
-def with_structure(arch: str, keep_rate: float, device: torch.device, way: str | None = None) -> nn.Module:
+def with_structure(arch: str, keep_rate: float, device: torch.device, route: str | None = None) -> nn.Module:
     """A model with random weights and scores, a tenth of its patches skipped."""
     parent = skeleton(arch)
     prefix, patches, depth = parent.num_prefix_tokens, parent.patch_embed.num_patches, len(parent.blocks)
     ranks = torch.rand(1, patches, generator=torch.Generator().manual_seed(0)).expand(depth, -1)
-    structure = pm_vit.chosen(ranks, range(depth), min(0.1, 1 - keep_rate), keep_rate)
-    dims = pm_vit.compressed_dims(ViTDims.of(parent), structure, prefix)
+    structure = pm_vit.choose_centres(ranks, range(depth), min(0.1, 1 - keep_rate), keep_rate)
+    dims = pm_vit.dims_after(ViTDims.of(parent), structure, prefix)
     model = build_random(Arch.of(arch), dims, device)
     for i, tokens in layers(model):
-        found = pm_vit.assigned(structure, i, parent.patch_embed.grid_size, prefix, pm_vit.Merging())
+        found = pm_vit.assign_patches(structure, i, parent.patch_embed.grid_size, prefix, pm_vit.Merging())
         tokens.set(*(t.to(device) for t in found))
-        tokens.way = way
+        tokens.route = route
     return streamline_(model)
 
 
@@ -123,7 +123,7 @@ def speed(args: argparse.Namespace) -> None:
     for arch in args.models:
         images = random_images(Arch.of(arch), args.batch_size, device)
         models = {f"{k:g}": with_structure(arch, k, device) for k in args.keep_rates}
-        models |= {"0.6 as products": with_structure(arch, 0.6, device, way="products")}
+        models |= {"0.6 as products": with_structure(arch, 0.6, device, route="products")}
         models |= {f"{k:g} by content": by_content(arch, k, device) for k in args.keep_rates}
         timings = interleaved(
             dict(dense=build_random(Arch.of(arch), None, device)) | models, images, args.rounds, dtype=args.dtype
@@ -164,10 +164,10 @@ class ToMeBlock(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log().view(B, 1, 1, N), scale=a.scale)
         x = x + block.drop_path1(block.ls1(a.proj(mixed.transpose(1, 2).flatten(2))))
         if self.r is not None:
-            x, self.sizes[0] = self.merged(x, size, k.mean(1))
+            x, self.sizes[0] = self.merge_tokens(x, size, k.mean(1))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
-    def merged(self, x: Tensor, size: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+    def merge_tokens(self, x: Tensor, size: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
         """Bipartite soft matching: every other patch goes to its most similar among the rest, the r closest pairs."""
         head, patches = x[:, : self.prefix], x[:, self.prefix :]
         r = min(self.r, patches.shape[1] // 2)
@@ -199,7 +199,7 @@ def tome(model: nn.Module, merged: list[int | None]) -> nn.Module:
 
 
 # ------------------------------------------------------------------------------------------------------------ accuracy
-def compressed(
+def compress(
     args: argparse.Namespace, method: str, seed: int, base: nn.Module, data: tuple[Tensor, Tensor], normalise: Any
 ) -> nn.Module:
     """The base compressed by one of our methods, scored on images that the seed chooses."""
@@ -211,26 +211,26 @@ def compressed(
     if mode == "probe":
         pick = torch.randperm(len(data[0]), generator=generator)
         total, _ = pm_vit.budget(len(where), grid[0] * grid[1], 0.0, args.keep_rate)
-        found = probed(base, where, normalise(data[0][pick[:PROBED]]), total, 64, content)
-        small = pm_vit.compressed(base, found, merging)
-        return compensated(args, method, base, small, normalise(data[0][pick[: args.calib]]))
+        found = choose_counts(base, where, normalise(data[0][pick[:PROBED]]), total, 64, content)
+        small = pm_vit.compress(base, found, merging)
+        return compensate(args, method, base, small, normalise(data[0][pick[: args.calib]]))
     if mode in ("random", "seq"):
         shape = len(where), grid[0] * grid[1]
-        ranks = torch.rand(shape, generator=generator) if mode == "random" else pm_vit.spread(where, grid)
-        structure = pm_vit.chosen(ranks, where, prune_rate, args.keep_rate)
-        return pm_vit.compressed(base, replace(structure, weights=torch.ones_like(ranks)), merging)
+        ranks = torch.rand(shape, generator=generator) if mode == "random" else pm_vit.even_ranks(where, grid)
+        structure = pm_vit.choose_centres(ranks, where, prune_rate, args.keep_rate)
+        return pm_vit.compress(base, replace(structure, weights=torch.ones_like(ranks)), merging)
     pick = torch.randperm(len(data[0]), generator=generator)[: 64 * args.batches]
     batches = [(normalise(data[0][i]), data[1][i]) for i in pick.split(64)]
 
     def loss(images: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(sum(TokenLogits(base)(images)) / 2, targets)
 
-    ranks = pm_vit.comparable(pm_vit.measured(base, where, batches, loss, mode), where, args.depth_factor)
-    small = pm_vit.compressed(base, pm_vit.chosen(ranks, where, prune_rate, args.keep_rate), merging)
-    return compensated(args, method, base, small, normalise(data[0][pick[: args.calib]]))
+    ranks = pm_vit.comparable(pm_vit.measure_importance(base, where, batches, loss, mode), where, args.depth_factor)
+    small = pm_vit.compress(base, pm_vit.choose_centres(ranks, where, prune_rate, args.keep_rate), merging)
+    return compensate(args, method, base, small, normalise(data[0][pick[: args.calib]]))
 
 
-def compensated(args: argparse.Namespace, method: str, base: nn.Module, small: nn.Module, images: Tensor) -> nn.Module:
+def compensate(args: argparse.Namespace, method: str, base: nn.Module, small: nn.Module, images: Tensor) -> nn.Module:
     """`small`, refitted in place where the method says so."""
     if method.endswith("compensated"):
         refit_(base, small, Masks(base.dims), images, 64)
@@ -255,7 +255,7 @@ def nearest_tome(ef: Any, base: nn.Module, target: nn.Module) -> nn.Module:
     return min((found[low], found[high]), key=lambda pair: abs(1 - pair[0]))[1]
 
 
-def merged_by(model: nn.Module) -> list[int]:
+def count_merged(model: nn.Module) -> list[int]:
     """Of every block, how many tokens it merges of those that come in."""
     if isinstance(model.blocks[0], ToMeBlock):
         return [block.r or 0 for block in model.blocks]
@@ -292,11 +292,11 @@ def accuracy(args: argparse.Namespace) -> None:
                 continue
             torch.manual_seed(seed)
             like = args.equal_to or args.methods[0]
-            ours = compressed(args, like if method == "tome" else method, seed, base, train, ef.normalise)
+            ours = compress(args, like if method == "tome" else method, seed, base, train, ef.normalise)
             model = nearest_tome(ef, base, ours) if method == "tome" else ours
             latency = ef.latency_ratio(dense, served(model))[0]
             row = dict(method=method, seed=seed, latency=latency) | asked
-            row |= dict(oneshot=ef.top1(model, *val), merged=merged_by(model))
+            row |= dict(oneshot=ef.top1(model, *val), merged=count_merged(model))
             ef.finetune(model.requires_grad_(True), dense, *train, args.epochs, seed=seed)
             row |= dict(finetuned=ef.top1(model, *val))
             rows.append(row)

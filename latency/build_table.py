@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import options
 from latency.bench import Bench
-from latency.fit import chosen_for_fit, corrected, fit
+from latency.fit import choose_models, correct, fit
 from latency.measure import DTYPES, compile_mode
 from latency.runtimes import RuntimeBench, RuntimeFailed
 from latency.samples import NOISY, Progress, sample_all
@@ -164,8 +164,8 @@ def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
     spreads = {key: progress.spread(key) for key in progress.samples}
     warn_of_noise(spreads)
     table = LatencyTable.of_parts(progress.seconds(), settings)
-    factor, constant = fit(table, dims, chosen_for_fit(dims, fixed), measure)
-    table = corrected(
+    factor, constant = fit(table, dims, choose_models(dims, fixed), measure)
+    table = correct(
         table,
         factor,
         constant,

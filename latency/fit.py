@@ -21,7 +21,7 @@ NOISE = 0.03  # relative errors beyond this count less: they are the machine's
 Measure = Callable[[Sequence[Dims]], tuple[np.ndarray, float]]  # -> (ratios to dense, seconds of dense)
 
 
-def chosen_for_fit(dims: Dims, fixed: Collection[str] = (), seed: int = 0, count: int = MODELS) -> list[Dims]:
+def choose_models(dims: Dims, fixed: Collection[str] = (), seed: int = 0, count: int = MODELS) -> list[Dims]:
     """Random architectures whose embeddings are spread from the narrowest to the full one."""
     rng = random.Random(f"fit {seed}")
 
@@ -58,7 +58,7 @@ def fit(table: LatencyTable, dense: Dims, chosen: Sequence[Dims], measure: Measu
     return float(found.x[0] * common), float(found.x[1] * most)
 
 
-def corrected(table: LatencyTable, factor: float, constant: float, **meta: Any) -> LatencyTable:
+def correct(table: LatencyTable, factor: float, constant: float, **meta: Any) -> LatencyTable:
     """The table with every value multiplied by `factor`, and `constant` seconds added outside the blocks."""
 
     def scaled(node: Any, add: float = 0.0) -> Any:

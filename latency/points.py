@@ -44,11 +44,11 @@ def random_dims(dims: Dims, rng: random.Random, left_alone: Collection[str] = ()
         group = full if axis in left_alone else group_of(axis, full)
         return min(full, rng.randint(1, -(-full // group)) * group)
 
-    def drawn(stage: ViTDims) -> ViTDims:
+    def draw(stage: ViTDims) -> ViTDims:
         blocks = [replace(b, **{axis: width(axis, getattr(b, axis)) for axis in BLOCK_AXES}) for b in stage.blocks]
         return ViTDims(width("embed", stage.embed), tuple(blocks))
 
-    return dims.with_stages([drawn(stage) for stage in dims.stages])
+    return dims.with_stages([draw(stage) for stage in dims.stages])
 
 
 def branches(grid: dict[str, list[int]], tokens: int) -> Iterator[tuple[tuple[str, ...], int, BlockDims]]:

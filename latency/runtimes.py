@@ -127,7 +127,7 @@ def export(module: nn.Module, x: Tensor, path: Path, dynamic_batch: bool = False
     """
     for child in module.modules():
         if isinstance(child, Attention):
-            child.way = "fused"
+            child.route = "fused"
     size = sum(p.numel() * p.element_size() for p in module.parameters())
     try:
         torch.onnx.export(

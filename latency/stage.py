@@ -120,10 +120,10 @@ def stage_of_parts(seconds: dict[str, float]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[last] = float(f"{value:.6g}")
     overhead = {"_overhead": tree.pop("overhead")} if "overhead" in tree else {}
-    return {**_published(tree), **overhead, "_parts": tree}
+    return {**_parse_published(tree), **overhead, "_parts": tree}
 
 
-def _published(parts: dict[str, Any]) -> dict[str, Any]:
+def _parse_published(parts: dict[str, Any]) -> dict[str, Any]:
     """The published keys, from component measurements."""
     grids = [Grid.parse(parts[kind], kind) for kind in ("attention", "mlp")]
     axes = {c: axis.astype(int).tolist() for grid in grids for c, axis in zip(grid.columns, grid.axes, strict=True)}

@@ -51,7 +51,7 @@ class SwinBench(Bench):
         for i, (before, own) in enumerate(zip(streams, streams[1:], strict=False), 1):
             for e, x in before.items():
                 for out in own:
-                    module = self._filled(partial(PatchMerging, e, out, self.norm))
+                    module = self._fill(partial(PatchMerging, e, out, self.norm))
                     self._add(i, ("merging", f"EMB_{e}", f"OUT_{out}"), module, x, (i - 1, e))
         for e in streams[0]:
             self._add_outside(0, e, [stem_of(parent, e)], self.images)
@@ -65,7 +65,7 @@ class SwinBench(Bench):
         with torch.inference_mode():
             warm_up(self._reference, self.device, WARM_UP[device])
 
-    def _filled(self, make: Any) -> nn.Module:
+    def _fill(self, make: Any) -> nn.Module:
         """What `make` builds, with weights from the pool."""
         with torch.device("meta"):
             module = make()
@@ -77,7 +77,7 @@ class SwinBench(Bench):
 
     def _blocks(self, stage: int, embed: int, dims: BlockDims) -> nn.Module:
         parents = _kinds(self.parent.layers[stage])[: None if dims.heads else 1]
-        return self._filled(lambda: nn.Sequential(*(Block(embed, dims, of) for of in parents)))
+        return self._fill(lambda: nn.Sequential(*(Block(embed, dims, of) for of in parents)))
 
     def _add(self, stage: int, key: tuple[str, ...], module: nn.Module, x: Tensor, place: tuple[int, int]) -> None:
         """place: stage and embedding of the branches that run in between; their kind is the other than `key`'s."""

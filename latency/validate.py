@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import options
-from latency.fit import chosen_for_fit, corrected, fit
+from latency.fit import choose_models, correct, fit
 from latency.measure import DTYPES
 from latency.points import random_dims
 from latency.table import LatencyTable
@@ -107,11 +107,11 @@ class Check:
 
     def fit(self) -> LatencyTable:
         """The corrected table; `_meta` says by how much, and when."""
-        chosen = chosen_for_fit(self.dense, self.fixed, seed=1)
+        chosen = choose_models(self.dense, self.fixed, seed=1)
         factor, constant = fit(self.lut, self.dense, chosen, self.measure)
         say(f"fit to {1 + len(chosen)} models: x {factor:.4f}, + {1e3 * constant:.3f} ms outside the blocks")
         note = dict(factor=factor, constant=constant, models=1 + len(chosen), date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        return corrected(self.lut, factor, constant, refit=note)
+        return correct(self.lut, factor, constant, refit=note)
 
 
 def draw(predicted: np.ndarray, measured: np.ndarray, title: str, path: str | Path) -> None:

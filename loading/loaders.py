@@ -51,9 +51,9 @@ class Reproducible(Dataset):
 
     def __getitems__(self, keys: list[tuple[int, int, int]]) -> list[tuple[Any, int]]:
         with preserved_random_state():
-            return [self._augmented(*key) for key in keys]
+            return [self._augment(*key) for key in keys]
 
-    def _augmented(self, index: int, epoch: int, place: int) -> tuple[Any, int]:
+    def _augment(self, index: int, epoch: int, place: int) -> tuple[Any, int]:
         seed_generators(self.seed, epoch, place)
         return self.dataset[index]
 

@@ -111,7 +111,7 @@ class Arch:
         """The model with the widths `dims`, by default its own: `build_vit`. kwargs: further ones of timm."""
         return build_vit(self.name, dims, **self.kwargs | kwargs)
 
-    def _counted(self, dims: Dims | None) -> tuple[Model, Dims]:
+    def _parent_and_dims(self, dims: Dims | None) -> tuple[Model, Dims]:
         """A full-width model of as many blocks as `dims`, and the dims with their queries."""
         if self.is_swin:
             parent = self.skeleton
@@ -124,15 +124,15 @@ class Arch:
 
     def params(self, dims: Dims | None = None) -> int:
         """Trainable parameters of `build(dims)`."""
-        return count.params(*self._counted(dims), self.kwargs)
+        return count.params(*self._parent_and_dims(dims), self.kwargs)
 
     def macs_formula(self, dims: ViTDims) -> count.MacsFormula:
         """MACs of a plain ViT as a function of its widths; of `dims` only depth, tokens and queries count."""
-        return count.MacsFormula.of(*self._counted(dims), by_content=self.merge == "content")
+        return count.MacsFormula.of(*self._parent_and_dims(dims), by_content=self.merge == "content")
 
     def macs_by_part(self, dims: Dims | None = None) -> dict[str, int]:
         """What `macs` sums: patch_embed, attention, mlp, classifier, and tokens (their compression) or downsampling."""
-        return count.macs_by_part(*self._counted(dims), by_content=self.merge == "content")
+        return count.macs_by_part(*self._parent_and_dims(dims), by_content=self.merge == "content")
 
     def macs(self, dims: Dims | None = None) -> int:
         """Multiply-accumulates of one image through `build(dims)`; see `models.count.MacsFormula`."""

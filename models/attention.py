@@ -6,7 +6,7 @@ fused     torch's scaled_dot_product_attention as called;
 padded    the same with zeros appended to the narrower of q/k and v, and up to a multiple of 8 on a GPU;
 explicit  two matrix products and a softmax, a few images at a time so that their scores stay in the cache.
 
-The rule of `route` comes from `python -m benchmarks.attention_routes`, whose figures stand in benchmarks/RESULTS.md.
+The rule of `choose_route` comes from `python -m benchmarks.attention_routes`; the figures are in benchmarks/RESULTS.md.
 Legend: B batch, N tokens, H heads, d channels per head.
 """
 
@@ -22,7 +22,7 @@ AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # matrix in
 TENSOR_CORES = 8  # widths that a GPU's kernels take without a slow path are multiples of this
 
 
-def route(qk: int, v: int, device: torch.device, dtype: torch.dtype) -> str:
+def choose_route(qk: int, v: int, device: torch.device, dtype: torch.dtype) -> str:
     """The fastest exact route where no gradient is needed; with one, explicit gives way to padded.
 
     A CPU's fused kernel is the quickest at equal widths in fp32; unequal ones it takes slowly, and padded it computes
@@ -43,20 +43,20 @@ def attend(
     v: Tensor,
     scale: float,
     dropout: float = 0.0,
-    way: str | None = None,
+    route: str | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q k^T + bias) v: q (B, H, N, qk), k (B, H, M, qk), v (B, H, M, v) -> (B, N, H v).
 
-    way: a route, None for the rule's; bias: of the keys, (B, 1, 1, M), None for none.
+    route: a route, None for the rule's; bias: of the keys, (B, 1, 1, M), None for none.
     """
-    way = way or route(q.shape[-1], v.shape[-1], q.device, q.dtype)
-    if way == "explicit":
+    route = route or choose_route(q.shape[-1], v.shape[-1], q.device, q.dtype)
+    if route == "explicit":
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not dropout:
             return _explicit(q, k, v, scale, bias)
-        way = "padded"
+        route = "padded"
     B, H, N, _ = q.shape
-    out = by_kernel(q, k, v, scale, dropout, bias, padded=way == "padded")
+    out = by_kernel(q, k, v, scale, dropout, bias, padded=route == "padded")
     return out.transpose(1, 2).reshape(B, N, H * v.shape[-1])
 
 

@@ -95,7 +95,7 @@ class ContentMerge(nn.Module):
             self.register_buffer(f"_{name}", value, persistent=False)
 
     @torch.no_grad()
-    def bound(self, x: Tensor) -> Groups:
+    def groups_for(self, x: Tensor) -> Groups:
         """The groups of a batch of residual streams (B, T, E)."""
         P, A, groups = self.prefix, len(self._inside), self.tokens - self.prefix
         with torch.autocast(x.device.type, enabled=False):

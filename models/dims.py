@@ -26,7 +26,7 @@ def _whole(name: str, value: Any, minimum: int) -> int:
     return value
 
 
-def _known_keys(data: Any, cls: type, what: str) -> None:
+def _check_keys(data: Any, cls: type, what: str) -> None:
     names = [f.name for f in fields(cls) if f.default is MISSING]
     optional = {f.name for f in fields(cls)} - set(names)
     if not isinstance(data, dict) or set(data) - optional != set(names):
@@ -100,14 +100,14 @@ class ViTDims:
     @classmethod
     def from_dict(cls, data: Any) -> ViTDims:
         """The inverse of `to_dict`. Raises DimsError naming what is missing, unknown or out of range."""
-        _known_keys(data, cls, "dims")
+        _check_keys(data, cls, "dims")
         if not isinstance(data["blocks"], list | tuple):
             raise DimsError("dims: blocks must be a list")
         if len(data["blocks"]) > MOST_BLOCKS:
             raise DimsError(f"dims: at most {MOST_BLOCKS:,} blocks, not {len(data['blocks']):,}")
         blocks = []
         for i, block in enumerate(data["blocks"]):
-            _known_keys(block, BlockDims, f"dims: block {i}")
+            _check_keys(block, BlockDims, f"dims: block {i}")
             try:
                 blocks.append(BlockDims(**block))
             except DimsError as error:

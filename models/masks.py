@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from models.axes import Axis, Dim, branch_of
 from models.patch_grid import spread_order
 from models.swin_dims import Dims
-from models.tokens import around, by_content, spread
+from models.tokens import around, by_content, spread_merge
 from models.vit import LayerNorm
 
 
@@ -164,7 +164,7 @@ class Masks:
             keep = self.keep[str(Axis("tokens", i))].cpu()
             merged = left.tokens < self.prefix + len(keep)
             if merged and by_content(model):
-                tokens = spread(int(keep.sum()), self.grid, i, self.prefix, content=True)
+                tokens = spread_merge(int(keep.sum()), self.grid, i, self.prefix, content=True)
             else:
                 tokens = around(keep, self.grid, self.prefix) if merged else None
             block.tokens = tokens and tokens.to(reference)

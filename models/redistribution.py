@@ -12,7 +12,7 @@ WIDE = range(3, 9)  # blocks 4 to 9 of 12, counted from 0
 DEPTH = 12
 
 
-def _published(embed: int, block: int) -> tuple[int, int, int]:
+def _published_widths(embed: int, block: int) -> tuple[int, int, int]:
     """Heads, qk, mlp of the published code: rounding before doubling, and 10 heads in the first and last block."""
     narrow_qk, heads = 8 * round(embed * 0.05 / 8), 2 * round(embed * 0.005)
     if block in WIDE:
@@ -28,10 +28,10 @@ def _paper(embed: int, block: int) -> tuple[int, int, int]:
     return 2 * round(eps * embed / 200), 8 * round(eps * embed / 160), 3 * eps * embed
 
 
-RULES = dict(published=_published, paper=_paper)
+RULES = dict(published=_published_widths, paper=_paper)
 
 
-def redistributed(embed: int, tokens: int, rule: str = "published") -> ViTDims:
+def redistribute(embed: int, tokens: int, rule: str = "published") -> ViTDims:
     """Widths of a 12-block ReViT with residual width `embed`; `rule` is a key of RULES.
 
     Raises ValueError for an unknown rule, or an embedding so narrow that a width rounds to 0.

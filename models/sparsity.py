@@ -45,7 +45,7 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def accelerated(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def accelerate(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in half precision whose sparse layers are torch's semi-structured tensors, for a device with kernels."""
     fast = copy.deepcopy(model).to(dtype).eval()
     for layer in _linears(fast).values():

@@ -72,7 +72,7 @@ class ShiftedAttention(Attention):
 
         q, k, v = map(split, self.qkv(x).split([H * qk, H * qk, H * width], dim=-1))
         dropout = self.attn_drop if self.training else 0.0
-        out = by_kernel(q, k, v, self.scale, dropout, self.bias(mask).to(q.dtype), padded=self.way != "fused")
+        out = by_kernel(q, k, v, self.scale, dropout, self.bias(mask).to(q.dtype), padded=self.route != "fused")
         out = out.unflatten(1, (windows, H)).transpose(2, 3)  # B n N H v
         return self.proj_drop(self.proj(out.reshape(rows, N, H * width)))
 

@@ -39,11 +39,11 @@ class TokenMerge(nn.Module):
     cannot fill them.
 
     Without gradients M and R are gathers and one small product over the patches that are no group's first; with them,
-    and where `way` says "products" (a counter shall see them), the two matrix products that they stand for.
+    and where `route` says "products" (a counter shall see them), the two matrix products that they stand for.
     """
 
     bias: Tensor | None = None  # of attention's scores
-    way: str | None = None
+    route: str | None = None
     hands_on: str = "everything"  # or its own "tokens", to a block that folds (`streamline_`)
 
     def __init__(self, tokens: int, total: int, prefix: int) -> None:
@@ -127,12 +127,12 @@ class TokenMerge(nn.Module):
         """Patches that are no group's first: columns of the product in `compress`."""
         return len(self._rest)
 
-    def bound(self, _: Tensor) -> TokenMerge:
+    def groups_for(self, _: Tensor) -> TokenMerge:
         """What compresses a batch: the same for all."""
         return self
 
     def _products(self) -> bool:
-        return self.way == "products" or torch.is_grad_enabled()
+        return self.route == "products" or torch.is_grad_enabled()
 
     def compress(self, x: Tensor) -> Tensor:
         """M x: (B, T, E) -> (B, K, E)."""
@@ -197,7 +197,7 @@ class DenseTokenMerge(nn.Module):
         self.reconstruct_matrix.copy_(R)
         self.skip.copy_(s.bool())
 
-    def bound(self, _: Tensor) -> DenseTokenMerge:
+    def groups_for(self, _: Tensor) -> DenseTokenMerge:
         """What compresses a batch: the same for all."""
         return self
 
@@ -226,7 +226,7 @@ def around(centres: Tensor, grid: tuple[int, int], prefix: int) -> TokenMerge:
     return tokens.requires_grad_(False)
 
 
-def spread(groups: int, grid: tuple[int, int], layer: int, prefix: int, content: bool = False) -> nn.Module:
+def spread_merge(groups: int, grid: tuple[int, int], layer: int, prefix: int, content: bool = False) -> nn.Module:
     """The compression of a block to so many groups of patches around survivors that are spread evenly over the grid,
     or, by content, with such anchors."""
     if not content:

@@ -63,11 +63,11 @@ class LayerNorm(nn.LayerNorm):
 class Attention(nn.Module):
     """Multi-head self-attention with independent query/key and value widths.
 
-    The softmax scale is the parent's (`parent_head_dim ** -0.5`), whatever qk remains. `way` is the route through the
+    The softmax scale is the parent's (`parent_head_dim ** -0.5`), whatever qk remains. `route` is the route through the
     kernels (`models.attention`), None for the fastest; "fused" shows the bare architecture to a counter.
     """
 
-    way: str | None = None
+    route: str | None = None
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # B H N qk or v
         q, k = self.q_norm(q), self.k_norm(k)
         bias = None if bias is None else bias.to(q.dtype)
-        return attend(q, k, v, self.scale, self.attn_drop if self.training else 0.0, self.way, bias)
+        return attend(q, k, v, self.scale, self.attn_drop if self.training else 0.0, self.route, bias)
 
     def forward(self, x: Tensor, queries: int | None = None, bias: Tensor | None = None) -> Tensor:
         """queries: only the first so many tokens ask, and are answered, None for all; bias: that of `mix`."""
@@ -161,7 +161,7 @@ class Block(nn.Module):
         if self.tokens is None:
             out = self.branches(x)
         else:
-            tokens = self.tokens.bound(x)
+            tokens = self.tokens.groups_for(x)
             z = tokens.compress(x)
             out = self.branches(z, tokens.bias)
             out = tokens.restore(out, z, x) if self.num_queries is None else out  # prefix tokens are never merged

@@ -49,7 +49,7 @@ def v_bases(outputs: Tensor, proj: Tensor) -> tuple[Tensor, Tensor]:
     return vectors.mT @ inverse, root @ vectors
 
 
-def balanced(change: Tensor, undo: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def balance_norms(change: Tensor, undo: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """`change` (H, d, d) and `undo`, rescaled so that every direction has weights of one norm on both sides.
 
     rows: the layer that is multiplied by `change` (H, d, E); columns: the one that undoes it (H, E, d). Without this
@@ -84,7 +84,7 @@ class _Attention:
         columns = proj.weight.double().view(-1, H, d).transpose(0, 1)  # H E d
         to_v, from_v = v_bases(covariance.view(H, d, H, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1), columns)
         values = qkv.weight.double().view(3, H, d, -1)[2]
-        to_v, from_v = balanced(to_v, from_v, values, columns)
+        to_v, from_v = balance_norms(to_v, from_v, values, columns)
         to_q, to_k = qk_bases(all_reduced(self.q), all_reduced(self.k))
         if self.normalised:  # a norm between qkv and softmax is of these very channels
             to_q = to_k = torch.eye(d, dtype=to_v.dtype, device=to_v.device).expand(H, d, d)

@@ -24,7 +24,7 @@ AXES = ("heads", "qk", "v", "mlp")
 TOKEN_COUNTS = 6  # of a block, at most
 
 
-def interpolated(curve: Curve, widths: np.ndarray) -> np.ndarray:
+def interpolate(curve: Curve, widths: np.ndarray) -> np.ndarray:
     """Divergence at any widths: linear in its logarithm between the probed ones, and below them.
 
     It falls with every unit, be it by rounding: what is worth nothing stays as long as there is time for it.
@@ -60,7 +60,7 @@ def _token_counts(full: int, curve: Curve) -> list[tuple[int, float]]:
         return [(full, 0.0)]
     counts = np.array(sorted(curve))
     counts = counts[np.unique(np.linspace(0, len(counts) - 1, TOKEN_COUNTS).round().astype(int))]
-    return list(zip(counts.tolist(), interpolated(curve, counts), strict=True))
+    return list(zip(counts.tolist(), interpolate(curve, counts), strict=True))
 
 
 def candidates(full: BlockDims, group: dict[str, int], curves: dict[str, Curve]) -> tuple[np.ndarray, np.ndarray]:
@@ -71,18 +71,18 @@ def candidates(full: BlockDims, group: dict[str, int], curves: dict[str, Curve])
     attention, mlp = [((0, 0, 0), 0.0)], [(0, 0.0)]
     axes = {axis: _widths(getattr(full, axis), group[axis]) for axis in AXES}
     if full.heads:
-        (heads, qk, v) = (list(zip(axes[a], interpolated(curves[a], axes[a]), strict=True)) for a in AXES[:3])
+        (heads, qk, v) = (list(zip(axes[a], interpolate(curves[a], axes[a]), strict=True)) for a in AXES[:3])
         attention = [((0, 0, 0), _absent(curves["heads"]))]
         for (h, ch), (q, cq), (w, cw) in product(heads, qk, v):
             attention.append(((h, q, w), ch + (cq + cw) * h / full.heads))
     if full.mlp:
-        mlp = [(0, _absent(curves["mlp"])), *zip(axes["mlp"], interpolated(curves["mlp"], axes["mlp"]), strict=True)]
+        mlp = [(0, _absent(curves["mlp"])), *zip(axes["mlp"], interpolate(curves["mlp"], axes["mlp"]), strict=True)]
     tokens = _token_counts(full.tokens, curves.get("tokens", {}))
     rows = [((*a, m, t), ca + cm + ct) for (a, ca), (m, cm), (t, ct) in product(attention, mlp, tokens)]
     return np.array([w for w, _ in rows]), np.array([c for _, c in rows])
 
 
-def undominated(widths: np.ndarray, seconds: np.ndarray, cost: np.ndarray) -> Options:
+def drop_dominated(widths: np.ndarray, seconds: np.ndarray, cost: np.ndarray) -> Options:
     """Those candidates that no quicker one beats."""
     order = np.lexsort((cost, seconds))
     best = np.minimum.accumulate(cost[order])
@@ -141,9 +141,9 @@ def allocate(
         [ALL if b.queries is None else b.queries for b in full.blocks],
     )
     found = []
-    for E, price in zip(widths, interpolated(embed, widths), strict=True):
+    for E, price in zip(widths, interpolate(embed, widths), strict=True):
         options = [
-            undominated(w, table.blocks_seconds(np.column_stack([np.full(len(w), E), w, np.full(len(w), q)])), c)
+            drop_dominated(w, table.blocks_seconds(np.column_stack([np.full(len(w), E), w, np.full(len(w), q)])), c)
             for (w, c), q in zip(rows, queries, strict=True)
         ]
         try:

@@ -42,7 +42,7 @@ class GateSaliency(EventMean):
         self._leaves: list[dict[str, Tensor]] = []
         self._found: list[list[Tensor]] = []  # of the teacher's loss, one list per forward pass
         self._gates = Gates(model, behind=True)
-        self._attached = self._gates.attached()  # for as long as this object lives
+        self._attached = self._gates.attach()  # for as long as this object lives
         self._attached.__enter__()
         model.patch_embed.register_forward_pre_hook(lambda module, args: self._arm(len(args[0])))
 

@@ -32,7 +32,7 @@ def axes_of_component(dims: ViTDims, component: str) -> list[str]:
 
 
 class Gates:
-    """Gates of a model's units, applied by hooks while `attached`.
+    """Gates of a model's units, applied by hooks while `attach`.
 
     values: by axis, (B, units) for one gate per image, or (1, units); an axis that is absent is not gated.
     behind: gates of MLP units stand behind the activation (removed units are the same, derivatives are not).
@@ -43,7 +43,7 @@ class Gates:
         self.values: dict[str, Tensor] = {}
 
     @contextlib.contextmanager
-    def attached(self) -> Iterator[Gates]:
+    def attach(self) -> Iterator[Gates]:
         """The model reads `values` in every forward pass inside this context."""
         handles = []
         for i, block in enumerate(self.model.blocks):

@@ -48,7 +48,7 @@ class Event:
     reached: bool
 
 
-def narrowed(dims: Dims, axis: str, units: int) -> Dims:
+def narrow(dims: Dims, axis: str, units: int) -> Dims:
     """`dims` with `units` fewer on one axis."""
     return dims.resized({axis: dims.width(axis) - units})
 
@@ -68,7 +68,7 @@ def latency_per_unit(table: LatencyTable, dims: Dims, group_sizes: dict[str, int
         embed = f"{prefix}embed"
         if (units := min(sizes["embed"], stage.embed - sizes["embed"])) > 0:
             outside = part.overhead_seconds(stage.embed) - part.overhead_seconds(stage.embed - units)
-            between = table.merging_seconds(dims) - table.merging_seconds(narrowed(dims, embed, units))
+            between = table.merging_seconds(dims) - table.merging_seconds(narrow(dims, embed, units))
             costs[embed] += (max(outside, 0.0) + max(between, 0.0)) / units
     return costs
 
@@ -214,4 +214,4 @@ class GlobalPruner:
         return ranked[closest], True
 
     def _excess_without(self, group: Group) -> float:
-        return self.excess(narrowed(self.masks.dims, group.axis, len(group.units)))
+        return self.excess(narrow(self.masks.dims, group.axis, len(group.units)))

@@ -114,7 +114,7 @@ class SampledMean:
 
 
 @contextmanager
-def _recorded_inputs(model: nn.Module) -> Iterator[dict[str, tuple[nn.Module, Tensor]]]:
+def _record_inputs(model: nn.Module) -> Iterator[dict[str, tuple[nn.Module, Tensor]]]:
     inputs: dict[str, tuple[nn.Module, Tensor]] = {}
 
     def record(name: str):
@@ -137,7 +137,7 @@ def without_second_derivative(model: nn.Module, images: Tensor) -> str | None:
 
     images: (B, 3, S, S), for one forward pass; each layer is then tried alone on its own input.
     """
-    with _recorded_inputs(model) as inputs, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with _record_inputs(model) as inputs, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(images)
     for name, (module, x) in inputs.items():
         x = x.clone().requires_grad_()

@@ -183,7 +183,7 @@ SEARCHES: dict[str, Callable[[Problem, int], np.ndarray]] = dict(
 )
 
 
-def put_back(problem: Problem, counts: np.ndarray) -> list[np.ndarray]:
+def restore_units(problem: Problem, counts: np.ndarray) -> list[np.ndarray]:
     """Which units of each ranking go, (M_k,) bool, once every unit that still fits into the budget is back.
 
     counts: (K,), how many went at first. Of what fits, the unit with the largest predicted gain per MAC comes first.

@@ -135,7 +135,7 @@ def _penalty(gram: Tensor, ridge: float, mean: Tensor | None = None) -> Tensor:
     return (diagonal * ridge + diagonal.amax(-1, keepdim=True) * FLOOR + noise + TINY).diag_embed()
 
 
-def corrected(weight: Tensor, bias: Tensor | None, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
+def correct(weight: Tensor, bias: Tensor | None, moments: Moments, ridge: float) -> tuple[Tensor, Tensor | None]:
     """Weights (m, n) and bias plus their ridge-regressed correction towards the targets; the bias is not penalised."""
     n = moments.inputs
     second = moments.second_moment if bias is None else moments.covariance
@@ -159,7 +159,7 @@ def correct_(linear: nn.Linear, fit: Moments, held: Moments) -> tuple[float, flo
         return before, before
     errors = {}
     for ridge in RIDGES:
-        weight, bias = corrected(*present, fit, ridge)
+        weight, bias = correct(*present, fit, ridge)
         change = weight - present[0], None if bias is None else bias - present[1]
         if held.energy(*change) <= 4 * before:
             errors[ridge] = held.error(weight, bias)
@@ -167,7 +167,7 @@ def correct_(linear: nn.Linear, fit: Moments, held: Moments) -> tuple[float, flo
     if not best < before:
         return before, before
     ridge = max(ridge for ridge, error in errors.items() if error <= (1 + AS_GOOD) * best)
-    set_(linear, *corrected(*present, fit + held, ridge))
+    set_(linear, *correct(*present, fit + held, ridge))
     return before, errors[ridge]
 
 
@@ -177,7 +177,7 @@ def set_(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
         linear.bias.data.copy_(bias)
 
 
-def compensated(weight: Tensor, bias: Tensor | None, moments: Moments, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+def compensate(weight: Tensor, bias: Tensor | None, moments: Moments, kept: Tensor) -> tuple[Tensor, Tensor | None]:
     """A layer's weights (m, n) on the inputs `kept` (indices), which take over what the others carried: (m, k).
 
     Ridge regression of the layer's own output on the inputs' moments; exact when nothing is cut.

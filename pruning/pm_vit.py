@@ -46,7 +46,7 @@ class Structure:
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
-def received(attention: Attention, qkv: Tensor, prefix: int, mode: str) -> Tensor:
+def key_importance(attention: Attention, qkv: Tensor, prefix: int, mode: str) -> Tensor:
     """What one attention layer says of each key: (B, T') per image, before absolute values; T' patches or groups.
 
     qkv: the layer's fused rows with their gradient, (B, T, H(2 qk + v)). `attn` is the published sum over heads and
@@ -69,7 +69,7 @@ def received(attention: Attention, qkv: Tensor, prefix: int, mode: str) -> Tenso
 
 
 @contextmanager
-def recorded(model: VisionTransformer, layers: Sequence[int]) -> Iterator[list[Tensor]]:
+def record_qkv(model: VisionTransformer, layers: Sequence[int]) -> Iterator[list[Tensor]]:
     """A list of the fused qkv rows of `layers`, with their gradients after a backward pass. Weights get none."""
     rows: list[Tensor] = []
     frozen = [p for p in model.parameters() if p.requires_grad]
@@ -97,7 +97,7 @@ def on_patches(block: Block, scores: Tensor) -> Tensor:
     return scores @ R[prefix:, prefix:].T.to(scores)
 
 
-def measured(
+def measure_importance(
     model: VisionTransformer,
     layers: Sequence[int],
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -112,7 +112,7 @@ def measured(
     """
     device = next(model.parameters()).device
     total = torch.zeros(len(layers), model.patch_embed.num_patches, dtype=torch.float64, device=device)
-    with recorded(model, layers) as rows:
+    with record_qkv(model, layers) as rows:
         for images, targets in batches:
             rows.clear()
             images = images.to(device)
@@ -122,7 +122,7 @@ def measured(
             else:
                 loss(images.requires_grad_(), targets.to(device)).backward()
             found = [
-                on_patches(model.blocks[i], received(model.blocks[i].attn, qkv, model.num_prefix_tokens, mode))
+                on_patches(model.blocks[i], key_importance(model.blocks[i].attn, qkv, model.num_prefix_tokens, mode))
                 for i, qkv in zip(layers, rows, strict=True)
             ]
             found = torch.stack(found).double()  # L B N
@@ -134,7 +134,7 @@ def measured(
     return total
 
 
-def spread(layers: Sequence[int], grid: tuple[int, int]) -> Tensor:
+def even_ranks(layers: Sequence[int], grid: tuple[int, int]) -> Tensor:
     """Ranks (L, N), without data, of which the highest n of a layer are spread evenly over the grid, for every n."""
     orders = torch.stack([spread_order(grid, layer) for layer in layers])
     falling = torch.linspace(1, 0.5, orders.shape[1], dtype=torch.float64).expand(orders.shape)
@@ -161,7 +161,7 @@ def budget(layers: int, patches: int, prune_rate: float, keep_rate: float) -> tu
     return layers * keep, layers * prune
 
 
-def chosen(
+def choose_centres(
     ranks: Tensor, layers: Sequence[int], prune_rate: float, keep_rate: float, passing: Tensor | None = None
 ) -> Structure:
     """Centres are the L floor(N keep_rate) highest ranks of all layers, skipped the L floor(N prune_rate) lowest.
@@ -232,7 +232,7 @@ class Merging:
     shortcut: bool = True
 
 
-def assigned(
+def assign_patches(
     structure: Structure, row: int, grid: tuple[int, int], prefix: int, merging: Merging
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(owner, merge, reconstruct, shortcut) of one layer, as `TokenMerge.set` takes them.
@@ -256,7 +256,7 @@ def assigned(
     return torch.where(skipped, SKIPPED, prefix + group), merge, merge / total(merge.square()), shortcut
 
 
-def compressed_dims(dims: ViTDims, structure: Structure, prefix: int) -> ViTDims:
+def dims_after(dims: ViTDims, structure: Structure, prefix: int) -> ViTDims:
     """The architecture with the tokens that are left in each layer."""
     counts = dict(zip(structure.layers, structure.centres.sum(1).tolist(), strict=True))
     blocks = [replace(b, tokens=prefix + counts[i]) if i in counts else b for i, b in enumerate(dims.blocks)]
@@ -270,7 +270,7 @@ def uniform(dims: ViTDims, keep_rate: float, prefix: int) -> ViTDims:
 
 
 @torch.no_grad()
-def compressed(
+def compress(
     model: VisionTransformer, structure: Structure, merging: Merging, dense_merge: bool = False
 ) -> VisionTransformer:
     """`model` with its tokens compressed as `structure` says, its weights unchanged, on its device and in its mode.
@@ -280,7 +280,7 @@ def compressed(
     merged patches would have a shortcut beside full matrices, and for two ways of merging in one model.
     """
     prefix, grid = model.num_prefix_tokens, model.patch_embed.grid_size
-    dims = compressed_dims(model.dims, structure, prefix)
+    dims = dims_after(model.dims, structure, prefix)
     dense_merge = dense_merge or model.arch_kwargs.get("dense_merge", False)
     if dense_merge and model.arch_kwargs.get("lean_last"):
         raise CompressionError("full matrices do not go with a last block that computes what the head reads alone")
@@ -294,7 +294,7 @@ def compressed(
         found = model.blocks[i].tokens
         if i in structure.layers:
             found = TokenMerge(tokens.tokens, tokens.total, prefix)
-            found.set(*assigned(structure, structure.layers.index(i), grid, prefix, merging))
+            found.set(*assign_patches(structure, structure.layers.index(i), grid, prefix, merging))
         if type(found) is type(tokens):
             tokens.load_state_dict(found.state_dict())
         elif found.pulls_back:

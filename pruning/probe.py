@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from models.axes import Axis
 from models.compact import compact
 from models.masks import Masks
-from models.tokens import by_content, spread
+from models.tokens import by_content, spread_merge
 from models.vit import Attention
 from pruning import streams
-from pruning.moments import PLAIN_RIDGE, Moments, all_reduced, compensated, corrected
+from pruning.moments import PLAIN_RIDGE, Moments, all_reduced, compensate, correct
 from pruning.refit import divergence, refit_
 from pruning.streams import Branch
 
@@ -32,7 +32,7 @@ FITTED, JUDGED = 4, 16  # one calibration image of so many compensates a probe, 
 FRACTIONS_EMBED = (1 / 4, 1 / 2, 3 / 4)  # each costs a refit of the whole model
 
 
-def probed_widths(full: int, group: int, fractions: tuple[float, ...] = FRACTIONS) -> list[int]:
+def widths_to_probe(full: int, group: int, fractions: tuple[float, ...] = FRACTIONS) -> list[int]:
     """Multiples of the group below the full width that are nearest to the fractions of it."""
     return sorted({max(1, round(full * f / group)) * group for f in fractions} - {full})
 
@@ -65,7 +65,7 @@ class _Probe:
 
     def without_inputs(self, kept: Tensor) -> float:
         """The price of keeping only the inputs `kept` (indices) of the last layer."""
-        weight, bias = compensated(*self.last, self.moments, kept)
+        weight, bias = compensate(*self.last, self.moments, kept)
         return self._price(lambda first: self.branch.mix(first)[..., kept], weight, bias)
 
     def without_rows(self, kept: Tensor, mix: Callable[[Tensor], Tensor]) -> float:
@@ -74,7 +74,7 @@ class _Probe:
         moments = Moments(len(weight.T), len(weight), weight.device)
         for first, mixed in zip(self.fit, self.fitted, strict=True):
             moments.add(mix(first[..., kept])[:, self.read], self.branch.last(mixed)[:, self.read])
-        weight, bias = corrected(weight, bias, moments.all_reduce(), PLAIN_RIDGE)
+        weight, bias = correct(weight, bias, moments.all_reduce(), PLAIN_RIDGE)
         return self._price(lambda first: mix(first[..., kept]), weight, bias)
 
     def without_branch(self) -> float:
@@ -88,18 +88,18 @@ class _Probe:
             return self.rest(x if mix is None else x + gamma * nn.functional.linear(mix(first), weight, bias))
 
         places = zip(self.judge, self.judged, self.logits, strict=True)
-        return judged((logits(x, first), dense) for x, first, dense in places)
+        return mean_divergence((logits(x, first), dense) for x, first, dense in places)
 
 
 def _attention_curves(probe: _Probe, attention: Attention, groups: dict[str, int]) -> dict[str, Curve]:
     H, d = attention.num_heads, attention.qk
     units = torch.arange(H * d, device=attention.qkv.weight.device).view(H, d)
     curves = dict(heads={H: 0.0, 0: probe.without_branch()}, qk={d: 0.0}, v={d: 0.0})
-    for heads in probed_widths(H, groups["heads"]):
+    for heads in widths_to_probe(H, groups["heads"]):
         curves["heads"][heads] = probe.without_inputs(units[:heads].flatten())
-    for v in probed_widths(d, groups["v"]):
+    for v in widths_to_probe(d, groups["v"]):
         curves["v"][v] = probe.without_inputs(units[:, :v].flatten())
-    for qk in probed_widths(d, groups["qk"]):
+    for qk in widths_to_probe(d, groups["qk"]):
         narrow = copy.copy(attention)
         narrow.qk = qk
         kept = torch.cat([units[:, :qk].flatten(), H * d + units[:, :qk].flatten(), 2 * H * d + units.flatten()])
@@ -110,11 +110,11 @@ def _attention_curves(probe: _Probe, attention: Attention, groups: dict[str, int
 def _mlp_curve(probe: _Probe, full: int, group: int) -> Curve:
     units = torch.arange(full, device=probe.last[0].device)
     return {full: 0.0, 0: probe.without_branch()} | {
-        width: probe.without_inputs(units[:width]) for width in probed_widths(full, group)
+        width: probe.without_inputs(units[:width]) for width in widths_to_probe(full, group)
     }
 
 
-def judged(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+def mean_divergence(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Mean divergence of (logits, dense logits) of all batches and processes, never below 0."""
     total = torch.zeros(2, dtype=torch.float64)
     for logits, dense in pairs:
@@ -132,10 +132,10 @@ def _token_curve(model: VisionTransformer, index: int, judge: list[Tensor], logi
     grid, prefix, block = model.patch_embed.grid_size, model.num_prefix_tokens, model.blocks[index]
     patches, before = grid[0] * grid[1], block.tokens
     curve = {prefix + patches: 0.0}
-    for left in probed_widths(patches, group):
-        block.tokens = spread(left, grid, index, prefix, by_content(model)).to(judge[0].device)
+    for left in widths_to_probe(patches, group):
+        block.tokens = spread_merge(left, grid, index, prefix, by_content(model)).to(judge[0].device)
         outs = (streams.head(model, model.blocks[index:](x)) for x in judge)
-        curve[prefix + left] = judged(zip(outs, logits, strict=True))
+        curve[prefix + left] = mean_divergence(zip(outs, logits, strict=True))
     block.tokens = before
     return curve
 
@@ -183,7 +183,7 @@ def block_curves(
 def embed_curve(model: VisionTransformer, images: Tensor, group: int, batch: int) -> Curve:
     """Prices of embedding widths: each is a refit of the whole model at that width, judged on a tenth of the images."""
     curve = {model.dims.embed: 0.0}
-    for width in probed_widths(model.dims.embed, group, FRACTIONS_EMBED):
+    for width in widths_to_probe(model.dims.embed, group, FRACTIONS_EMBED):
         masks = Masks.first(model.dims, replace(model.dims, embed=width), next(model.parameters()).device)
         curve[width] = max(0.0, refit_(model, compact(model, masks), masks, images, batch))
     return curve

@@ -97,7 +97,7 @@ def refit_(dense: VisionTransformer, pruned: VisionTransformer, masks: Masks, im
     kept = masks.keep["embed"].nonzero().flatten()
     for i, (big, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
         read = streams.read(dense) if i + 1 == len(dense.blocks) else slice(None)
-        before, tokens = s.pruned, [small.tokens.bound(z) for z in s.pruned] if small.tokens else []
+        before, tokens = s.pruned, [small.tokens.groups_for(z) for z in s.pruned] if small.tokens else []
         merged = [t.compress for t in tokens] or [lambda x: x] * len(before)
         inside = s.pruned = [compress(z) for compress, z in zip(merged, before, strict=True)]
         none = [()] * len(before)

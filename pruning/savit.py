@@ -19,7 +19,7 @@ from models.axes import Axis
 from models.dims import ViTDims
 from models.masks import Masks
 from pruning.gates import Gates, axes_of_component
-from pruning.macs_search import SEARCHES, Objective, Problem, Ranking, put_back
+from pruning.macs_search import SEARCHES, Objective, Problem, Ranking, restore_units
 
 METHODS = {2: "squares of batch gradients", 3: "squares of image gradients"}
 FORMULAS = ("joint", "paper", "published")
@@ -228,7 +228,7 @@ def choose(
 
     Raises ValueError where the search finds nothing.
     """
-    removed = put_back(problem, SEARCHES[search](problem, seed))
+    removed = restore_units(problem, SEARCHES[search](problem, seed))
     masks = Masks(dims, device)
     for ranking, gone in zip(problem.rankings, removed, strict=True):
         for position, axis in enumerate(ranking.axes):

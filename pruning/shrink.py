@@ -18,7 +18,7 @@ from models.compact import compact, expand_
 from models.masks import Masks
 
 
-def _converted(state: dict[str, Any], parameter: Tensor, convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def _convert(state: dict[str, Any], parameter: Tensor, convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """An optimizer's state of one parameter. Raises ValueError for one that has neither its shape nor none."""
     found = {}
     for name, value in state.items():
@@ -63,7 +63,7 @@ class Student(nn.Module):
         """Units of the student as units of the full-size model (indices)."""
         return self.outer.keep[axis].nonzero().flatten().to(units.device)[units]
 
-    def lifted(self) -> Masks:
+    def lift_masks(self) -> Masks:
         """The student's masks as masks over the full-size model."""
         found = self.outer.fresh()
         for axis, keep in self.outer.keep.items():
@@ -80,16 +80,16 @@ class Student(nn.Module):
         for name, parameter in after.items():
             if before[name] in self.optimizer.state:
                 old = self.optimizer.state[before[name]]
-                state[parameter] = _converted(old, before[name], lambda value, name=name: self.masks.cut(name, value))
+                state[parameter] = _convert(old, before[name], lambda value, name=name: self.masks.cut(name, value))
         self.optimizer.state = state
         for group, names in zip(self.optimizer.param_groups, self._names, strict=True):
             group["params"] = [after[name] for name in names if name in after]
-        self.outer, self.model = self.lifted(), small
+        self.outer, self.model = self.lift_masks(), small
         self.masks.narrow_()
         self._trained = None  # the old buckets go before the new ones come
         self._trained = self._wrap(small)
 
-    def expanded(self) -> tuple[Model, Masks]:
+    def expand(self) -> tuple[Model, Masks]:
         """The student as a masked full-size model, and its masks."""
         if self.is_full:
             return self.model, self.masks
@@ -97,7 +97,7 @@ class Student(nn.Module):
         reference = next(self.model.parameters())
         full = full.to(device=reference.device, dtype=reference.dtype).train(self.model.training)
         expand_(full, self.outer, self.model)
-        lifted = self.lifted()
+        lifted = self.lift_masks()
         lifted.install_(full)
         return full, lifted
 
@@ -112,7 +112,7 @@ class Student(nn.Module):
             for name in names:
                 if (p := parameters.get(name)) is not None and p in self.optimizer.state:
                     like = p.new_zeros(self._shapes[name])
-                    state[index] = _converted(
+                    state[index] = _convert(
                         self.optimizer.state[p],
                         p,
                         lambda value, name=name, like=like: self.outer.paste(name, value, like),

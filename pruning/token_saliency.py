@@ -78,7 +78,7 @@ class TokenSaliency(EventMean):
         for seen in self._seen:
             for block, (tokens, out) in seen.items():
                 survivors, near, stands = self._places(block)
-                moved = self._moved(tokens, out, survivors, near, stands) / scale  # B K
+                moved = self._loss_change(tokens, out, survivors, near, stands) / scale  # B K
                 each = (moved * len(moved) * len(self._seen)).square().mean(0) / len(self._seen)
                 views[str(Axis("tokens", block))][survivors] += each
         self._seen = []
@@ -87,7 +87,7 @@ class TokenSaliency(EventMean):
             total /= dist.get_world_size()
         self._add(total)
 
-    def _moved(self, tokens: Tensor, out: Tensor, survivors: Tensor, near: Tensor, stands: Tensor) -> Tensor:
+    def _loss_change(self, tokens: Tensor, out: Tensor, survivors: Tensor, near: Tensor, stands: Tensor) -> Tensor:
         """The change c of the loss for every token of a block, image by image: (B, K)."""
         P = self.masks.prefix
         z, g = tokens[:, P:].float(), tokens.grad[:, P:].float()

@@ -50,7 +50,7 @@ class ValuePruner(GlobalPruner):
         least = 0 if Axis.parse(axis).kind in BRANCHES else size
         return np.arange((alive - 1) // size * size, least - 1, -size)
 
-    def _saved(self, axis: str, alive: int, widths: np.ndarray) -> np.ndarray:
+    def _seconds_saved(self, axis: str, alive: int, widths: np.ndarray) -> np.ndarray:
         """Seconds of the model that an axis saves at each of the widths, never negative."""
         dims = self.masks.dims
         rows = block_rows(dims.embed, dims.blocks)
@@ -72,7 +72,7 @@ class ValuePruner(GlobalPruner):
             if not len(widths := self._widths(axis, alive)):
                 continue
             lost = scores[axis][order].cumsum(0).numpy()[alive - widths - 1]
-            saved = self._saved(axis, alive, widths)
+            saved = self._seconds_saved(axis, alive, widths)
             value = np.divide(lost, saved, out=np.full(len(widths), math.inf), where=saved > 0)
             best = int(value.argmin())
             group = Group(axis, order[: alive - widths[best]], float(lost[best]))
@@ -107,7 +107,7 @@ class ValuePruner(GlobalPruner):
         greedy = {axis: keep.clone() for axis, keep in self.masks.state_dict().items()}
         self.masks.load_state_dict(before)
         orders = self._orders(scores)
-        kept = self._allocated(scores, orders, self.masks.dims)
+        kept = self._allocate(scores, orders, self.masks.dims)
         cut = {axis: order[: len(order) - kept[axis]] for axis, order in orders.items() if kept}
         groups = [Group(axis, units, float(scores[axis][units].sum())) for axis, units in cut.items() if len(units)]
         for group in groups:
@@ -117,7 +117,7 @@ class ValuePruner(GlobalPruner):
             return None
         return groups
 
-    def _allocated(self, scores: dict[str, Tensor], orders: dict[str, Tensor], now: ViTDims) -> dict[str, int]:
+    def _allocate(self, scores: dict[str, Tensor], orders: dict[str, Tensor], now: ViTDims) -> dict[str, int]:
         """Units to keep of every axis that is left; empty where no widths are quick enough."""
         total = sum(float(scores[axis][order].sum()) for axis, order in orders.items())
 

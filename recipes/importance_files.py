@@ -58,7 +58,7 @@ def save(folder: Path, importance: Importance, model: dict[str, Any], data: dict
     )
 
 
-def _described(folder: Path) -> dict[str, Any]:
+def _describe(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     if not path.is_file():
         raise ValueError(f"importance file {path}: No such file or directory; {HINT}")
@@ -92,7 +92,7 @@ def _check_model(path: Path, found: Any, expected: dict[str, Any]) -> None:
 def load(folder: str | Path, model: dict[str, Any], data_set: str, method: int) -> Importance:
     """Importance from a folder that `save` wrote, for that model and data set. Raises ValueError where it is not."""
     folder = Path(folder)
-    described = _described(folder)
+    described = _describe(folder)
     _check_model(folder, described["model"], model)
     if (theirs := described["data"].get("data_set")) != data_set:
         raise ValueError(f"importance files {folder} are of the data set {theirs}, not {data_set}")

@@ -160,7 +160,7 @@ class PruningSteps:
         student.masks.install_(student.model, self.optimizer)
         self.events += 1
         self.exhausted = not event.groups
-        self.compensation.apply_(student.model, student.masks, student.lifted(), last=self.done)
+        self.compensation.apply_(student.model, student.masks, student.lift_masks(), last=self.done)
         if self.events == 1:
             for saliency in self._saliencies():
                 saliency.forget()
@@ -184,7 +184,7 @@ class PruningSteps:
     def _report(self, event: Event, loss: Tensor) -> None:
         if not is_main():
             return
-        masks = self.student.lifted()
+        masks = self.student.lift_masks()
         event = replace(event, groups=[replace(g, units=self.student.units(g.axis, g.units)) for g in event.groups])
         nvit_log.write_event(self.setup.folder / "debug", self.events, masks, event, self.setup.config.criterion)
         tags = nvit_log.scalars(masks.dims) | {"dimension/Estimated_Latency": event.ratio, "train/loss": loss.item()}

@@ -40,7 +40,7 @@ def save(name: str, args: Any, setup: Setup, state: State) -> None:
     if not is_main():
         return
     steps, progress = state.steps, state.progress.state_dict()
-    model, masks = setup.student.expanded()
+    model, masks = setup.student.expand()
     checkpoint.save(
         setup.folder / name,
         keep_older=name == CHECKPOINT,
@@ -111,7 +111,7 @@ def conclude(
     """Check and measure the compact model, and write the results; metrics go into the checkpoint that `write` makes."""
     if not is_main():
         return
-    model, masks = setup.student.eval().expanded()
+    model, masks = setup.student.eval().expand()
     say(
         f"compact: widths {masks.dims.to_dim()}, relative difference to the masked model "
         f"{results.check_compact(model, compact(model, masks)):.1e}"

@@ -20,7 +20,7 @@ from models.parents import ModelError, skeleton
 from models.pretrained import read_initial
 from models.vit import TokenLogits
 from pruning import pm_vit
-from pruning.token_counts import probed
+from pruning.token_counts import choose_counts
 from training.dense import Run
 from training.full_model import (
     FullModel,
@@ -118,7 +118,7 @@ def scores(args: Any, run: Run, layers: Sequence[int]) -> Tensor:
     """Of every patch of `layers`: (L, N) on the CPU."""
     model, (rows, columns) = run.model, run.model.patch_embed.grid_size
     if args.prune_mode == "seq":
-        return pm_vit.spread(layers, (rows, columns))
+        return pm_vit.even_ranks(layers, (rows, columns))
     if args.prune_mode == "random":
         generator = torch.Generator().manual_seed(args.seed)
         return torch.rand(len(layers), rows * columns, generator=generator, dtype=torch.float64)
@@ -132,7 +132,7 @@ def scores(args: Any, run: Run, layers: Sequence[int]) -> Tensor:
     batches = scoring_batches(run.data.train, args.prune_iter)
     batches = progress_bar(batches, args.prune_iter or len(run.data.train), "score")
     mode = "attn" if args.prune_mode == "clus" else args.prune_mode
-    return pm_vit.measured(model, layers, batches, loss, mode, args.per_image).cpu()
+    return pm_vit.measure_importance(model, layers, batches, loss, mode, args.per_image).cpu()
 
 
 def structure(args: Any, run: Run, images: Tensor | None) -> pm_vit.Structure:
@@ -143,14 +143,14 @@ def structure(args: Any, run: Run, images: Tensor | None) -> pm_vit.Structure:
     layers, stem = merge_list(args, run.model.dims), run.model.patch_embed
     if args.prune_mode == "probe":
         total, _ = pm_vit.budget(len(layers), stem.num_patches, args.prune_rate, args.keep_rate)
-        return probed(run.model, layers, images, total, args.batch_size, args.merge == pm_vit.CONTENT)
+        return choose_counts(run.model, layers, images, total, args.batch_size, args.merge == pm_vit.CONTENT)
     found = scores(args, run, layers)
     passing = pm_vit.skipped_patches(run.model, layers) if args.prune_mode == "clus" else None
     if args.prune_mode not in ("random", "seq"):
-        return pm_vit.chosen(
+        return pm_vit.choose_centres(
             pm_vit.comparable(found, layers, args.depth_factor), layers, args.prune_rate, args.keep_rate, passing
         )
-    chosen = pm_vit.chosen(found, layers, args.prune_rate, args.keep_rate)
+    chosen = pm_vit.choose_centres(found, layers, args.prune_rate, args.keep_rate)
     return replace(chosen, weights=torch.ones_like(chosen.weights))  # no patch matters more than another
 
 

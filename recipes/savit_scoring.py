@@ -100,7 +100,7 @@ class Pass:
             yield [next(bar) for t in self.mine if start <= t < stop]
 
 
-def _summed(value: Tensor, device: torch.device) -> Tensor:
+def _sum_over_ranks(value: Tensor, device: torch.device) -> Tensor:
     if world_size() > 1:
         value = value.to(device)
         dist.all_reduce(value)
@@ -138,7 +138,7 @@ class Scoring:
         if rank() == 0:
             measured = (self.scores.per_component(self.measure(gates, *first[0], p)) for p in (self.precision, full))
             correlation += min(spearmanr(a, b).statistic for a, b in zip(*measured, strict=True))
-        worst = float(_summed(correlation, self.precision.device))
+        worst = float(_sum_over_ranks(correlation, self.precision.device))
         name = str(self.precision.dtype).removeprefix("torch.")
         if worst >= AGREEMENT:
             say(f"scoring in {name}: it ranks the first batch's units as fp32 does (correlation {worst:.4f})")
@@ -153,14 +153,14 @@ class Scoring:
         """Take in a group of batches, this process's share; all processes together."""
         device, full = self.precision.device, Precision(self.precision.device, None)
         measured = [self.measure(gates, *batch, self.precision) for batch in group]
-        self.scores.add(_summed(sum(measured, torch.zeros_like(self.scores.sums)), device))
+        self.scores.add(_sum_over_ranks(sum(measured, torch.zeros_like(self.scores.sums)), device))
         if self.interactions is None or self.interactions.largest_error <= self.wanted_error:
             return
         packed = [
             SampledMean.pack(component_hessian(gates, self.components, lambda b=b: self.loss(*b, full), self.form))
             for b in group
         ]
-        self.interactions.merge(_summed(sum(packed, torch.zeros_like(self.interactions.sums)), device))
+        self.interactions.merge(_sum_over_ranks(sum(packed, torch.zeros_like(self.interactions.sums)), device))
 
     def importance(self) -> Importance:
         """Raises RunFailed where it is not finite."""
@@ -178,7 +178,7 @@ def measure(
     """Importance of the units of `model` (in eval mode, frozen), and the pass as a description. Raises RunFailed."""
     batches = batches_needed(args, len(dataset))
     scoring = Scoring(args, model, cnn, make_precision(args, device))
-    with Gates(model).attached() as gates:
+    with Gates(model).attach() as gates:
         for number, group in enumerate(Pass(args, dataset, batches, model.num_classes, device).groups()):
             if number == 0 and scoring.precision.dtype is not None:
                 scoring.check_precision(gates, group)

@@ -15,12 +15,12 @@ import main_pm_vit
 from models import Masks, build_vit, compact, load_dense, macs
 from models.arch import Arch
 from models.tokens import layers
-from pruning.allocation import allocate, interpolated
+from pruning.allocation import allocate, interpolate
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner
 from pruning.probe import prices
 from pruning.refit import divergence, refit_
-from pruning.token_counts import probed, shared_out
+from pruning.token_counts import choose_counts, share_out
 from pruning.token_saliency import TokenSaliency
 from pruning.value import ValuePruner
 from runtime.errors import BadArguments
@@ -160,8 +160,8 @@ def test_the_total_is_shared_out_by_measured_need(model):
     """Exactly, for any total; the best of all ways to share it where prices add up; the model is left as it is."""
     curves = [{2: 4.0, 8: 1.0, 16: 0.5}, {2: 0.4, 8: 0.1, 16: 0.05}, {2: 0.4, 8: 0.1, 16: 0.05}]
     for total in (3, 7, 20, 33, 48):
-        found = shared_out(curves, 16, total)
-        prices = [interpolated(curve, np.arange(1, 17)) for curve in curves]
+        found = share_out(curves, 16, total)
+        prices = [interpolate(curve, np.arange(1, 17)) for curve in curves]
         ways = [w for w in itertools.product(range(1, 17), repeat=3) if sum(w) == total]
         best = min(ways, key=lambda w: sum(p[n - 1] for p, n in zip(prices, w, strict=True)))
         assert sum(found) == total
@@ -172,7 +172,7 @@ def test_the_total_is_shared_out_by_measured_need(model):
     with torch.no_grad():
         model.blocks[1].attn.proj.weight.zero_()  # nothing that block 1 says of patches is read any more
         model.blocks[1].attn.proj.bias.zero_()
-    structure = probed(model, (0, 1), torch.randn(64, 3, 16, 16), 20, 32)
+    structure = choose_counts(model, (0, 1), torch.randn(64, 3, 16, 16), 20, 32)
     first, second = structure.centres.sum(1).tolist()
     assert first + second == 20 and first > second and not structure.skipped.any()
     assert all(block.tokens is None for block in model.blocks)

@@ -78,7 +78,7 @@ def scored(model: VisionTransformer, shares: Shares, kind: type) -> dict[str, Te
 def received(model: VisionTransformer, shares: Shares) -> dict[str, Tensor]:
     """Scores of patches by Prune and Merge."""
     batch = tuple(map(torch.cat, zip(*shares, strict=True)))
-    scores = pm_vit.measured(
+    scores = pm_vit.measure_importance(
         model, [0, 1], [batch], lambda images, labels: F.cross_entropy(model(images), labels, reduction="sum")
     )
     return dict(scores=scores)
@@ -89,7 +89,7 @@ def of_savit(model: VisionTransformer, shares: Shares) -> dict[str, Tensor]:
     args = Namespace(**vars(args), hessian_form="exact", pruning_layers=("heads", "mlp", "embed"), pruning_method=6)
     args = Namespace(**vars(args), distillation_type="none", distillation_alpha=0.5, distillation_tau=1.0)
     scoring = Scoring(args, model.requires_grad_(False), None, Precision(torch.device("cpu"), None))
-    with Gates(model).attached() as gates:
+    with Gates(model).attach() as gates:
         scoring.see(gates, shares)
     return scoring.importance().scores
 

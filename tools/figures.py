@@ -69,7 +69,7 @@ def _title(axis: str) -> str:
     return TITLES[axis][0].upper() + TITLES[axis][1:]
 
 
-def _said(numbers: Sequence[float]) -> str:
+def _summary(numbers: Sequence[float]) -> str:
     return ", ".join(f"{n:g}" for n in numbers)
 
 
@@ -86,8 +86,8 @@ def widths(run: Run, axis: str) -> Chart:
     left, dense = run.dims(run.last), run.dims("dense")
     now = [getattr(b, axis) for b in left.blocks]
     before = [getattr(b, axis) for b in dense.blocks] if dense else None
-    beside = f"; dense: {_said(before)}" if before else ""
-    alt = f"{TITLES[axis]} left in blocks 1 to {len(now)}: {_said(now)}{beside}"
+    beside = f"; dense: {_summary(before)}" if before else ""
+    alt = f"{TITLES[axis]} left in blocks 1 to {len(now)}: {_summary(now)}{beside}"
     return _chart(lambda axes: _bars(axes, now, before), f"{_title(axis)} per block", alt)
 
 
@@ -111,7 +111,7 @@ def redistribution(events: Sequence[Event], dense: Dims, axis: str) -> Chart:
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     alt = f"share of {AXES[axis]} left in blocks 1 to {len(full)} after the last of {len(events)} events: "
-    return _chart(draw, f"{_title(axis)}, event by event", alt + _said(left[:, -1].round(2)))
+    return _chart(draw, f"{_title(axis)}, event by event", alt + _summary(left[:, -1].round(2)))
 
 
 def _line(values: Sequence[float], label: str, caption: str, what: str, begin: int = 1) -> Chart:

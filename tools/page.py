@@ -84,7 +84,7 @@ def headline(run: Run) -> str:
     )
 
 
-def _made(run: Run) -> str:
+def _how_made(run: Run) -> str:
     said = []
     for start in run.made:
         versions = ", ".join(f"{name} {version}" for name, version in start["versions"].items())
@@ -113,7 +113,7 @@ def _section(run: Run, level: int) -> str:
     )
     if any(losses) or run.events:
         parts += [element(heading, "The way there"), charts([*figures.trajectories(run), *losses])]
-    return "".join([*parts, element(heading, "How it was made"), _made(run)])
+    return "".join([*parts, element(heading, "How it was made"), _how_made(run)])
 
 
 def page(

@@ -66,7 +66,7 @@ def groups_of(model: VisionTransformer, pixels: Tensor) -> list[Merged]:
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
     found, images = [], ((pixels - mean) / std).permute(2, 0, 1)[None]
     hooks = [
-        model.blocks[i].register_forward_pre_hook(lambda block, x: found.append(block.tokens.bound(x[0])))
+        model.blocks[i].register_forward_pre_hook(lambda block, x: found.append(block.tokens.groups_for(x[0])))
         for i, _ in layers(model)
     ]
     model(images)

@@ -103,7 +103,7 @@ class Report:
         images = torch.randn(self.conditions.batch, stem.proj.in_channels, *stem.img_size, device=self.device)
         models = dict(
             dense=self.full.arch.plain.build().to(self.device),
-            sparse=sparsity.accelerated(model, DTYPES[self.conditions.dtype]),
+            sparse=sparsity.accelerate(model, DTYPES[self.conditions.dtype]),
         )
         timings = interleaved(models, images, dtype=self.conditions.dtype)
         return round(ratio(timings["sparse"], timings["dense"]).median, 5)
@@ -187,14 +187,14 @@ def earlier(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return {name: _checked(name, found) for name, found in schema.read_json(path).items()}
+        return {name: _check(name, found) for name, found in schema.read_json(path).items()}
     except (schema.SchemaError, AttributeError) as error:
         reason = "it is no object" if isinstance(error, AttributeError) else str(error).removeprefix(f"{path} ")
         warn(f"{path} is left out of this run's summary: {reason}")
         return {}
 
 
-def _checked(name: str, found: Any) -> dict[str, Any]:
+def _check(name: str, found: Any) -> dict[str, Any]:
     schema.check_plain(found, name)
     batch = found.get("batch", 1)
     if not isinstance(batch, int) or not 0 < batch <= MOST_BATCH or found.get("dtype", "fp32") not in DTYPES:

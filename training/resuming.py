@@ -50,14 +50,14 @@ def _global_batch(args: dict[str, Any]) -> int:
     return args["batch_size"] * args.get("grad_accum_steps", 1) * args.get("world_size", 1)
 
 
-def _shown(value: Any) -> Any:
+def _show(value: Any) -> Any:
     return value if value != "" else "''"  # as it is typed
 
 
 def _differences(now: dict[str, Any], before: dict[str, Any], may_differ: set[str]) -> list[str]:
     may_differ = {n for n, flag in options.FLAGS.items() if flag.path or flag.may_differ} | may_differ | NOT_FLAGS
     names = [n for n in now if n in before and n not in may_differ and now[n] != before[n]]
-    found = [f"{options.flag(name)} was {_shown(before[name])}, now {_shown(now[name])}" for name in names]
+    found = [f"{options.flag(name)} was {_show(before[name])}, now {_show(now[name])}" for name in names]
     if _global_batch(now) != _global_batch(before):
         found.append(f"global batch was {_global_batch(before)}, now {_global_batch(now)}")
     return found

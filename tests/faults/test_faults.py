@@ -31,7 +31,7 @@ def references(material):
 
     def reference(name):
         if name not in made:
-            made[name] = faults.undisturbed(material, name)
+            made[name] = faults.run_undisturbed(material, name)
         return made[name]
 
     return reference

@@ -10,11 +10,11 @@ from swin_parts import ARCH, DENSE, SMALL, attention, merging, mlp, outside, par
 
 from latency import LatencyTable, LatencyTableError
 from latency.build_table import get_args_parser, main
-from latency.fit import chosen_for_fit, corrected
+from latency.fit import choose_models, correct
 from latency.swin_bench import SwinBench
 from models import Arch, BlockDims, Masks, SwinDims, ViTDims, skeleton
 from pruning.config import PruningConfig
-from pruning.global_latency import GlobalPruner, latency_per_unit, narrowed
+from pruning.global_latency import GlobalPruner, latency_per_unit, narrow
 from pruning.targets import targets_of
 
 
@@ -103,13 +103,13 @@ def test_a_damaged_table_is_refused_in_a_line(tmp_path, change, message):
 
 
 def test_correction_scales_all_and_adds_once(table):
-    found = corrected(table, 1.5, 0.25, note="x")
+    found = correct(table, 1.5, 0.25, note="x")
     assert found.model_seconds(DENSE) == pytest.approx(1.5 * table.model_seconds(DENSE) + 0.25, rel=1e-5)
     assert found.meta["note"] == "x" and found.meta["batch"] == 16
 
 
 def test_models_for_the_fit_have_every_stage_from_narrow_to_full():
-    chosen = chosen_for_fit(DENSE, count=5)
+    chosen = choose_models(DENSE, count=5)
     for i, full in enumerate((16, 32)):
         embeds = [dims.stages[i].embed for dims in chosen]
         assert embeds == sorted(embeds) and embeds[0] <= full // 8 and embeds[-1] == full
@@ -121,7 +121,7 @@ def test_latency_per_unit_is_the_slope_of_the_table(table):
     costs = latency_per_unit(table, DENSE, PruningConfig().group_sizes(DENSE))
     assert costs.keys() == DENSE.sizes().keys()
     for axis in costs:
-        less = narrowed(DENSE, axis, 1)
+        less = narrow(DENSE, axis, 1)
         assert costs[axis] == pytest.approx(expected(DENSE) - expected(less), rel=1e-3), axis
     assert costs["layers.0.blocks.0.mlp"] == pytest.approx(3 / 2 * costs["layers.1.blocks.0.mlp"], rel=1e-3)
 
@@ -206,7 +206,7 @@ def test_build_table_writes_a_table_that_covers_the_model(tmp_path, capsys):
     meta = table.meta
     assert (meta["model"], meta["tokens"], meta["batch"], meta["complete"]) == (ARCH, [64, 16], 2, True)
     assert list(meta["grid"]) == ["STAGE_0", "STAGE_1"] and meta["fit"]["factor"] > 0
-    less = chosen_for_fit(DENSE)[0]
+    less = choose_models(DENSE)[0]
     assert 0 < table.ratio(less, DENSE) < 1
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from latency import LatencyTable
-from latency.fit import chosen_for_fit, corrected, fit
+from latency.fit import choose_models, correct, fit
 from latency.validate import get_args_parser, main
 from models import BlockDims, ViTDims
 from runtime.errors import BadArguments
@@ -65,8 +65,8 @@ def test_fit_corrects_the_file_and_says_so(path, capsys):
 
 
 def test_the_fit_finds_scale_and_constant_and_shrugs_off_one_disturbed_model():
-    table, chosen = LatencyTable(table_data()), chosen_for_fit(DENSE)
-    assert {d.embed for d in chosen} >= {4, 32} and chosen != chosen_for_fit(DENSE, seed=1)
+    table, chosen = LatencyTable(table_data()), choose_models(DENSE)
+    assert {d.embed for d in chosen} >= {4, 32} and chosen != choose_models(DENSE, seed=1)
     dense = table.model_seconds(DENSE)
 
     def measure(models):
@@ -76,7 +76,7 @@ def test_the_fit_finds_scale_and_constant_and_shrugs_off_one_disturbed_model():
 
     factor, constant = fit(table, DENSE, chosen, measure)
     assert factor == pytest.approx(1.7, rel=0.02) and constant == pytest.approx(0.04 * dense, rel=0.2)
-    better = corrected(table, factor, constant, refit={})
+    better = correct(table, factor, constant, refit={})
     for dims in chosen:
         assert better.model_seconds(dims) == pytest.approx(factor * table.model_seconds(dims) + constant, rel=1e-4)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import attention
-from models.attention import ROUTES, attend, route
+from models.attention import ROUTES, attend, choose_route
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -23,35 +23,36 @@ def reference(q, k, v, scale):
     return torch.stack(images)
 
 
-@pytest.mark.parametrize("way", [None, *ROUTES])
+@pytest.mark.parametrize("route", [None, *ROUTES])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("qk, v", [(8, 8), (5, 12), (12, 5), (1, 9)])
-def test_every_route_computes_attention(way, dtype, tolerance, qk, v, monkeypatch):
+def test_every_route_computes_attention(route, dtype, tolerance, qk, v, monkeypatch):
     monkeypatch.setattr(attention, "SCORES_BYTES", 2 * 3 * 11 * 11 * dtype.itemsize)  # 2 of the 5 images at a time
     tensors = qkv(5, 3, 11, qk, v, dtype)
     expected = reference(*tensors, 0.3)
     for mode in (torch.inference_mode, torch.enable_grad):
         with mode():
-            found = attend(*tensors, 0.3, way=way)
+            found = attend(*tensors, 0.3, route=route)
         assert found.dtype == dtype and found.shape == (5, 11, 3 * v)
         assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("way", ROUTES)
-def test_gradients_are_the_same_on_every_route(way):
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradients_are_the_same_on_every_route(route):
     tensors = [t.detach().requires_grad_() for t in qkv(2, 3, 7, 4, 10, torch.float64)]
     expected = torch.autograd.grad(reference(*tensors, 0.5).square().sum(), tensors)
-    found = torch.autograd.grad(attend(*tensors, 0.5, way=way).square().sum(), tensors)
+    found = torch.autograd.grad(attend(*tensors, 0.5, route=route).square().sum(), tensors)
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_rule(monkeypatch):
     for amx, brain in ((False, ("explicit", "explicit")), (True, ("fused", "padded"))):
         monkeypatch.setattr(attention, "AMX", amx)
-        assert (route(64, 64, CPU, torch.bfloat16), route(32, 64, CPU, torch.bfloat16)) == brain
-        assert (route(64, 64, CPU, torch.float32), route(32, 64, CPU, torch.float32)) == ("fused", "explicit")
-        assert route(32, 64, CPU, torch.float16) == "fused"
-    assert [route(qk, v, CUDA, torch.bfloat16) for qk, v in ((64, 64), (32, 64), (20, 20))] == [
+        assert (choose_route(64, 64, CPU, torch.bfloat16), choose_route(32, 64, CPU, torch.bfloat16)) == brain
+        assert choose_route(64, 64, CPU, torch.float32) == "fused"
+        assert choose_route(32, 64, CPU, torch.float32) == "explicit"
+        assert choose_route(32, 64, CPU, torch.float16) == "fused"
+    assert [choose_route(qk, v, CUDA, torch.bfloat16) for qk, v in ((64, 64), (32, 64), (20, 20))] == [
         "fused",
         "padded",
         "padded",

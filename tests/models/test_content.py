@@ -13,10 +13,10 @@ import main_pm_vit
 from files.checkpoint import CheckpointError
 from models import Masks, build_vit, compact, load_dense
 from models.content import ContentMerge, anchors_of
-from models.tokens import layers, spread, streamline_
+from models.tokens import layers, spread_merge, streamline_
 from pruning import pm_vit
 from pruning.refit import divergence, refit_
-from pruning.token_counts import probed
+from pruning.token_counts import choose_counts
 from recipes import pm_vit_options
 from runtime.errors import BadArguments, Problems
 from tools import show_tokens
@@ -70,11 +70,11 @@ def by_hand(block, x):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("way", [None, "explicit", "padded"])
-def test_a_block_computes_the_formula(merged, grad, way):
+@pytest.mark.parametrize("route", [None, "explicit", "padded"])
+def test_a_block_computes_the_formula(merged, grad, route):
     merged, x = merged.double(), torch.randn(3, 18, 32, dtype=torch.float64)
     for block in merged.blocks:
-        block.attn.way = way
+        block.attn.route = route
         with torch.set_grad_enabled(grad):
             expected = torch.stack([by_hand(block, one) for one in x])
             torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
@@ -82,8 +82,8 @@ def test_a_block_computes_the_formula(merged, grad, way):
 
 @pytest.mark.parametrize("count", range(1, 16))
 def test_every_token_is_in_one_group(count):
-    tokens = spread(count, (4, 4), 3, 2, content=True)
-    groups = tokens.bound(torch.randn(5, 18, 8))
+    tokens = spread_merge(count, (4, 4), 3, 2, content=True)
+    groups = tokens.groups_for(torch.randn(5, 18, 8))
     assert groups.member.shape == (5, 2 + count, 18) and (groups.member.sum(1) == 1).all()
     assert (groups.sizes > 0).all() and int(tokens.anchors.sum()) == anchors_of(count)
     assert (groups.sizes[:, :2] == 1).all() and (groups.sizes[:, 2 + anchors_of(count) :] == 1).all()
@@ -96,7 +96,7 @@ def test_patches_of_zeros_are_like_none(dtype):
     for zeros in (8, 16):
         x = torch.randn(1, 18, 32, dtype=dtype)
         x[:, -zeros:] = 0
-        groups = tokens.bound(x)
+        groups = tokens.groups_for(x)
         assert groups.sizes.sum() == 18 and (groups.sizes > 0).all() and groups.compress(x).isfinite().all()
 
 
@@ -162,8 +162,8 @@ def test_compiles_and_runs_in_onnxruntime(merged, images):
 def test_refit_sees_the_groups_of_every_image(tiny, randomise):
     """The predictions come nearer to the dense model's; what merged nothing stays."""
     dense = randomise(build_vit(**tiny)).eval().requires_grad_(False)
-    structure = pm_vit.chosen(torch.rand(2, 16), range(2), 0.0, 0.4)
-    small = pm_vit.compressed(dense, structure, pm_vit.Merging("content"))
+    structure = pm_vit.choose_centres(torch.rand(2, 16), range(2), 0.0, 0.4)
+    small = pm_vit.compress(dense, structure, pm_vit.Merging("content"))
     calibration, fresh = torch.randn(200, 3, 16, 16), torch.randn(64, 3, 16, 16)
     before = divergence(small(fresh), dense(fresh)).mean()
     found = refit_(dense, small.requires_grad_(False), Masks(dense.dims), calibration, 64)
@@ -174,22 +174,22 @@ def test_refit_sees_the_groups_of_every_image(tiny, randomise):
 def test_counts_are_shared_out_by_what_content_costs(tiny, randomise):
     model = randomise(build_vit(**tiny)).eval().requires_grad_(False)
     images = torch.randn(32, 3, 16, 16)
-    structure = probed(model, range(2), images, 12, 16, content=True)
+    structure = choose_counts(model, range(2), images, 12, 16, content=True)
     assert structure.centres.sum() == 12 and not structure.skipped.any()
     counts = structure.centres.sum(1).tolist()
-    small = pm_vit.compressed(model, structure, pm_vit.Merging("content"))
+    small = pm_vit.compress(model, structure, pm_vit.Merging("content"))
     assert [b.tokens - 2 for b in small.dims.blocks] == counts
 
 
 def test_two_ways_of_merging_do_not_mix(tiny):
     model = build_vit(**tiny)
-    one = pm_vit.chosen(torch.rand(1, 16), (0,), 0.0, 0.4)
-    other = pm_vit.chosen(torch.rand(1, 16), (1,), 0.0, 0.4)
+    one = pm_vit.choose_centres(torch.rand(1, 16), (0,), 0.0, 0.4)
+    other = pm_vit.choose_centres(torch.rand(1, 16), (1,), 0.0, 0.4)
     for first, then in (("grid", "content"), ("content", "grid")):
-        small = pm_vit.compressed(model, one, pm_vit.Merging(first))
+        small = pm_vit.compress(model, one, pm_vit.Merging(first))
         with pytest.raises(pm_vit.CompressionError, match="merged by"):
-            pm_vit.compressed(small, other, pm_vit.Merging(then))
-    small = pm_vit.compressed(small, other, pm_vit.Merging("content"))
+            pm_vit.compress(small, other, pm_vit.Merging(then))
+    small = pm_vit.compress(small, other, pm_vit.Merging("content"))
     assert [b.tokens for b in small.dims.blocks] == [8, 8]
 
 

@@ -22,7 +22,7 @@ def random_dims(tokens: int, depth: int) -> ViTDims:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_counts_are_torchs(monkeypatch, family, images, seed):
-    monkeypatch.setattr(Attention, "way", "fused")
+    monkeypatch.setattr(Attention, "route", "fused")
     random.seed(seed)
     tokens = build_vit(**family).dims.blocks[0].tokens
     dims = random_dims(tokens, depth=1 + seed) if seed else None
@@ -48,7 +48,7 @@ def test_published_figures(arch, giga_macs, mega_params, digits):
 
 
 def test_counts_follow_classes_image_size_and_channels(monkeypatch, tiny):
-    monkeypatch.setattr(Attention, "way", "fused")
+    monkeypatch.setattr(Attention, "route", "fused")
     kwargs = tiny | dict(num_classes=7, img_size=24, in_chans=1)
     model = build_vit(**kwargs).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

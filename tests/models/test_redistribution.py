@@ -6,7 +6,7 @@ import pytest
 
 import revit_scratch
 from models import ViTDims, load_dense, macs, params
-from models.redistribution import redistributed
+from models.redistribution import redistribute
 from runtime.errors import BadArguments
 
 DEIT_B = "deit_base_distilled_patch16_224"
@@ -31,7 +31,7 @@ DEIT_B = "deit_base_distilled_patch16_224"
     ],
 )
 def test_both_rules_give_their_published_widths_and_counts(embed, rule, heads, qk, mlp, mega_params, giga_macs):
-    dims = redistributed(embed, 198, rule)
+    dims = redistribute(embed, 198, rule)
     assert [b.heads for b in dims.blocks] == heads and [b.qk for b in dims.blocks] == qk
     assert [b.mlp for b in dims.blocks] == [mlp] * 3 + [2 * mlp] * 6 + [mlp] * 3
     assert {b.v for b in dims.blocks} == {64} and {b.tokens for b in dims.blocks} == {198}
@@ -41,9 +41,9 @@ def test_both_rules_give_their_published_widths_and_counts(embed, rule, heads, q
 
 def test_what_no_rule_can_give_is_refused():
     with pytest.raises(ValueError, match="none of published, paper"):
-        redistributed(176, 198, "mine")
+        redistribute(176, 198, "mine")
     with pytest.raises(ValueError, match="too narrow"):
-        redistributed(32, 198)
+        redistribute(32, 198)
 
 
 FLAGS = [

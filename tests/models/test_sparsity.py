@@ -46,7 +46,7 @@ def test_semi_structured_tensors_compute_the_same():
     images = torch.randn(4, 3, 224, 224, device=device, dtype=torch.bfloat16)
     with torch.inference_mode():
         expected = model.to(torch.bfloat16)(images)
-        torch.testing.assert_close(sparsity.accelerated(model, torch.bfloat16)(images), expected, rtol=5e-2, atol=5e-2)
+        torch.testing.assert_close(sparsity.accelerate(model, torch.bfloat16)(images), expected, rtol=5e-2, atol=5e-2)
 
 
 def test_the_flag_writes_a_sparse_checkpoint(runs, tmp_path, capsys):

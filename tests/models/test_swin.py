@@ -141,8 +141,8 @@ def test_counts_are_torchs(swin, remove):
     small = compact(model, remove(Masks(model.dims), CASES["everything"]))
     for each in (model, small):
         for module in each.modules():
-            if hasattr(module, "way"):
-                module.way = "fused"
+            if hasattr(module, "route"):
+                module.route = "fused"
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             each(torch.randn(1, 3, swin["img_size"], swin["img_size"]))
         assert macs(ARCH, each.dims, **kwargs) == counter.get_total_flops() // 2
@@ -285,7 +285,7 @@ def test_a_shrunk_student_trains_as_the_masked_one(randomise, remove):
     left = masks.dims
     student.shrink()
     assert student.model.dims == left
-    full, found = student.expanded()
+    full, found = student.expand()
     assert error(full(images), model(images)) <= 1e-10 and found.dims == left
 
 

@@ -111,9 +111,9 @@ def test_counts_include_compression(tiny, merge, images):
     kwargs = tiny | merge
     model = build_vit(**kwargs, dims=dims).eval()
     for _, tokens in layers(model):
-        tokens.way = "products"
+        tokens.route = "products"
     for block in model.blocks:
-        block.attn.way = "fused"
+        block.attn.route = "fused"
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(images[:1])
     arch = kwargs.pop("arch")
@@ -185,8 +185,8 @@ def test_streamlined_models_classify_the_same(tiny, randomise, images):
         assert model.forward_features(images).shape[1] == 2
 
 
-@pytest.mark.parametrize("way", [None, "explicit"])
-def test_the_last_block_answers_what_the_head_reads(family, randomise, images, way):
+@pytest.mark.parametrize("route", [None, "explicit"])
+def test_the_last_block_answers_what_the_head_reads(family, randomise, images, route):
     """Exactly, with all tokens and with merged ones; where the head reads an average, nothing changes."""
     full = randomise(build_vit(**family)).double().eval()
     total, prefix = full.dims.blocks[0].tokens, full.num_prefix_tokens
@@ -194,7 +194,7 @@ def test_the_last_block_answers_what_the_head_reads(family, randomise, images, w
     images = images.double()
     for model in (full, merged):
         for block in model.blocks:
-            block.attn.way = way
+            block.attn.route = route
         with torch.no_grad():
             expected = model(images)
             assert (streamline_(model).blocks[1].num_queries == prefix) == (model.global_pool == "token")

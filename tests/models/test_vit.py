@@ -53,10 +53,10 @@ def test_a_model_carries_its_architecture(tiny):
     rebuilt.load_state_dict(model.state_dict())
 
 
-@pytest.mark.parametrize("way", [None, *ROUTES])
+@pytest.mark.parametrize("route", [None, *ROUTES])
 @pytest.mark.parametrize("qk, v", [(5, 11), (11, 5), (8, 8), (1, 7)])
-def test_attention_of_any_widths_keeps_the_parents_scale(monkeypatch, randomise, qk, v, way):
-    monkeypatch.setattr(Attention, "way", way)
+def test_attention_of_any_widths_keeps_the_parents_scale(monkeypatch, randomise, qk, v, route):
+    monkeypatch.setattr(Attention, "route", route)
     scale = 8**-0.5
     attention = randomise(Attention(24, BlockDims(3, qk, v, 1, TOKENS), scale, True, True, 0.0, 0.0)).double()
     x = torch.randn(2, TOKENS, 24, dtype=torch.float64)

@@ -10,10 +10,10 @@ import torch
 from latency.table import LatencyTable
 from models import BlockDims, ViTDims, build_vit
 from pruning.align import align_
-from pruning.allocation import BINS, Options, allocate, candidates, interpolated, knapsack
+from pruning.allocation import BINS, Options, allocate, candidates, interpolate, knapsack
 from pruning.config import PruningConfig
 from pruning.moments import PLAIN_RIDGE
-from pruning.probe import FITTED, JUDGED, block_curves, embed_curve, prices, probed_widths
+from pruning.probe import FITTED, JUDGED, block_curves, embed_curve, prices, widths_to_probe
 
 FULL = ViTDims(32, (BlockDims(4, 8, 8, 128, 18),) * 2)
 GROUPS = PruningConfig().group_sizes(FULL)
@@ -51,7 +51,7 @@ EMBED = {8: 1.0, 16: 0.1, 24: 0.01, 32: 0.0}
 
 def test_interpolation_meets_the_probes_and_falls_with_the_width():
     curve = {8: 1e-2, 16: 1e-4, 24: 2e-4, 32: 0.0, 0: 3.0}
-    found = interpolated(curve, np.arange(4, 33, 4))
+    found = interpolate(curve, np.arange(4, 33, 4))
     assert found[1] == pytest.approx(1e-2, rel=1e-4) and found[-1] < 1e-12
     assert (np.diff(found) <= 0).all() and found[0] > found[1]
     assert found[2] == pytest.approx((1e-2 * 2e-4) ** 0.5, rel=1e-2)  # noise at 16 is taken for the value at 24
@@ -132,9 +132,9 @@ def test_a_target_that_no_widths_meet_has_no_answer(table):
 
 
 def test_probed_widths_are_multiples_of_the_group():
-    assert probed_widths(128, 16) == [16, 32, 64, 96]
-    assert probed_widths(3, 1) == [1, 2]
-    assert probed_widths(1, 1) == []
+    assert widths_to_probe(128, 16) == [16, 32, 64, 96]
+    assert widths_to_probe(3, 1) == [1, 2]
+    assert widths_to_probe(1, 1) == []
 
 
 def test_probes_see_what_a_model_does_not_need(tiny, randomise):

@@ -11,7 +11,7 @@ from pruning.gates import COMPONENTS, Gates, axes_of_component
 def test_binary_gates_are_masks(family, component, images, randomise, prune):
     model = randomise(build_vit(**family)).double().eval()
     masks = prune(Masks(model.dims), (component,))
-    with torch.no_grad(), Gates(model).attached() as gates:
+    with torch.no_grad(), Gates(model).attach() as gates:
         dense = model(images.double())
         gates.values = {axis: masks.keep[axis][None].double() for axis in axes_of_component(model.dims, component)}
         gated = model(images.double())
@@ -26,7 +26,7 @@ def test_all_components_at_once_and_one_gate_per_image(tiny, images, randomise, 
     images = images[:2].double()
     dense = model(images)
     masks = prune(Masks(model.dims), COMPONENTS)
-    with torch.no_grad(), Gates(model).attached() as gates:
+    with torch.no_grad(), Gates(model).attach() as gates:
         for component in COMPONENTS:
             for axis in axes_of_component(model.dims, component):
                 keep = masks.keep[axis].double()
@@ -39,7 +39,7 @@ def test_all_components_at_once_and_one_gate_per_image(tiny, images, randomise, 
 
 def test_hooks_are_gone_afterwards(tiny, images):
     model = build_vit(**tiny).eval()
-    with Gates(model).attached() as gates:
+    with Gates(model).attach() as gates:
         gates.values = {"embed": torch.zeros(1, 32).index_fill(1, torch.tensor([3]), 1.0)}
         inside = model(images)
     assert not torch.equal(inside, model(images))

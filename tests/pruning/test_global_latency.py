@@ -10,7 +10,7 @@ from jobs import token_table
 from latency.table import LatencyTable
 from models import Arch, BlockDims, Masks, ViTDims, macs, params
 from pruning.config import PruningConfig
-from pruning.global_latency import GlobalPruner, latency_per_unit, narrowed
+from pruning.global_latency import GlobalPruner, latency_per_unit, narrow
 from pruning.targets import targets_of
 
 DENSE = ViTDims(32, (BlockDims(4, 8, 8, 128, 18),) * 2)
@@ -57,14 +57,14 @@ def test_group_sizes_are_at_most_an_eighth_of_the_axis():
 def test_latency_per_unit_is_the_slope_of_the_table(table):
     costs = latency_per_unit(table, DENSE, PruningConfig().group_sizes(DENSE))
     for axis in ("blocks.0.heads", "blocks.1.qk", "blocks.0.v", "blocks.1.mlp", "embed"):
-        less = narrowed(DENSE, axis, 1)
+        less = narrow(DENSE, axis, 1)
         assert costs[axis] == pytest.approx(table.model_seconds(DENSE) - table.model_seconds(less), rel=1e-6)
 
 
 @pytest.mark.parametrize("queries", [None, 2])
 def test_the_embedding_also_costs_what_is_outside_the_blocks(queries):
     table, sizes, dims = token_table(), PruningConfig().group_sizes(DENSE), DENSE.with_queries(queries)
-    less = narrowed(dims, "embed", sizes["embed"])
+    less = narrow(dims, "embed", sizes["embed"])
     assert table.overhead_seconds(less.embed) < table.overhead_seconds(DENSE.embed)
     saved = table.model_seconds(dims) - table.model_seconds(less)
     assert latency_per_unit(table, dims, sizes)["embed"] == pytest.approx(saved / sizes["embed"], rel=1e-9)
@@ -77,7 +77,7 @@ def test_a_lean_last_block_is_priced_as_it_is(table, queries):
     costs = latency_per_unit(table, dims, sizes)
     before = table.model_seconds(dims)
     for axis in ("blocks.0.heads", "blocks.1.mlp", "embed"):
-        less = table.model_seconds(narrowed(dims, axis, sizes[axis]))
+        less = table.model_seconds(narrow(dims, axis, sizes[axis]))
         assert costs[axis] == pytest.approx((before - less) / sizes[axis], rel=1e-6)
     assert (costs["blocks.1.mlp"] < 0.5 * costs["blocks.0.mlp"]) == (queries == 2)
 
@@ -142,7 +142,7 @@ def test_the_target_is_met_closely_and_the_run_stops_there(table, target, steps)
         assert event.ratio > target
     assert event.reached and event.ratio <= target < before
     smallest = min(
-        table.ratio(DENSE, DENSE) - table.ratio(narrowed(DENSE, axis, size), DENSE)
+        table.ratio(DENSE, DENSE) - table.ratio(narrow(DENSE, axis, size), DENSE)
         for axis, size in run.group_sizes.items()
     )
     assert target - event.ratio <= steps * smallest
@@ -151,7 +151,7 @@ def test_the_target_is_met_closely_and_the_run_stops_there(table, target, steps)
 def test_the_last_group_is_the_closest_of_the_lowest_ranked(table):
     run = pruner(table, target=0.999, per_event=10)
     event = run.event(random_scores())
-    possible = [table.ratio(narrowed(DENSE, axis, size), DENSE) for axis, size in run.group_sizes.items()]
+    possible = [table.ratio(narrow(DENSE, axis, size), DENSE) for axis, size in run.group_sizes.items()]
     assert event.reached and event.ratio == pytest.approx(max(r for r in possible if r <= 0.999))
 
 

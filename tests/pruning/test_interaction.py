@@ -24,7 +24,7 @@ def full_hessian(model, images, targets, components):
     owner = {axis: c for c in components for axis in axes_of_component(model.dims, c)}
     lengths = [sizes[axis] for axis in owner]
 
-    with Gates(model).attached() as gates, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with Gates(model).attach() as gates, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
 
         def loss(values):
             gates.values = {a: v[None] for a, v in zip(owner, values.split(lengths), strict=True)}
@@ -46,7 +46,7 @@ def test_rows_are_sums_over_the_full_hessian(problem, components):
             for k in components
         ]
     )
-    with Gates(model).attached() as gates:
+    with Gates(model).attach() as gates:
         exact, finite = (
             component_hessian(gates, components, lambda: F.cross_entropy(model(images), targets), form)
             for form in ("exact", "finite")
@@ -64,7 +64,7 @@ def test_a_sample_of_batches_is_within_its_stated_error(problem):
         (torch.randn(4, 3, 16, 16, generator=generator).double(), torch.randint(0, 10, (4,), generator=generator))
         for _ in range(40)
     ]
-    with Gates(model).attached() as gates:
+    with Gates(model).attach() as gates:
         each = torch.stack(
             [component_hessian(gates, COMPONENTS[:3], lambda x=x, y=y: F.cross_entropy(model(x), y)) for x, y in data]
         )

@@ -9,7 +9,7 @@ import torch
 from models import BlockDims, ViTDims, build_vit, macs
 from models.arch import Arch
 from pruning.gates import COMPONENTS, axes_of_component
-from pruning.macs_search import POINTS, Objective, Problem, evolution, grid, put_back
+from pruning.macs_search import POINTS, Objective, Problem, evolution, grid, restore_units
 from pruning.savit import Importance, choose, floor_dims, objective, rank
 
 DEIT_TINY = ("deit_tiny_patch16_224", {})
@@ -147,7 +147,7 @@ def test_put_back_prefers_the_gain_per_mac():
     tables = [np.arange(m + 1.0) * weight for m, weight in zip(problem.most, (0.0, 1e9), strict=True)]
     shares = [np.zeros(m + 1) for m in problem.most]
     problem.objective = Objective(tables, shares, np.zeros((2, 2)))
-    removed = put_back(problem, problem.most.copy())
+    removed = restore_units(problem, problem.most.copy())
     assert not removed[1].any() and removed[0].any()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pruning.moments import AS_GOOD, RIDGES, Moments, compensated, correct_, corrected, removal
+from pruning.moments import AS_GOOD, RIDGES, Moments, compensate, correct, correct_, removal
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def test_without_ridge_the_correction_is_least_squares(rows, with_bias):
     inputs = torch.cat([x, torch.ones(len(x), 1)], 1) if with_bias else x
     expected = torch.linalg.lstsq(inputs, t).solution.T
     start = torch.randn(3, 6).double(), torch.randn(3).double() if with_bias else None
-    weight, bias = corrected(*start, moments_of(*rows), 0.0)
+    weight, bias = correct(*start, moments_of(*rows), 0.0)
     torch.testing.assert_close(weight, expected[:, :6], rtol=1e-3, atol=1e-3)
     if with_bias:
         torch.testing.assert_close(bias, expected[:, 6], rtol=1e-3, atol=1e-3)
-    far, _ = corrected(*start, moments_of(*rows), 1e9)
+    far, _ = correct(*start, moments_of(*rows), 1e9)
     torch.testing.assert_close(far, start[0])
 
 
@@ -58,7 +58,7 @@ def test_a_correction_uses_all_rows_and_lowers_the_held_out_error(rows):
     before, after = correct_(layer, moments_of(x[:300], t[:300]), moments_of(x[300:], t[300:]))
     assert after < 0.2 * before
     assert (layer(x) - t).square().sum(1).mean() < 1.05 * moments_of(x, t).error(
-        *corrected(layer.weight.detach().double(), layer.bias.detach().double(), moments_of(x, t), 0.0)
+        *correct(layer.weight.detach().double(), layer.bias.detach().double(), moments_of(x, t), 0.0)
     )
 
 
@@ -95,9 +95,9 @@ def test_compensation_is_exact_for_nothing_cut_and_for_copies(rows, bias):
     x, _ = rows
     x = torch.cat([x, x[:, :2] * 2], 1)  # inputs 6 and 7 are copies of 0 and 1
     weight = torch.randn(3, 8).double()
-    same, same_bias = compensated(weight, bias, moments_of(x), torch.arange(8))
+    same, same_bias = compensate(weight, bias, moments_of(x), torch.arange(8))
     torch.testing.assert_close(same, weight)
-    cut, cut_bias = compensated(weight, bias, moments_of(x), torch.arange(6))
+    cut, cut_bias = compensate(weight, bias, moments_of(x), torch.arange(6))
     full = x.double() @ weight.T + (0 if bias is None else bias)
     small = x[:, :6].double() @ cut.T + (0 if bias is None else cut_bias)
     assert (full - small).norm() / full.norm() < 1e-3
@@ -118,7 +118,7 @@ def test_the_first_to_go_is_the_best_single_one(rows):
     moments, weight = moments_of(x), torch.randn(4, 6).double()
     loss = []
     for kept in combinations(range(6), 5):
-        cut, bias = compensated(weight, torch.zeros(4).double(), moments, torch.tensor(kept))
+        cut, bias = compensate(weight, torch.zeros(4).double(), moments, torch.tensor(kept))
         full = x.double() @ weight.T
         loss.append(float((x[:, kept].double() @ cut.T + bias - full).square().sum()))
     worst = 5 - loss.index(min(loss))  # combinations leave out 5, 4, … in turn
@@ -170,7 +170,7 @@ class TestPrecision:
         x, t = far
         inputs = torch.cat([x.double() - self.MEAN, torch.ones(len(x), 1)], 1)
         expected = torch.linalg.lstsq(inputs, t.double()).solution.T[:, :6]
-        weight, _ = corrected(torch.zeros(3, 6).double(), torch.zeros(3).double(), moments_of(x, t), 0.0)
+        weight, _ = correct(torch.zeros(3, 6).double(), torch.zeros(3).double(), moments_of(x, t), 0.0)
         assert (weight - expected).norm() < 0.02 * expected.norm()
 
     def test_a_layer_is_corrected_and_stays_small(self, far):
@@ -209,7 +209,7 @@ class TestPrecision:
     def test_compensation_far_from_zero(self, far):
         x, _ = far
         weight, bias = torch.randn(4, 6).double(), torch.randn(4).double()
-        cut, cut_bias = compensated(weight, bias, moments_of(x), torch.arange(5))
+        cut, cut_bias = compensate(weight, bias, moments_of(x), torch.arange(5))
         inputs = torch.cat([x[:, :5].double() - self.MEAN, torch.ones(len(x), 1)], 1)
         full = x.double() @ weight.T + bias
         best = (full - inputs @ torch.linalg.lstsq(inputs, full).solution).square().mean()
@@ -220,7 +220,7 @@ def held_out_errors(fit, held, start):
     """By ridge, the error on held-out rows of the correction that was fitted without them, computed on the rows."""
     errors = {}
     for ridge in RIDGES:
-        weight, bias = corrected(*start, moments_of(*fit), ridge)
+        weight, bias = correct(*start, moments_of(*fit), ridge)
         errors[ridge] = float((held[0].double() @ weight.T + bias - held[1]).square().sum(1).mean())
     return errors
 
@@ -242,7 +242,7 @@ class TestChoiceOfRidge:
         before, after = correct_(layer, moments_of(*fit), moments_of(*held))
         direct = (held[0].double() @ start[0].T + start[1] - held[1]).square().sum(1).mean()
         assert before == pytest.approx(float(direct), rel=1e-4) and after == pytest.approx(errors[best], rel=1e-3)
-        weight, bias = corrected(*start, moments_of(*map(torch.cat, zip(fit, held, strict=True))), best)
+        weight, bias = correct(*start, moments_of(*map(torch.cat, zip(fit, held, strict=True))), best)
         torch.testing.assert_close(layer.weight.double(), weight, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(layer.bias.double(), bias, rtol=1e-4, atol=1e-4)
 
@@ -253,7 +253,7 @@ class TestChoiceOfRidge:
         good = [ridge for ridge in RIDGES if errors[ridge] <= (1 + AS_GOOD) * min(errors.values())]
         assert len(good) > 1
         correct_(layer, moments_of(*fit), moments_of(*held))
-        weight, _ = corrected(*start, moments_of(*map(torch.cat, zip(fit, held, strict=True))), max(good))
+        weight, _ = correct(*start, moments_of(*map(torch.cat, zip(fit, held, strict=True))), max(good))
         torch.testing.assert_close(layer.weight.double(), weight, rtol=1e-4, atol=1e-4)
 
     def test_a_correction_that_moves_outputs_further_than_its_error_allows_is_refused(self, monkeypatch):

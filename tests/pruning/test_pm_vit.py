@@ -74,31 +74,31 @@ def test_scores_are_those_of_the_attention_maps(model, batches, mode, per_image)
                 found = found / -(A * A.log()).sum(-1).mean(-1).detach()[..., None]
             found = found.sum(1)[:, 2:] / (4 * 18)
             expected[i] += found.abs().mean(0) if per_image else found.mean(0).abs()
-    scores = pm_vit.measured(model, range(2), batches, loss_of(model), mode, per_image)
+    scores = pm_vit.measure_importance(model, range(2), batches, loss_of(model), mode, per_image)
     torch.testing.assert_close(scores, expected.detach(), rtol=1e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["attn", "head", "head_entropy"])
 def test_scores_of_a_lean_last_block_are_the_same(model, batches, mode):
-    expected = pm_vit.measured(model, range(2), batches, loss_of(model), mode)
+    expected = pm_vit.measure_importance(model, range(2), batches, loss_of(model), mode)
     model.blocks[-1].num_queries = 2
-    torch.testing.assert_close(pm_vit.measured(model, range(2), batches, loss_of(model), mode), expected)
+    torch.testing.assert_close(pm_vit.measure_importance(model, range(2), batches, loss_of(model), mode), expected)
 
 
 def test_weights_do_not_move_while_scoring(model, batches):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    pm_vit.measured(model, range(2), batches, loss_of(model))
+    pm_vit.measure_importance(model, range(2), batches, loss_of(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_scores_of_a_compressed_model_stand_for_patches(model, batches):
-    structure = pm_vit.chosen(torch.rand(2, 16), range(2), 0.2, 0.3)
-    small = pm_vit.compressed(model, structure, Merging())
-    scores = pm_vit.measured(small, range(2), batches, loss_of(small))
+    structure = pm_vit.choose_centres(torch.rand(2, 16), range(2), 0.2, 0.3)
+    small = pm_vit.compress(model, structure, Merging())
+    scores = pm_vit.measure_importance(small, range(2), batches, loss_of(small))
     skipped = pm_vit.skipped_patches(small, range(2))
     assert torch.equal(skipped, structure.skipped) and torch.equal(scores == 0, skipped)
-    again = pm_vit.chosen(scores, range(2), 0.0, 0.25, skipped)
+    again = pm_vit.choose_centres(scores, range(2), 0.0, 0.25, skipped)
     assert torch.equal(again.skipped, skipped)
     assert not (again.centres & skipped).any() and again.centres.sum() == 8
 
@@ -109,12 +109,12 @@ def test_the_budget_is_exact(keep, patches):
     """Sum of (K_l - 1) is L floor(N keep), by the published thresholds, whatever the scores are."""
     L, prune = 12, 0.1
     ranks = pm_vit.comparable(torch.rand(L, patches, dtype=torch.float64) ** 3, range(L))
-    found = pm_vit.chosen(ranks, range(L), prune, keep)
+    found = pm_vit.choose_centres(ranks, range(L), prune, keep)
     P, Q = L * int(patches * prune), L * int(patches * keep + 1e-9)
     ordered = ranks.flatten().sort().values
     assert found.centres.sum() == Q and found.skipped.sum() == P
     assert torch.equal(found.centres, ranks >= ordered[-Q]) and torch.equal(found.skipped, ranks < ordered[P])
-    ties = pm_vit.chosen(torch.ones(L, patches), range(L), prune, keep)
+    ties = pm_vit.choose_centres(torch.ones(L, patches), range(L), prune, keep)
     assert ties.centres.sum() == Q and ties.skipped.sum() == P and not (ties.centres & ties.skipped).any()
 
 
@@ -128,7 +128,7 @@ def test_ranks_are_published(model):
 
 def test_a_layer_always_keeps_a_centre():
     ranks = torch.rand(4, 50) + torch.tensor([[10.0], [20.0], [0.0], [5.0]])
-    found = pm_vit.chosen(ranks, range(4), 0.3, 0.2)
+    found = pm_vit.choose_centres(ranks, range(4), 0.3, 0.2)
     assert found.centres.sum(1).tolist() == [1, 37, 1, 1] and found.skipped.sum() == 60
     assert found.centres[2].nonzero().item() == ranks[2].argmax()
     assert not (found.centres & found.skipped).any()
@@ -137,7 +137,7 @@ def test_a_layer_always_keeps_a_centre():
 @pytest.mark.parametrize("rates, words", [((0.5, 0.7), "sum to more than 1"), ((0.1, 0.01), "no centre")])
 def test_rates_that_leave_nothing(rates, words):
     with pytest.raises(CompressionError, match=words):
-        pm_vit.chosen(torch.rand(2, 50), range(2), *rates)
+        pm_vit.choose_centres(torch.rand(2, 50), range(2), *rates)
 
 
 def test_groups_on_the_grid_are_those_of_the_nearest_centre():
@@ -164,10 +164,10 @@ def test_raster_groups_stay_in_their_row():
 @pytest.mark.parametrize("where", pm_vit.ASSIGN)
 @pytest.mark.parametrize("published", [False, True])
 def test_r_is_the_pseudo_inverse_of_m(where, published):
-    structure = pm_vit.chosen(torch.rand(3, N, dtype=torch.float64), range(3), 0.2, 0.4)
+    structure = pm_vit.choose_centres(torch.rand(3, N, dtype=torch.float64), range(3), 0.2, 0.4)
     for row in range(3):
         tokens = TokenMerge(2 + int(structure.centres[row].sum()), 2 + N, 2).double()
-        tokens.set(*pm_vit.assigned(structure, row, GRID, 2, Merging(where, published, shortcut=False)))
+        tokens.set(*pm_vit.assign_patches(structure, row, GRID, 2, Merging(where, published, shortcut=False)))
         M, R, s = (t.detach() for t in tokens.matrices())
         assert (R - torch.linalg.pinv(M)).abs().max() < 1e-6
         assert torch.equal(s[2:].bool(), structure.skipped[row])
@@ -184,10 +184,10 @@ def test_r_is_the_pseudo_inverse_of_m(where, published):
 
 def test_the_shortcut_keeps_what_tells_patches_from_their_group(model):
     """Where a block adds nothing, the shortcut makes compression the identity."""
-    structure = pm_vit.chosen(torch.rand(2, 16), range(2), 0.1, 0.4)
+    structure = pm_vit.choose_centres(torch.rand(2, 16), range(2), 0.1, 0.4)
     x = torch.randn(2, 18, 32, dtype=torch.float64)
     for shortcut in (False, True):
-        small = pm_vit.compressed(model, structure, Merging(shortcut=shortcut))
+        small = pm_vit.compress(model, structure, Merging(shortcut=shortcut))
         for p in small.parameters():
             p.requires_grad_(False)
         for name, p in small.named_parameters():
@@ -198,18 +198,18 @@ def test_the_shortcut_keeps_what_tells_patches_from_their_group(model):
 
 
 def test_dense_matrices_hold_the_structure(model, images):
-    structure = pm_vit.chosen(torch.rand(2, 16), range(2), 0.1, 0.4)
-    small, full = (pm_vit.compressed(model, structure, Merging(shortcut=False), dense_merge=d) for d in (False, True))
+    structure = pm_vit.choose_centres(torch.rand(2, 16), range(2), 0.1, 0.4)
+    small, full = (pm_vit.compress(model, structure, Merging(shortcut=False), dense_merge=d) for d in (False, True))
     torch.testing.assert_close(full(images.double()), small(images.double()), rtol=1e-6, atol=1e-9)
     assert full.arch_kwargs["dense_merge"]
 
 
 def test_other_layers_keep_their_structure(model, images):
     """Of full matrices, too; a shortcut of merged patches has no place in them."""
-    first, second = (pm_vit.chosen(torch.rand(1, 16), (i,), 0.1, 0.4) for i in range(2))
+    first, second = (pm_vit.choose_centres(torch.rand(1, 16), (i,), 0.1, 0.4) for i in range(2))
     for shortcut, dense in ((True, False), (False, True)):
-        small = pm_vit.compressed(model, first, Merging(shortcut=shortcut), dense)
-        both = pm_vit.compressed(small, second, Merging(shortcut=shortcut))
+        small = pm_vit.compress(model, first, Merging(shortcut=shortcut), dense)
+        both = pm_vit.compress(small, second, Merging(shortcut=shortcut))
         state = small.blocks[0].tokens.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in both.blocks[0].tokens.state_dict().items())
         assert torch.equal(
@@ -217,11 +217,11 @@ def test_other_layers_keep_their_structure(model, images):
             small.blocks[0](model._pos_embed(model.patch_embed(images.double()))),
         )
     with pytest.raises(CompressionError, match="--shortcut skipped"):
-        pm_vit.compressed(small, second, Merging())
+        pm_vit.compress(small, second, Merging())
 
 
 def test_spread_ranks_cover_the_grid_evenly():
-    for row in pm_vit.spread(range(3), (8, 8)):
+    for row in pm_vit.even_ranks(range(3), (8, 8)):
         assert sorted(row.tolist()) == pytest.approx(np.linspace(0.5, 1, 64))
         first = row.argsort(descending=True)[:16]
         quarters = torch.bincount((first // 32) * 2 + (first % 8) // 4, minlength=4)
@@ -229,8 +229,8 @@ def test_spread_ranks_cover_the_grid_evenly():
 
 
 def test_only_listed_layers_are_compressed(model):
-    structure = pm_vit.chosen(torch.rand(1, 16), (1,), 0.1, 0.5)
-    small = pm_vit.compressed(model, structure, Merging())
+    structure = pm_vit.choose_centres(torch.rand(1, 16), (1,), 0.1, 0.5)
+    small = pm_vit.compress(model, structure, Merging())
     assert [i for i, _ in layers(small)] == [1] and small.dims == ViTDims.of(small)
     assert [b.tokens for b in small.dims.blocks] == [18, 10]
     assert (small.blocks[1].tokens.owner == SKIPPED).sum() == 1

@@ -34,11 +34,11 @@ def test_scores_are_squared_derivatives_of_gates(problem, component):
         gates.values = {axis: value}
         return F.cross_entropy(model(images), targets, reduction="none")
 
-    with Gates(model).attached() as gates, torch.no_grad():
+    with Gates(model).attach() as gates, torch.no_grad():
         each = (loss_at(1 + step) - loss_at(1 - step)) / (2 * step)  # one derivative per image
     for method, expected in ((2, each.mean().square()), (3, each.square().mean())):
         scores = Scores(model.dims, (component,), method)
-        with Gates(model).attached() as gates:
+        with Gates(model).attach() as gates:
             scores.add(scores.measure(gates, 5, lambda: F.cross_entropy(model(images), targets)))
         importance = scores.importance()
         assert float(importance.scores[axis][unit]) == pytest.approx(float(expected), rel=1e-5)
@@ -50,7 +50,7 @@ def test_scores_are_squared_derivatives_of_gates(problem, component):
 def test_scores_are_means_over_batches_and_must_be_finite(problem):
     model, images, targets = problem
     scores = Scores(model.dims, THREE, 2)
-    with Gates(model).attached() as gates:
+    with Gates(model).attach() as gates:
         parts = [
             scores.measure(gates, 2, lambda i=i: F.cross_entropy(model(images[i : i + 2]), targets[i : i + 2]))
             for i in (0, 2)

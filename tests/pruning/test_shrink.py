@@ -50,14 +50,14 @@ def test_steps_after_shrinking_are_those_of_the_masked_student(problem, prune):
     for removed in (("qk",), EVERYTHING):
         torch.manual_seed(5)
         prune(small.masks, removed)
-        install(masked, small.lifted())
+        install(masked, small.lift_masks())
         small.masks.install_(small.model, small.optimizer)
         small.shrink()
-        assert small.model.dims == small.masks.full == masked.masks.dims == small.lifted().dims
+        assert small.model.dims == small.masks.full == masked.masks.dims == small.lift_masks().dims
         for _ in range(3):
             step(masked, images, targets)
             step(small, images, targets)
-        full, found = small.expanded()
+        full, found = small.expand()
         assert all(torch.equal(found.keep[axis], keep) for axis, keep in masked.masks.keep.items())
         torch.testing.assert_close(full(images), masked(images), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(small(images), masked(images), rtol=1e-5, atol=1e-6)

@@ -8,7 +8,7 @@ import torch
 from latency.table import LatencyTable
 from models import BlockDims, Masks, ViTDims
 from pruning.config import PruningConfig
-from pruning.global_latency import narrowed
+from pruning.global_latency import narrow
 from pruning.value import ValuePruner
 
 DENSE = ViTDims(32, (BlockDims(4, 8, 8, 128, 18),) * 2)
@@ -77,7 +77,7 @@ def test_the_embedding_also_saves_what_is_outside_the_blocks(share, first):
     table = table_of(outside=1e-4)
     found = {axis: torch.full((n,), 9.0, dtype=torch.float64) for axis, n in DENSE.sizes().items()}
     for axis, size, weight in (("embed", 4, share), ("blocks.0.v", 1, 1.0)):
-        saved = table.model_seconds(DENSE) - table.model_seconds(narrowed(DENSE, axis, size))
+        saved = table.model_seconds(DENSE) - table.model_seconds(narrow(DENSE, axis, size))
         found[axis] = torch.full_like(found[axis], weight * saved / size)
     assert pruner(table).ranking(found)[0].axis == first
 

@@ -16,8 +16,8 @@ from tools import show_tokens
 @pytest.fixture
 def compressed(tiny, tmp_path):
     """Path of a tiny model with 6 of 16 patches left."""
-    structure = pm_vit.chosen(torch.rand(2, 16), range(2), 0.2, 0.4)
-    model = pm_vit.compressed(build_vit(**tiny), structure, pm_vit.Merging())
+    structure = pm_vit.choose_centres(torch.rand(2, 16), range(2), 0.2, 0.4)
+    model = pm_vit.compress(build_vit(**tiny), structure, pm_vit.Merging())
     save_model(tmp_path / "c.pth", model)
     return tmp_path / "c.pth"
 
@@ -30,9 +30,9 @@ def photo(tmp_path):
 
 @pytest.mark.parametrize("shortcut", [False, True])
 def test_pixels_go_through_the_matrices(tiny, shortcut):
-    structure = pm_vit.chosen(torch.rand(1, 16), (0,), 0.2, 0.4)
+    structure = pm_vit.choose_centres(torch.rand(1, 16), (0,), 0.2, 0.4)
     tokens = TokenMerge(2 + 6, 18, 2)
-    tokens.set(*pm_vit.assigned(structure, 0, (4, 4), 2, pm_vit.Merging(shortcut=shortcut)))
+    tokens.set(*pm_vit.assign_patches(structure, 0, (4, 4), 2, pm_vit.Merging(shortcut=shortcut)))
     pixels = torch.rand(16, 16, 3)
     groups, back, owner = show_tokens.pictures(tokens, pixels, (4, 4))
     flat = show_tokens.patches_of(pixels, (4, 4)).flatten(1)
