@@ -189,9 +189,9 @@ def check_args(args: argparse.Namespace) -> Setup:
 
 def evaluate_dense(dense: nn.Module, args: argparse.Namespace, setup: Setup, precision: Precision) -> float:
     """Top-1 of the dense model in percent, said."""
-    found = evaluate(dense, setup.data.val, precision, args.dist_eval)
-    say(f"dense model: top-1 {found['acc1']:.2f} on {int(found['samples'])} images")
-    return found["acc1"]
+    metrics = evaluate(dense, setup.data.val, precision, args.dist_eval)
+    say(f"dense model: top-1 {metrics['acc1']:.2f} on {int(metrics['samples'])} images")
+    return metrics["acc1"]
 
 
 def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> None:

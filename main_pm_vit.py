@@ -73,8 +73,8 @@ def prune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
     merging = pm_vit.Merging(args.merge, args.merge_entries == "published", args.shortcut == "merged")
     images = calibration.images_of(args, run.full) if pm_vit_options.calibrates(args) else None
     try:
-        found = steps.structure(args, run, images)
-        small = pm_vit.compress(model, found, merging, args.dense_merge)
+        structure = steps.structure(args, run, images)
+        small = pm_vit.compress(model, structure, merging, args.dense_merge)
     except pm_vit.CompressionError as error:
         raise FailedTogether(str(error)) from None
     if args.compensate:
@@ -97,8 +97,8 @@ def prune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
     append_log(run.folder, dense_acc1=before, test_acc1=after, tokens=[b.tokens for b in small.dims.blocks])
     counts = " ".join(str(b.tokens) for b in small.dims.blocks)
     say(
-        f"tokens per block {counts} of {found.centres.shape[1] + model.num_prefix_tokens}, "
-        f"patches skipped {' '.join(map(str, found.skipped.sum(1).tolist()))}; top-1 {before:.2f} before"
+        f"tokens per block {counts} of {structure.centres.shape[1] + model.num_prefix_tokens}, "
+        f"patches skipped {' '.join(map(str, structure.skipped.sum(1).tolist()))}; top-1 {before:.2f} before"
     )
     conditions = results.Conditions(args.batch_size, compiled=args.compile)
     report = results.Report(run.folder, run.full, run.device, conditions, effort)
@@ -183,8 +183,11 @@ def check_args(args: argparse.Namespace) -> Run:
 
 
 def _check_finetuning(args: argparse.Namespace, run: Run, problems: Problems) -> None:
-    if args.distillation_type != "none" and (found := problems.attempt(steps.teacher, args, run)) is not None:
-        run.teacher, run.cnn = (found, None) if args.distillation_type == "soft" else (None, steps.MeanLogits(found))
+    if args.distillation_type != "none" and (teacher := problems.attempt(steps.teacher, args, run)) is not None:
+        if args.distillation_type == "soft":
+            run.teacher, run.cnn = teacher, None
+        else:
+            run.teacher, run.cnn = None, steps.MeanLogits(teacher)
     own = (run.folder / CHECKPOINT).resolve() == Path(args.resume).resolve()
     if own:  # what it started from is in the checkpoint alone
         run.start = None

@@ -91,14 +91,14 @@ def report(rows: list[dict[str, Any]], dense: float) -> str:
 
 def check(bench: Bench, rows: list[dict[str, Any]]) -> str:
     """Ratios by the table and as measured, each method's mean over the seeds with the spread of the measured ones."""
-    found: dict[tuple[str, float], list[tuple[float, float]]] = {}
+    pairs_of: dict[tuple[str, float], list[tuple[float, float]]] = {}
     for row in (row for row in rows if "dims" in row):
         kwargs = bench.kwargs | merging_of(**ONE_SHOT.get(row["method"], {}))
         model = build_vit(bench.arch, ViTDims.from_dict(row["dims"]), **kwargs)
         pair = row["latency"], bench.ef.latency_ratio(bench.base, model)[0]
-        found.setdefault((row["method"], row["target"]), []).append(pair)
+        pairs_of.setdefault((row["method"], row["target"]), []).append(pair)
     lines = []
-    for (method, target), pairs in found.items():
+    for (method, target), pairs in pairs_of.items():
         predicted, measured = zip(*pairs, strict=True)
         lines.append([method, f"{target:g}", f"{statistics.mean(predicted):.3f}", spread(measured, 3)])
     return table(["", "target", "by the table", "measured"], lines)

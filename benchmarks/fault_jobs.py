@@ -262,8 +262,8 @@ class Job:
     def checkpoints(self) -> list[Path]:
         """The newest and the one before it, where they are there."""
         newest = "checkpoint.pth" if self.name == "prune" else "ft_checkpoint.pth"
-        found = [*self.folder.glob(f"*/{newest}"), *self.folder.glob(f"*/{newest.replace('.pth', '.older.pth')}")]
-        return found
+        paths = [*self.folder.glob(f"*/{newest}"), *self.folder.glob(f"*/{newest.replace('.pth', '.older.pth')}")]
+        return paths
 
     def start(
         self, patch: Callable[[], None] | None = None, more: list[str] | None = None, **environment: str
@@ -317,9 +317,9 @@ class Job:
         name = "pruned_checkpoint.pth" if self.name == "prune" else "ft_checkpoint.pth"
         (path,) = self.folder.glob(f"*/{name}")
         content = checkpoint.load(path)
-        found = {key: checkpoint.digest(content[key]) for key in COMPARED} | dict(acc1=content["metrics"]["acc1"])
+        outcome = {key: checkpoint.digest(content[key]) for key in COMPARED} | dict(acc1=content["metrics"]["acc1"])
         summary = json.loads((path.parent / "summary.json").read_text())
-        return found | dict(log=(path.parent / "log.txt").read_text(), top1=[s["top1"] for s in summary.values()])
+        return outcome | dict(log=(path.parent / "log.txt").read_text(), top1=[s["top1"] for s in summary.values()])
 
     def differences(self, reference: Job) -> list[str]:
         mine, theirs = self.result(), reference.result()

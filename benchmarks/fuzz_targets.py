@@ -72,8 +72,8 @@ def dims(data: bytes) -> None:
 def config(data: bytes) -> None:
     """A pruning config, and the groups it makes."""
     with _file(data) as path, contextlib.suppress(ValueError):
-        found, _ = load_config(path)
-        found.group_sizes(ViTDims.from_dict(DIMS))
+        pruning_config, _ = load_config(path)
+        pruning_config.group_sizes(ViTDims.from_dict(DIMS))
 
 
 def checkpoints(data: bytes) -> None:
@@ -184,19 +184,19 @@ def odd(draw: Any, value: Any) -> Any:
 @st.composite
 def torn(draw: Any, data: bytes) -> bytes:
     """The bytes with some flipped, cut out or put in."""
-    found = bytearray(data)
+    torn_data = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
-        where = draw(st.integers(0, max(0, len(found) - 1)))
+        where = draw(st.integers(0, max(0, len(torn_data) - 1)))
         how = draw(st.sampled_from(("flip", "flip", "cut", "put", "end")))
-        if how == "flip" and found:
-            found[where] ^= 1 << draw(st.integers(0, 7))
+        if how == "flip" and torn_data:
+            torn_data[where] ^= 1 << draw(st.integers(0, 7))
         elif how == "cut":
-            del found[where : where + draw(st.integers(1, 64))]
+            del torn_data[where : where + draw(st.integers(1, 64))]
         elif how == "put":
-            found[where:where] = draw(st.binary(max_size=16))
+            torn_data[where:where] = draw(st.binary(max_size=16))
         else:
-            del found[where:]
-    return bytes(found)
+            del torn_data[where:]
+    return bytes(torn_data)
 
 
 @st.composite

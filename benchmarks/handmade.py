@@ -115,7 +115,7 @@ class HandViT(nn.Module):
 @torch.inference_mode()
 def compare(args: argparse.Namespace, kwargs: dict, dims: ViTDims) -> tuple[float, float, float]:
     """Medians over builds: throughput of ours over by hand, of ours over the dense model; difference of the logits."""
-    device, dtype, found, kept = torch.device(args.device), DTYPES[args.dtype], [], []
+    device, dtype, ratios, kept = torch.device(args.device), DTYPES[args.dtype], [], []
     arch = Arch.of(args.model, **kwargs)
     images = random_images(arch, args.batch_size, device)
     for _ in range(BUILDS):
@@ -126,9 +126,9 @@ def compare(args: argparse.Namespace, kwargs: dict, dims: ViTDims) -> tuple[floa
             block.choose(torch.randn(args.batch_size, b.tokens, dims.embed, device=device).to(dtype))
         kept.append(models)
         timings = interleaved(models, images, args.rounds, dtype=args.dtype)
-        found.append([ratio(timings[other], timings["ours"]).median for other in ("hand", "dense")])
+        ratios.append([ratio(timings[other], timings["ours"]).median for other in ("hand", "dense")])
     expected, logits = (models[name].to(dtype)(images.to(dtype)).float() for name in ("hand", "ours"))
-    return *np.median(found, axis=0), float((logits - expected).norm() / expected.norm())
+    return *np.median(ratios, axis=0), float((logits - expected).norm() / expected.norm())
 
 
 def main(args: argparse.Namespace) -> None:

@@ -67,9 +67,9 @@ def main(args: argparse.Namespace) -> None:
 
     align_(model, [part.to(args.device) for part in images.split(args.batch_size)])
     lap("align")
-    found = prices(model, images, groups, args.batch_size)
+    curves = prices(model, images, groups, args.batch_size)
     lap("price every width")
-    (dims, _), *_ = allocate(table, model.dims, groups, *found, args.target)
+    (dims, _), *_ = allocate(table, model.dims, groups, *curves, args.target)
     lap("allocate")
     masks = Masks.first(model.dims, dims, args.device)
     refit_(model, compact(model, masks), masks, images, args.batch_size)

@@ -174,12 +174,12 @@ class Gradient:
             return
         scored = copy.deepcopy(self.dense)
         if saliency == "weights":
-            found = Saliency(scored, scored.dims, config.criterion)
+            estimate = Saliency(scored, scored.dims, config.criterion)
         else:
             taught = TokenLogits(self.dense) if teacher else None
             scaler = torch.amp.GradScaler("cpu", enabled=False)
-            found = GateSaliency(scored, masks, saliency, 0.0, scaler, taught)
-        self.scores = _scores(scored, found, self.images, labels)
+            estimate = GateSaliency(scored, masks, saliency, 0.0, scaler, taught)
+        self.scores = _scores(scored, estimate, self.images, labels)
 
     @torch.no_grad()
     def __call__(self, target: float) -> nn.Module:

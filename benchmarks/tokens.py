@@ -109,8 +109,8 @@ def with_structure(arch: str, keep_rate: float, device: torch.device, route: str
     dims = pm_vit.dims_after(ViTDims.of(parent), structure, prefix)
     model = build_random(Arch.of(arch), dims, device)
     for i, tokens in layers(model):
-        found = pm_vit.assign_patches(structure, i, parent.patch_embed.grid_size, prefix, pm_vit.Merging())
-        tokens.set(*(t.to(device) for t in found))
+        assignment = pm_vit.assign_patches(structure, i, parent.patch_embed.grid_size, prefix, pm_vit.Merging())
+        tokens.set(*(t.to(device) for t in assignment))
         tokens.route = route
     return streamline_(model)
 
@@ -130,13 +130,13 @@ def speed(args: argparse.Namespace) -> None:
         )
         lines = []
         for name in models:
-            found = ratio(timings["dense"], timings[name])
+            speedup = ratio(timings["dense"], timings[name])
             lines.append(
                 [
                     name,
                     f"{args.batch_size / timings[name].median:,.0f}",
-                    f"{found.median:.2f}x",
-                    f"{found.q1:.2f} to {found.q3:.2f}",
+                    f"{speedup.median:.2f}x",
+                    f"{speedup.q1:.2f} to {speedup.q3:.2f}",
                 ]
             )
         print(f"{arch}: dense {args.batch_size / timings['dense'].median:,.0f} images/s")
@@ -211,8 +211,8 @@ def compress(
     if mode == "probe":
         pick = torch.randperm(len(data[0]), generator=generator)
         total, _ = pm_vit.budget(len(where), grid[0] * grid[1], 0.0, args.keep_rate)
-        found = choose_counts(base, where, normalise(data[0][pick[:PROBED]]), total, 64, content)
-        small = pm_vit.compress(base, found, merging)
+        chosen = choose_counts(base, where, normalise(data[0][pick[:PROBED]]), total, 64, content)
+        small = pm_vit.compress(base, chosen, merging)
         return compensate(args, method, base, small, normalise(data[0][pick[: args.calib]]))
     if mode in ("random", "seq"):
         shape = len(where), grid[0] * grid[1]
@@ -247,12 +247,12 @@ def nearest_tome(ef: Any, base: nn.Module, target: nn.Module) -> nn.Module:
         return ef.latency_ratio(target, model, rounds=25)[0], model
 
     low, high = 0, base.patch_embed.num_patches - 1  # merged in all: too slow, too fast
-    found = {low: made(low), high: made(high)}
+    candidates = {low: made(low), high: made(high)}
     while high - low > 1:
         middle = (low + high) // 2
-        found[middle] = made(middle)
-        low, high = (middle, high) if found[middle][0] > 1 else (low, middle)
-    return min((found[low], found[high]), key=lambda pair: abs(1 - pair[0]))[1]
+        candidates[middle] = made(middle)
+        low, high = (middle, high) if candidates[middle][0] > 1 else (low, middle)
+    return min((candidates[low], candidates[high]), key=lambda pair: abs(1 - pair[0]))[1]
 
 
 def count_merged(model: nn.Module) -> list[int]:

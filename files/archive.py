@@ -103,8 +103,8 @@ class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and 
         self.sizes, self.claimed = sizes, {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if (found := KNOWN.get((module, name))) is not None:
-            return found
+        if (known := KNOWN.get((module, name))) is not None:
+            return known
         if module in ("torch", "torch.cuda", "torch.storage") and name in DTYPES:
             return DTYPES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -155,19 +155,19 @@ class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and 
 
 def _records(archive: zipfile.ZipFile, size: int) -> tuple[str, dict[str, int]]:
     """(name of the pickle, bytes of each storage). Raises Damaged for names and sizes that torch does not write."""
-    found = archive.infolist()
-    if len(found) > MAX_RECORDS or len({info.filename for info in found}) < len(found):
-        raise Damaged(f"is damaged: {len(found):,} records, or two of one name")
-    if sum(info.file_size for info in found) > size or any(info.compress_type for info in found):
+    infos = archive.infolist()
+    if len(infos) > MAX_RECORDS or len({info.filename for info in infos}) < len(infos):
+        raise Damaged(f"is damaged: {len(infos):,} records, or two of one name")
+    if sum(info.file_size for info in infos) > size or any(info.compress_type for info in infos):
         raise Damaged("is not a torch file: its records are compressed, or larger than the file")
-    root = found[0].filename.split("/")[0] if found else ""
-    for info in found:
+    root = infos[0].filename.split("/")[0] if infos else ""
+    for info in infos:
         parts = info.filename.split("/")
         if parts[0] != root or not root or len(parts) < 2 or {"", ".", ".."} & set(parts) or "\\" in info.filename:
             raise Damaged(f"is not a torch file: it holds {info.filename[:80]!r}")
     sizes = {
         info.filename.removeprefix(f"{root}/data/"): info.file_size
-        for info in found
+        for info in infos
         if info.filename.startswith(f"{root}/data/")
     }
     return f"{root}/data.pkl", sizes

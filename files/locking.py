@@ -71,7 +71,7 @@ def _open_lock(folder: Path) -> int | None:
 
 def _holder(text: str) -> str:
     try:
-        found = json.loads(text)
-        return f"process {int(found['pid'])} on {found['host']} since {found['since']}"
+        holder = json.loads(text)
+        return f"process {int(holder['pid'])} on {holder['host']} since {holder['since']}"
     except (ValueError, TypeError, KeyError):
         return ""

@@ -48,8 +48,8 @@ def read_json(path: str | Path, values: int = MAX_VALUES) -> Any:
 
 def parse_json(text: str, values: int = MAX_VALUES) -> Any:
     """Parse JSON without NaN, of at most `values` values. Raises SchemaError whose message follows a file's name."""
-    if (found := sum(map(text.count, ",[{"))) > values:  # an upper bound, before anything is built from them
-        raise SchemaError(f"holds about {found:,} values; at most {values:,} are allowed")
+    if (count := sum(map(text.count, ",[{"))) > values:  # an upper bound, before anything is built from them
+        raise SchemaError(f"holds about {count:,} values; at most {values:,} are allowed")
     try:
         return json.loads(text, parse_constant=_no_number)
     except json.JSONDecodeError as error:

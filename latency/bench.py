@@ -134,12 +134,12 @@ class Bench:
             random.choice(others)(stream)
             return stopwatch(call, repeats, self.device)
 
-        found = []
+        samples = []
         for _ in range(count):
             if time.perf_counter() >= self._due:
                 self.tick()
-            found.append((min(timed() for _ in range(passes)), len(self.clock) - 1))
-        return found
+            samples.append((min(timed() for _ in range(passes)), len(self.clock) - 1))
+        return samples
 
 
 def _without_storage(arch: Arch, embed: int, blocks: Iterable[BlockDims]) -> nn.Sequential:

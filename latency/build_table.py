@@ -194,8 +194,8 @@ def failure(error: Exception, args: argparse.Namespace) -> str:
 
 
 def main(args: argparse.Namespace) -> int:
-    if found := find_problems(args):
-        for problem in found:
+    if problems := find_problems(args):
+        for problem in problems:
             complain("error", problem)
         return 2
     begin = time.perf_counter()

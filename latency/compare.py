@@ -116,7 +116,7 @@ def measure(args: argparse.Namespace, models: dict[str, nn.Module], batch: int, 
         timings = interleaved(kept[-1], images, args.rounds, dtype=args.dtype, compiled=compiled)
         for name, timing in timings.items():
             samples[name] += timing.samples
-    return {name: Timing.of(found) for name, found in samples.items()}
+    return {name: Timing.of(seconds) for name, seconds in samples.items()}
 
 
 def kernels(args: argparse.Namespace, models: dict[str, nn.Module], batch: int) -> dict[str, str]:

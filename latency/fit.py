@@ -54,8 +54,8 @@ def fit(table: LatencyTable, dense: Dims, chosen: Sequence[Dims], measure: Measu
     def errors(x: np.ndarray) -> np.ndarray:
         return (x[0] * common * predicted + x[1] * most) / measured - 1
 
-    found = least_squares(errors, (1.0, 0.1), bounds=([0.5, 0], [2, 1]), loss="soft_l1", f_scale=NOISE)
-    return float(found.x[0] * common), float(found.x[1] * most)
+    solution = least_squares(errors, (1.0, 0.1), bounds=([0.5, 0], [2, 1]), loss="soft_l1", f_scale=NOISE)
+    return float(solution.x[0] * common), float(solution.x[1] * most)
 
 
 def correct(table: LatencyTable, factor: float, constant: float, **meta: Any) -> LatencyTable:

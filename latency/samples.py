@@ -46,8 +46,8 @@ class Progress:
                 self.samples, self.clock = stored["_samples"], stored["_clock"]
         except (ValueError, KeyError, TypeError):
             pass  # not a file of ours
-        found = f"continuing with {sum(map(len, self.samples.values()))} samples of"
-        print(found if self.samples else "starting afresh, of other settings is", self.path, file=sys.stderr)
+        state = f"continuing with {sum(map(len, self.samples.values()))} samples of"
+        print(state if self.samples else "starting afresh, of other settings is", self.path, file=sys.stderr)
 
     def save(self) -> None:
         write_compact_json(self.path, {"_meta": self.meta, "_samples": self.samples, "_clock": self.clock})
@@ -85,8 +85,8 @@ def sample_all(bench: Source, progress: Progress, rounds: int) -> None:
         random.shuffle(names)
         for name in tqdm(names, desc=title, unit="point", leave=False, mininterval=0.5, disable=None):
             if time.perf_counter() < until:
-                found = bench.samples(keys[name], per_visit)
-                progress.samples.setdefault(name, []).extend(found)
+                new = bench.samples(keys[name], per_visit)
+                progress.samples.setdefault(name, []).extend(new)
         bench.tick()
 
     begin = time.perf_counter()

@@ -95,39 +95,39 @@ def _check_plain(args: Any, arch: Arch) -> None:
 
 def find_problems(args: Any) -> list[str]:
     """Everything that is wrong with the arguments, one line each."""
-    found = []
+    problems = []
     for axis, minimum in dict(batch_size=1, rounds=2, input_size=1, num_classes=0).items():
         if (value := getattr(args, axis)) is not None and value < minimum:
-            found.append(f"--{axis.replace('_', '-')} must be at least {minimum}, not {value}")
+            problems.append(f"--{axis.replace('_', '-')} must be at least {minimum}, not {value}")
     if args.dtype not in DTYPES:
-        found.append(f"--dtype must be one of {', '.join(DTYPES)}, not {args.dtype}")
+        problems.append(f"--dtype must be one of {', '.join(DTYPES)}, not {args.dtype}")
     if args.device not in ("cpu", "cuda"):
-        found.append(f"--device must be cpu or cuda, not {args.device}")
+        problems.append(f"--device must be cpu or cuda, not {args.device}")
     elif args.device == "cuda" and not torch.cuda.is_available() and not args.runtime:
-        found.append("--device cuda: torch finds no CUDA device here; use --device cpu")
+        problems.append("--device cuda: torch finds no CUDA device here; use --device cpu")
     if args.merge == "content" and not args.tokens:
-        found.append("--merge content goes with --tokens N …, the counts of blocks that merge")
+        problems.append("--merge content goes with --tokens N …, the counts of blocks that merge")
     if args.runtime and args.compile:
-        found.append("--compile is torch's; it does not go with --runtime")
+        problems.append("--compile is torch's; it does not go with --runtime")
     folder = Path(args.output).resolve().parent
     if not os.access(folder, os.W_OK) or Path(args.output).is_dir():
         missing = "" if folder.is_dir() else f": there is no folder {folder}"
-        found.append(f"--output: cannot write {args.output}{missing}")
-    arch = _attempt(found, read_arch, args)
+        problems.append(f"--output: cannot write {args.output}{missing}")
+    arch = _attempt(problems, read_arch, args)
     prefix = 0
-    dims = _attempt(found, lambda: arch.dims) if arch else None  # None: there is no such model
+    dims = _attempt(problems, lambda: arch.dims) if arch else None  # None: there is no such model
     if dims:
-        _attempt(found, _check_plain, args, arch)
+        _attempt(problems, _check_plain, args, arch)
         prefix = arch.prefix
-    _attempt(found, grid_for, args, dims, (), prefix)
-    _attempt(found, runtime_of, args)
-    return found
+    _attempt(problems, grid_for, args, dims, (), prefix)
+    _attempt(problems, runtime_of, args)
+    return problems
 
 
-def _attempt(found: list[str], check: Callable, *args: Any) -> Any:
+def _attempt(problems: list[str], check: Callable, *args: Any) -> Any:
     """The check's result, or None with its complaint noted."""
     try:
         return check(*args)
     except ValueError as error:
-        found.append(str(error))
+        problems.append(str(error))
         return None

@@ -73,9 +73,9 @@ def measure_ratios(
         for members in progress(builds * _groups(range(len(chosen)))):
             measure(members)
         for _ in range(builds):
-            for members in _groups([i for i, found in enumerate(ratios) if max(found) > (1 + AGREE) * min(found)]):
+            for members in _groups([i for i, values in enumerate(ratios) if max(values) > (1 + AGREE) * min(values)]):
                 measure(members)
-    return np.array([np.median(found) for found in ratios]), float(np.median(dense_seconds))
+    return np.array([np.median(values) for values in ratios]), float(np.median(dense_seconds))
 
 
 def _groups(indices: Sequence[int]) -> list[Sequence[int]]:

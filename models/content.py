@@ -86,9 +86,9 @@ class ContentMerge(nn.Module):
 
     def _plan(self) -> None:
         """Which tokens have a group of their own from the start, prefix tokens and anchors, and which group."""
-        P, wanted, found = self.prefix, anchors_of(self.tokens - self.prefix), int(self.anchors.sum())
-        if found != wanted:
-            raise ValueError(f"{found} anchors, but {self.tokens - P} groups have {wanted}")
+        P, wanted, count = self.prefix, anchors_of(self.tokens - self.prefix), int(self.anchors.sum())
+        if count != wanted:
+            raise ValueError(f"{count} anchors, but {self.tokens - P} groups have {wanted}")
         fixed = torch.cat([self.anchors.new_ones(P), self.anchors])
         plan = dict(inside=P + self.anchors.nonzero().flatten(), fixed=fixed, own=fixed.cumsum(0) - 1)
         for name, value in plan.items():

@@ -30,8 +30,8 @@ def _check_keys(data: Any, cls: type, what: str) -> None:
     names = [f.name for f in fields(cls) if f.default is MISSING]
     optional = {f.name for f in fields(cls)} - set(names)
     if not isinstance(data, dict) or set(data) - optional != set(names):
-        found = ", ".join(map(str, data))[:200] if isinstance(data, dict) else type(data).__name__
-        raise DimsError(f"{what} needs exactly the keys {', '.join(names)}; found: {found}")
+        given = ", ".join(map(str, data))[:200] if isinstance(data, dict) else type(data).__name__
+        raise DimsError(f"{what} needs exactly the keys {', '.join(names)}; found: {given}")
 
 
 @dataclass(frozen=True)

@@ -175,10 +175,10 @@ class Masks:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError when the axes or their sizes are not those of this model."""
         sizes = {axis: len(keep) for axis, keep in self.keep.items()}
-        found = {axis: t.numel() if t.dtype == torch.bool and t.dim() == 1 else t.dtype for axis, t in state.items()}
-        if found != sizes:
-            odd = next(axis for axis in [*sizes, *found] if sizes.get(axis) != found.get(axis))
-            raise ValueError(f"masks do not fit the model: axis {odd} has {found.get(odd)} units, not {sizes.get(odd)}")
+        given = {axis: t.numel() if t.dtype == torch.bool and t.dim() == 1 else t.dtype for axis, t in state.items()}
+        if given != sizes:
+            odd = next(axis for axis in [*sizes, *given] if sizes.get(axis) != given.get(axis))
+            raise ValueError(f"masks do not fit the model: axis {odd} has {given.get(odd)} units, not {sizes.get(odd)}")
         for axis, keep in state.items():
             self.keep[axis].copy_(keep)
             self._alive[axis] = int(keep.sum())

@@ -32,9 +32,9 @@ def _fill(model: Model, state: dict[str, torch.Tensor], path: str | Path) -> Non
 
 def _check_size(weights: dict[str, torch.Tensor], expected: int, path: str | Path) -> None:
     """Raises CheckpointError where a described model is larger than the weights: it must not be built first."""
-    if (found := sum(t.numel() for t in weights.values())) < expected:
+    if (count := sum(t.numel() for t in weights.values())) < expected:
         raise CheckpointError(
-            f"the weights of {path} do not fit its architecture: it has {expected:,} parameters, they are {found:,}"
+            f"the weights of {path} do not fit its architecture: it has {expected:,} parameters, they are {count:,}"
         )
 
 

@@ -178,13 +178,13 @@ def swin_skeleton(arch: str, **kwargs: Any) -> SwinTransformer:
 
 def check_fits(arch: str, parent: SwinTransformer, dims: SwinDims) -> None:
     """Raises ModelError where `dims` have other stages, blocks or resolutions than the full-width model."""
-    own, found = ([[b.tokens for b in stage.blocks] for stage in d.stages] for d in (SwinDims.of(parent), dims))
-    if own == found:
+    own, given = ([[b.tokens for b in stage.blocks] for stage in d.stages] for d in (SwinDims.of(parent), dims))
+    if own == given:
         return
-    depths = [[len(stage) for stage in d] for d in (own, found)]
+    depths = [[len(stage) for stage in d] for d in (own, given)]
     if depths[0] != depths[1]:
         raise ModelError(f"{arch} has stages of {depths[0]} blocks, the dims have {depths[1]}")
-    raise ModelError(f"the dims are of {arch} at another image size: blocks of {found[0][0]} tokens, not {own[0][0]}")
+    raise ModelError(f"the dims are of {arch} at another image size: blocks of {given[0][0]} tokens, not {own[0][0]}")
 
 
 def as_timm_names(state: dict[str, Tensor], parent: SwinTransformer, path: str) -> dict[str, Tensor]:

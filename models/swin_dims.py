@@ -61,15 +61,15 @@ class SwinDims:
             raise DimsError("dims of a Swin Transformer need exactly the key stages, a list")
         if len(stages) > MOST_STAGES:
             raise DimsError(f"dims: 1 to {MOST_STAGES} stages, not {len(stages):,}")
-        found = []
+        parsed = []
         for i, stage in enumerate(stages):
             try:
-                found.append(ViTDims.from_dict(stage))
+                parsed.append(ViTDims.from_dict(stage))
             except DimsError as error:
                 raise DimsError(f"stage {i}: {error}") from None
-        if (blocks := sum(len(stage.blocks) for stage in found)) > MOST_BLOCKS:
+        if (blocks := sum(len(stage.blocks) for stage in parsed)) > MOST_BLOCKS:
             raise DimsError(f"dims: at most {MOST_BLOCKS:,} blocks, not {blocks:,}")
-        return cls(tuple(found))
+        return cls(tuple(parsed))
 
     def to_dim(self) -> dict[str, Any]:
         """The published NViT spelling with one entry, a number or a list, for each stage."""

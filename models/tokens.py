@@ -289,9 +289,9 @@ def streamline_(model: Any) -> Any:
     no full sequence lies between them. `forward_features` no longer returns every token, and weights no longer train.
     Matrices stored in full stay.
     """
-    found = {i: tokens for i, tokens in layers(model) if isinstance(tokens, TokenMerge)}
-    for i, tokens in found.items():
-        follower = found.get(i + 1)
+    merges = {i: tokens for i, tokens in layers(model) if isinstance(tokens, TokenMerge)}
+    for i, tokens in merges.items():
+        follower = merges.get(i + 1)
         if follower and not (tokens.has_shortcut or follower.has_shortcut) and tokens.tokens <= follower.gathered:
             follower.folded = follower.matrices()[0] @ tokens.matrices()[1]
             tokens.hands_on = "tokens"

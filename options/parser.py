@@ -79,13 +79,13 @@ class Parser(_Describes, argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """As argparse's; exits with code 2."""
-        found, left = self.parse_known_args(args, namespace)
+        parsed, left = self.parse_known_args(args, namespace)
         if left:
             flags = (word.partition("=")[0] for word in left if word.startswith("-"))
             close = (difflib.get_close_matches(flag, self._option_string_actions, n=1) for flag in flags)
             closest = ", ".join(name for names in close for name in names)
             self.error(f"unrecognized arguments: {' '.join(left)}{f'; closest: {closest}' if closest else ''}")
-        return found
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         """One line instead of a page of usage; exit code 2."""

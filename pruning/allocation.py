@@ -140,7 +140,7 @@ def allocate(
         _widths(full.embed, groups["embed"]),
         [ALL if b.queries is None else b.queries for b in full.blocks],
     )
-    found = []
+    choices = []
     for E, price in zip(widths, interpolate(embed, widths), strict=True):
         options = [
             drop_dominated(w, table.blocks_seconds(np.column_stack([np.full(len(w), E), w, np.full(len(w), q)])), c)
@@ -152,5 +152,5 @@ def allocate(
             continue
         picked = (o.widths[k].tolist() for o, k in zip(options, chosen, strict=True))
         blocks = (BlockDims(*w, queries=b.queries) for w, b in zip(picked, full.blocks, strict=True))
-        found.append((ViTDims(int(E), tuple(blocks)), cost + float(price)))
-    return sorted(found, key=lambda pair: pair[1])
+        choices.append((ViTDims(int(E), tuple(blocks)), cost + float(price)))
+    return sorted(choices, key=lambda pair: pair[1])

@@ -75,8 +75,8 @@ class GateSaliency(EventMean):
         scale = self.scaler.scale(torch.ones_like(self.steps)) * (1 if self.teacher is None else passes)
         total = torch.zeros_like(self.average)
         for k, leaves in enumerate(self._leaves):
-            found = self._found[k] if self.teacher else [leaf.grad for leaf in leaves.values()]
-            pairs = zip(found, leaves.values(), strict=True)
+            gradients = self._found[k] if self.teacher else [leaf.grad for leaf in leaves.values()]
+            pairs = zip(gradients, leaves.values(), strict=True)
             each = torch.cat([torch.zeros_like(leaf) if g is None else g for g, leaf in pairs], 1) / scale  # B units
             total += each.sum(0) if self.kind == "gates" else (each * len(each) * passes).square().mean(0) / passes
         self._leaves, self._found = [], []

@@ -58,15 +58,15 @@ class Moments:
     def about(self, shift: Tensor) -> Moments:
         """The same rows' moments about another shift (n + m,)."""
         n, moved = self.inputs, self.shift - shift
-        found = Moments(n, len(self.squares), shift.device)
+        shifted = Moments(n, len(self.squares), shift.device)
         cross = torch.outer(moved[:n], self.sums) + torch.outer(self.sums[:n], moved)
-        found.products.copy_(self.products + cross + self.rows * torch.outer(moved[:n], moved))
-        found.sums.copy_(self.sums + self.rows * moved)
-        found.squares.copy_(self.squares + (2 * self.sums + self.rows * moved)[n:] * moved[n:])
-        found.shift.copy_(shift)
-        found.rows.copy_(self.rows)
-        found._shifted = True
-        return found
+        shifted.products.copy_(self.products + cross + self.rows * torch.outer(moved[:n], moved))
+        shifted.sums.copy_(self.sums + self.rows * moved)
+        shifted.squares.copy_(self.squares + (2 * self.sums + self.rows * moved)[n:] * moved[n:])
+        shifted.shift.copy_(shift)
+        shifted.rows.copy_(self.rows)
+        shifted._shifted = True
+        return shifted
 
     def __add__(self, other: Moments) -> Moments:
         big, small = (self, other) if self.rows >= other.rows else (other, self)

@@ -121,12 +121,12 @@ def measure_importance(
                     loss(images, targets.to(device))
             else:
                 loss(images.requires_grad_(), targets.to(device)).backward()
-            found = [
+            importance = [
                 on_patches(model.blocks[i], key_importance(model.blocks[i].attn, qkv, model.num_prefix_tokens, mode))
                 for i, qkv in zip(layers, rows, strict=True)
             ]
-            found = torch.stack(found).double()  # L B N
-            batch = (found.abs() if per_image else found).mean(1)
+            importance = torch.stack(importance).double()  # L B N
+            batch = (importance.abs() if per_image else importance).mean(1)
             if dist.is_initialized():
                 dist.all_reduce(batch)
                 batch /= dist.get_world_size()
@@ -182,13 +182,14 @@ def choose_centres(
     centres = torch.zeros(L * N, dtype=torch.bool)
     centres[order[:keep]] = True
     centres, skipped = centres.view(L, N), skipped.view(L, N)
-    found = ranks.cpu()
+    scores = ranks.cpu()
     while not (counts := centres.sum(1)).all():
         empty, richest = int(counts.argmin()), int(counts.argmax())
-        best, worst = int(found[empty].argmax()), int(found[richest].masked_fill(~centres[richest], torch.inf).argmin())
+        best = int(scores[empty].argmax())
+        worst = int(scores[richest].masked_fill(~centres[richest], torch.inf).argmin())
         centres[empty, best], centres[richest, worst] = True, False
         skipped[richest, worst], skipped[empty, best] = skipped[empty, best].item(), False
-    return Structure(tuple(layers), centres, skipped, found)
+    return Structure(tuple(layers), centres, skipped, scores)
 
 
 def nearest_in_raster(centres: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -210,12 +211,12 @@ MERGES = (*ASSIGN, CONTENT)
 
 def skipped_patches(model: VisionTransformer, layers: Sequence[int]) -> Tensor:
     """Patches that skip a block already, (L, N) bool, False everywhere in blocks that are not compressed."""
-    found = torch.zeros(len(layers), model.patch_embed.num_patches, dtype=torch.bool)
+    skipped = torch.zeros(len(layers), model.patch_embed.num_patches, dtype=torch.bool)
     for row, i in enumerate(layers):
         if (tokens := model.blocks[i].tokens) is not None:
             merge, _, shortcut = tokens.matrices()
-            found[row] = ((merge == 0).all(0) & (shortcut > 0))[tokens.prefix :].cpu()
-    return found
+            skipped[row] = ((merge == 0).all(0) & (shortcut > 0))[tokens.prefix :].cpu()
+    return skipped
 
 
 @dataclass(frozen=True)
@@ -291,16 +292,16 @@ def compress(
     small = build_vit(model.arch, dims, **model.arch_kwargs | (dict(dense_merge=True) if dense_merge else {}))
     small.load_state_dict({k: v for k, v in model.state_dict().items() if ".tokens." not in k}, strict=False)
     for i, tokens in layers_of(small):
-        found = model.blocks[i].tokens
+        merge = model.blocks[i].tokens
         if i in structure.layers:
-            found = TokenMerge(tokens.tokens, tokens.total, prefix)
-            found.set(*assign_patches(structure, structure.layers.index(i), grid, prefix, merging))
-        if type(found) is type(tokens):
-            tokens.load_state_dict(found.state_dict())
-        elif found.pulls_back:
+            merge = TokenMerge(tokens.tokens, tokens.total, prefix)
+            merge.set(*assign_patches(structure, structure.layers.index(i), grid, prefix, merging))
+        if type(merge) is type(tokens):
+            tokens.load_state_dict(merge.state_dict())
+        elif merge.pulls_back:
             raise CompressionError("full matrices have no place for merged patches' shortcut (--shortcut skipped)")
         else:
-            tokens.set(found)
+            tokens.set(merge)
     return _like(model, small)
 
 

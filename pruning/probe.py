@@ -118,8 +118,8 @@ def mean_divergence(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Mean divergence of (logits, dense logits) of all batches and processes, never below 0."""
     total = torch.zeros(2, dtype=torch.float64)
     for logits, dense in pairs:
-        found = divergence(logits, dense)
-        total = total.to(found.device) + torch.stack([found.sum(), found.new_tensor(len(found))])
+        values = divergence(logits, dense)
+        total = total.to(values.device) + torch.stack([values.sum(), values.new_tensor(len(values))])
     return max(0.0, float(torch.divide(*all_reduced(total))))
 
 
@@ -157,9 +157,9 @@ def block_curves(
     for i, block in enumerate(model.blocks):
         later = model.blocks[i + 1 :]
         read = slice(None) if len(later) else streams.read(model)
-        found: dict[str, Curve] = {}
+        curve_of: dict[str, Curve] = {}
         if group := groups.get(str(Axis("tokens", i))):
-            found["tokens"] = _token_curve(model, i, judge, logits, group)
+            curve_of["tokens"] = _token_curve(model, i, judge, logits, group)
         for branch in streams.branches(block):
             is_attention = branch.last is block.attn.proj
             others = [streams.mlp(block)] if is_attention else []
@@ -172,11 +172,11 @@ def block_curves(
             probe = _Probe(branch, fit, judge, read, rest, logits)
             local = {kind: groups[str(Axis(kind, i))] for kind in ("heads", "qk", "v", "mlp")}
             if is_attention:
-                found |= _attention_curves(probe, block.attn, local)
+                curve_of |= _attention_curves(probe, block.attn, local)
             else:
-                found["mlp"] = _mlp_curve(probe, block.dims.mlp, local["mlp"])
+                curve_of["mlp"] = _mlp_curve(probe, block.dims.mlp, local["mlp"])
             fit, judge = ([x + branch(x) for x in side] for side in (fit, judge))
-        curves.append(found)
+        curves.append(curve_of)
     return curves
 
 

@@ -118,6 +118,6 @@ def refit_(dense: VisionTransformer, pruned: VisionTransformer, masks: Masks, im
         s.fit_(layer, inputs, targets)
     total = torch.zeros(2, dtype=torch.float64, device=kept.device)
     for x, z in list(zip(s.dense, s.pruned, strict=True))[: sum(s.held)]:
-        found = divergence(streams.head(pruned, z), streams.head(dense, x))
-        total += torch.stack([found.sum(), found.new_tensor(len(found))])
+        divergences = divergence(streams.head(pruned, z), streams.head(dense, x))
+        total += torch.stack([divergences.sum(), divergences.new_tensor(len(divergences))])
     return float(torch.divide(*all_reduced(total)))

@@ -20,15 +20,15 @@ from models.masks import Masks
 
 def _convert(state: dict[str, Any], parameter: Tensor, convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """An optimizer's state of one parameter. Raises ValueError for one that has neither its shape nor none."""
-    found = {}
+    converted = {}
     for name, value in state.items():
         of_weights = isinstance(value, Tensor) and value.dim() > 0
         if of_weights and value.shape != parameter.shape:
             raise ValueError(
                 f"the optimizer's {name} has not the shape of the weights: a smaller student cannot take it over"
             )
-        found[name] = convert(value) if of_weights else value
-    return found
+        converted[name] = convert(value) if of_weights else value
+    return converted
 
 
 class Student(nn.Module):
@@ -65,12 +65,12 @@ class Student(nn.Module):
 
     def lift_masks(self) -> Masks:
         """The student's masks as masks over the full-size model."""
-        found = self.outer.fresh()
+        masks = self.outer.fresh()
         for axis, keep in self.outer.keep.items():
             survives = keep.clone()
             survives[keep] = self.masks.keep[axis]
-            found.remove(axis, (~survives).nonzero().flatten())
-        return found
+            masks.remove(axis, (~survives).nonzero().flatten())
+        return masks
 
     def shrink(self) -> None:
         """Become the compact student, which takes the masked one's place in the optimizer. Raises ValueError."""

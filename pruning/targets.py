@@ -49,13 +49,13 @@ def targets_of(
     latency_ms: milliseconds per batch of the table; macs_, params_: a share of the dense model's up to 1, above it the
     number of one image's MACs, or of parameters.
     """
-    found = []
+    targets = []
     if latency_ms is not None:
         unit = f"ms per batch of {table.meta.get('batch', 'unknown size')} on {table.meta.get('device', 'its device')}"
-        found.append(Target("--latency_target_ms", latency_ms, unit, lambda d: 1e3 * table.model_seconds(d)))
+        targets.append(Target("--latency_target_ms", latency_ms, unit, lambda d: 1e3 * table.model_seconds(d)))
     counts = (("--macs_target", "MACs", macs_, "macs"), ("--params_target", "parameters", params_, "params"))
     for flag, unit, limit, count in counts:
         if limit is not None:
             number = limit if limit > 1 else limit * getattr(arch.plain, count)(dense)
-            found.append(Target(flag, number, unit, getattr(arch, count)))
-    return found
+            targets.append(Target(flag, number, unit, getattr(arch, count)))
+    return targets

@@ -64,8 +64,8 @@ def _curves(blocks: _Blocks, counts: Sequence[int], parts: list[Tensor], logits:
             curves.append({})
             for count in widths:
                 blocks.set(i, count)
-                found = (streams.head(model, model.blocks[i:](x)) for x in stream)
-                curves[-1][count] = mean_divergence(zip(found, logits, strict=True))
+                outputs = (streams.head(model, model.blocks[i:](x)) for x in stream)
+                curves[-1][count] = mean_divergence(zip(outputs, logits, strict=True))
             blocks.set(i, counts[len(curves) - 1])
         stream = [block(x) for x in stream]
     return curves
@@ -84,11 +84,11 @@ def share_out(curves: list[dict[int, float]], patches: int, total: int) -> list[
             new[width:][better], pick[width:][better] = reached[better], width
         best = new
         picks.append(pick)
-    found, left = [], total
+    counts, left = [], total
     for pick in reversed(picks):
-        found.append(int(pick[left]))
-        left -= found[-1]
-    return found[::-1]
+        counts.append(int(pick[left]))
+        left -= counts[-1]
+    return counts[::-1]
 
 
 @torch.no_grad()

@@ -65,8 +65,8 @@ class TokenSaliency(EventMean):
         alive = self.masks.alive(str(Axis("tokens", block)))
         if block not in self._near or self._near[block][0] != alive:
             keep = self.masks.keep[str(Axis("tokens", block))].cpu()
-            found = keep.nonzero().flatten(), *partners(keep, self.masks.grid)
-            self._near[block] = alive, tuple(t.to(self.average.device) for t in found)
+            places = keep.nonzero().flatten(), *partners(keep, self.masks.grid)
+            self._near[block] = alive, tuple(t.to(self.average.device) for t in places)
         return self._near[block][1]
 
     @torch.no_grad()

@@ -135,10 +135,10 @@ class ValuePruner(GlobalPruner):
             * self.table.model_seconds(self.dense)
             / self.table.model_seconds(now.with_queries(None))
         )
-        found = allocate(self.table, now, self.group_sizes, curves, curve("embed"), target)
-        if not found:
+        choices = allocate(self.table, now, self.group_sizes, curves, curve("embed"), target)
+        if not choices:
             return {}
-        kept = self.masks.units(found[0][0])
+        kept = self.masks.units(choices[0][0])
         return {
             axis: kept[axis] if kept[axis] or Axis.parse(axis).kind in BRANCHES else len(orders[axis])
             for axis in orders

@@ -70,16 +70,16 @@ def prepare(args: Any, setup: Any) -> Tensor | None:
         return None
     images = images_of(args, setup.full)
     if args.align:
-        found = align(setup.model.to(setup.device), images, args.batch_size, embedding=args.align == "all")
-        say(f"aligned on {args.calib_images} images: {found}")
+        changes = align(setup.model.to(setup.device), images, args.batch_size, embedding=args.align == "all")
+        say(f"aligned on {args.calib_images} images: {changes}")
     return images
 
 
 def compensate_(dense: nn.Module, small: nn.Module, masks: Masks, images: Tensor, batch: int) -> None:
     """Refit `small`, cut from `dense` by `masks`, in place (`pruning.refit`), and say how far it is from it."""
-    found = refit_(dense, small, masks, images, batch)
+    divergence = refit_(dense, small, masks, images, batch)
     _agree(small)
-    say(f"compensated: divergence {found:.2e} nats on held-out images")
+    say(f"compensated: divergence {divergence:.2e} nats on held-out images")
 
 
 class Compensation:

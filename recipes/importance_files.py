@@ -79,9 +79,9 @@ def _describe(folder: Path) -> dict[str, Any]:
     return described
 
 
-def _check_model(path: Path, found: Any, expected: dict[str, Any]) -> None:
+def _check_model(path: Path, given: Any, expected: dict[str, Any]) -> None:
     for key, value in expected.items():
-        theirs = found.get(key) if isinstance(found, dict) else None
+        theirs = given.get(key) if isinstance(given, dict) else None
         if theirs == value or key == "weights" and theirs is None:
             continue
         if key in ("dims", "weights"):
@@ -116,29 +116,29 @@ def load(folder: str | Path, model: dict[str, Any], data_set: str, method: int) 
 
 
 def _vector(tensors: dict[str, Tensor], name: str, length: int, folder: Path) -> Tensor:
-    found = tensors.get(name)
-    if found is None or found.shape != (length,):
-        shape = None if found is None else tuple(found.shape)
+    values = tensors.get(name)
+    if values is None or values.shape != (length,):
+        shape = None if values is None else tuple(values.shape)
         raise ValueError(f"importance file {folder / TENSORS}: {name} has shape {shape}, not ({length},)")
-    return _finite(found, name, folder).double()
+    return _finite(values, name, folder).double()
 
 
 def _interactions(tensors: dict[str, Tensor], name: str, count: int, folder: Path) -> Tensor | None:
-    if (found := tensors.get(name)) is None:
+    if (values := tensors.get(name)) is None:
         return None
-    if found.shape != (count, count):
+    if values.shape != (count, count):
         raise ValueError(
-            f"importance file {folder / TENSORS}: {name} has shape {tuple(found.shape)}, not ({count}, {count})"
+            f"importance file {folder / TENSORS}: {name} has shape {tuple(values.shape)}, not ({count}, {count})"
         )
-    if name == "hessian_error" and found.is_floating_point() and found.isnan().all():
-        return found  # converted files do not know it
-    return _finite(found, name, folder)
+    if name == "hessian_error" and values.is_floating_point() and values.isnan().all():
+        return values  # converted files do not know it
+    return _finite(values, name, folder)
 
 
-def _finite(found: Tensor, name: str, folder: Path) -> Tensor:
-    if not found.is_floating_point() or not found.isfinite().all():
+def _finite(values: Tensor, name: str, folder: Path) -> Tensor:
+    if not values.is_floating_point() or not values.isfinite().all():
         raise ValueError(f"importance file {folder / TENSORS}: {name} holds values that are not finite numbers")
-    return found
+    return values
 
 
 def read_for(args: Any, model: nn.Module) -> Importance:

@@ -151,7 +151,9 @@ class PruningSteps:
             return False
         self.compensation.remember(student.model)
         try:
-            scores = {axis: found for saliency in self._saliencies() for axis, found in saliency.close_window().items()}
+            scores: dict[str, Tensor] = {}
+            for saliency in self._saliencies():
+                scores |= saliency.close_window()
             event = self.pruner.event(scores)
         except ValueError as error:
             raise RunFailed(f"pruning event {self.events + 1}: {error}") from None

@@ -53,11 +53,11 @@ class _Clock:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
-    def stop(self, stage: str, found: str) -> None:
+    def stop(self, stage: str, outcome: str) -> None:
         now = time.perf_counter()
         self.seconds[stage] = round(now - self._last, 2)
         self._last = now
-        say(f"{stage} in {self.seconds[stage]:.1f} s: {found}")
+        say(f"{stage} in {self.seconds[stage]:.1f} s: {outcome}")
 
 
 class _Allocator:
@@ -70,23 +70,23 @@ class _Allocator:
 
     def __call__(self, target: float) -> tuple[ViTDims, float]:
         """The widths to keep, and the divergence predicted for them. Raises RunFailed where none are as quick."""
-        found = allocate(self.table, self.full, self.groups, *self.prices, target)
-        if not found:
+        choices = allocate(self.table, self.full, self.groups, *self.prices, target)
+        if not choices:
             raise RunFailed(f"target {target:.4g} not reached: by the table, no widths are as quick")
-        return found[0]
+        return choices[0]
 
 
 def _as_measured(allocator: _Allocator, target: float, measure: Callable[[ViTDims], float]) -> tuple[ViTDims, float]:
     """Widths whose measured ratio is at or below the target, as close as a few rounds of aiming come to it."""
     aim, best, least = target, None, None
     for _ in range(ROUNDS):
-        found = allocator(aim)
-        ratio = float(all_reduced(torch.tensor(measure(found[0]) if is_main() else 0.0)))  # the main rank's
+        choice = allocator(aim)
+        ratio = float(all_reduced(torch.tensor(measure(choice[0]) if is_main() else 0.0)))  # the main rank's
         say(f"aimed at {aim:.4f}: measured {ratio:.4f}")
         if ratio <= target and (best is None or ratio > best[0]):
-            best = ratio, found
+            best = ratio, choice
         if least is None or ratio < least[0]:
-            least = ratio, found
+            least = ratio, choice
         if target - CLOSE <= ratio <= target:
             break
         aim = min(1.0, aim * (target - CLOSE / 2) / ratio)
@@ -109,13 +109,13 @@ def prune_(args: Any, setup: Setup, images: Tensor, measure: Callable[[ViTDims],
     masks = setup.student.masks
     masks.load_state_dict(Masks.first(model.dims, dims, setup.device, masks.grid).state_dict())
     small = compact(model, masks)
-    found = refit_(model, small, masks, images, args.batch_size)
-    clock.stop("refitted", f"divergence {found:.2e} nats on held-out images")
+    divergence = refit_(model, small, masks, images, args.batch_size)
+    clock.stop("refitted", f"divergence {divergence:.2e} nats on held-out images")
     expand_(model, masks, small)
     return dict(
         calib_images=args.calib_images,
         divergence_predicted=predicted,
-        divergence=found,
+        divergence=divergence,
         seconds=clock.seconds,
         latency=setup.pruner.ratio,
     )
@@ -145,7 +145,7 @@ def run_(args: Any, setup: Setup, report: results.Report, precision: Precision, 
     """--one_shot from beginning to end."""
     resuming.start_anew(setup.folder, CHECKPOINT)
     provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
-    found = prune_(args, setup, calibration.images_of(args, setup.full), report.measure)
+    outcome = prune_(args, setup, calibration.images_of(args, setup.full), report.measure)
     metrics = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
-    append_log(setup.folder, epoch=0, **found, **results.log_line({}, metrics))
+    append_log(setup.folder, epoch=0, **outcome, **results.log_line({}, metrics))
     conclude(args, setup, report, top1_dense, metrics, lambda name: save(name, args, setup, metrics))

@@ -94,14 +94,14 @@ def merge_list(args: Any, dims: ViTDims) -> tuple[int, ...]:
     scored = args.prune_mode not in ("random", "seq", "probe")
     if args.merge_list is None:
         return tuple(i for i, b in enumerate(dims.blocks) if b.heads or not scored)
-    found = args.merge_list
-    if sorted(set(found)) != found or found[0] < 0:
-        raise ValueError(f"--merge_list must be block indices in ascending order, not {' '.join(map(str, found))}")
-    if found[-1] >= len(dims.blocks):
-        raise ValueError(f"--merge_list names block {found[-1]}, the model has blocks 0 to {len(dims.blocks) - 1}")
-    if odd := [i for i in found if scored and not dims.blocks[i].heads]:
+    layers = args.merge_list
+    if sorted(set(layers)) != layers or layers[0] < 0:
+        raise ValueError(f"--merge_list must be block indices in ascending order, not {' '.join(map(str, layers))}")
+    if layers[-1] >= len(dims.blocks):
+        raise ValueError(f"--merge_list names block {layers[-1]}, the model has blocks 0 to {len(dims.blocks) - 1}")
+    if odd := [i for i in layers if scored and not dims.blocks[i].heads]:
         raise ValueError(f"--merge_list: block {odd[0]} has no attention to score by; --prune_mode seq needs none")
-    return tuple(found)
+    return tuple(layers)
 
 
 def scoring_batches(loader: Any, count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -144,13 +144,13 @@ def structure(args: Any, run: Run, images: Tensor | None) -> pm_vit.Structure:
     if args.prune_mode == "probe":
         total, _ = pm_vit.budget(len(layers), stem.num_patches, args.prune_rate, args.keep_rate)
         return choose_counts(run.model, layers, images, total, args.batch_size, args.merge == pm_vit.CONTENT)
-    found = scores(args, run, layers)
+    ranks = scores(args, run, layers)
     passing = pm_vit.skipped_patches(run.model, layers) if args.prune_mode == "clus" else None
     if args.prune_mode not in ("random", "seq"):
         return pm_vit.choose_centres(
-            pm_vit.comparable(found, layers, args.depth_factor), layers, args.prune_rate, args.keep_rate, passing
+            pm_vit.comparable(ranks, layers, args.depth_factor), layers, args.prune_rate, args.keep_rate, passing
         )
-    chosen = pm_vit.choose_centres(found, layers, args.prune_rate, args.keep_rate)
+    chosen = pm_vit.choose_centres(ranks, layers, args.prune_rate, args.keep_rate)
     return replace(chosen, weights=torch.ones_like(chosen.weights))  # no patch matters more than another
 
 

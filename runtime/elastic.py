@@ -159,13 +159,13 @@ class Heartbeat(threading.Thread):
 
     def _silent(self, seconds: float) -> dict[int, str]:
         """Ranks that failed, with the reason, and ranks that have been silent for so many seconds."""
-        now, found = time.monotonic(), {}
+        now, silent = time.monotonic(), {}
         for other, (said, when) in self._heard.items():
             if said.startswith("failed: "):
-                found[other] = said
+                silent[other] = said
             elif said != "done" and other != self.rank and now - when > seconds:
-                found[other] = f"has not answered for {now - when:.0f} s"
-        return found
+                silent[other] = f"has not answered for {now - when:.0f} s"
+        return silent
 
     def _waited_for(self) -> bool:
         """Whether another rank is alive and still working."""

@@ -15,9 +15,9 @@ def check_identical(what: str, value: bytes) -> None:
     """Raises RunFailed, naming the ranks, unless `value` is the same on all of them."""
     if world_size() == 1:
         return
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, hashlib.sha256(value).hexdigest())
-    if odd := [str(r) for r, digest in enumerate(found) if digest != found[0]]:
+    digests: list[Any] = [None] * world_size()
+    dist.all_gather_object(digests, hashlib.sha256(value).hexdigest())
+    if odd := [str(r) for r, digest in enumerate(digests) if digest != digests[0]]:
         ranks = ", ".join(odd)
         raise FailedTogether(f"{what} of rank {ranks} differ from rank 0's: the ranks no longer train the same model")
 

@@ -49,8 +49,8 @@ def _entry(name: str, value: Any, level: str) -> str:
 
 def _methods(cls: type) -> list[tuple[str, Any]]:
     """Public methods that the class itself defines, with docstrings."""
-    found = ((name, inspect.unwrap(getattr(value, "__func__", value))) for name, value in vars(cls).items())
-    return [(name, f) for name, f in found if isinstance(f, FunctionType) and name[0] != "_" and inspect.getdoc(f)]
+    members = ((name, inspect.unwrap(getattr(value, "__func__", value))) for name, value in vars(cls).items())
+    return [(name, f) for name, f in members if isinstance(f, FunctionType) and name[0] != "_" and inspect.getdoc(f)]
 
 
 def reference() -> str:

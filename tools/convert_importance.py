@@ -92,15 +92,15 @@ def read_pickle(path: Path) -> Any:
 
 def scores(folder: Path, dims: ViTDims, method: int) -> dict[str, torch.Tensor]:
     """By axis. Raises ValueError where the arrays are not those of the model."""
-    found = {}
+    values = {}
     for number, component in enumerate(PUBLISHED):
         path = folder / f"criteria_m{method}l{number}_final.pickle"
         arrays, axes = read_pickle(path), axes_of_component(dims, component)
         shapes = [np.shape(array) for array in arrays]
         if shapes != (expected := [(dims.sizes()[axis],) for axis in axes]):
             raise ValueError(f"{path} is of another model: shapes {shapes[:2]} …, not {expected[:2]} …")
-        found |= {axis: torch.from_numpy(np.array(a, dtype=np.float64)) for axis, a in zip(axes, arrays, strict=True)}
-    return found
+        values |= {axis: torch.from_numpy(np.array(a, dtype=np.float64)) for axis, a in zip(axes, arrays, strict=True)}
+    return values
 
 
 def interactions(path: Path, dims: ViTDims, hessian_embed: float) -> torch.Tensor | None:
@@ -120,14 +120,14 @@ def main(args: argparse.Namespace) -> None:
     model = problems.attempt(build_vit, args.model, **args.model_kwargs)
     problems.raise_if_any()
     say(f"about to unpickle files of {args.pickles} and of nothing else, letting only numpy arrays through")
-    found = problems.attempt(scores, args.pickles, model.dims, args.pruning_method)
+    scores_of = problems.attempt(scores, args.pickles, model.dims, args.pruning_method)
     hessian = problems.attempt(interactions, args.pickles / "hessian.pickle", model.dims, args.hessian_embed)
     problems.raise_if_any()
     try:
         make_folder(args.output)
     except ValueError as error:
         raise BadArguments([str(error)]) from None
-    zeros = {axis: torch.zeros_like(values) for axis, values in found.items()}
+    zeros = {axis: torch.zeros_like(values) for axis, values in scores_of.items()}
     unknown = None if hessian is None else torch.full_like(hessian, torch.nan)
     record = dict(
         arch=args.model,
@@ -137,7 +137,7 @@ def main(args: argparse.Namespace) -> None:
         weights=None,
     )
     none = {axis: value.clone() for axis, value in zeros.items()}  # a file holds no tensor twice
-    importance = Importance(PUBLISHED, args.pruning_method, found, zeros, none, hessian, unknown)
+    importance = Importance(PUBLISHED, args.pruning_method, scores_of, zeros, none, hessian, unknown)
     importance_files.save(args.output, importance, record, dict(data_set=args.data_set, converted_from="pickles"))
     say_next(
         f"main_savit.py --finetune WEIGHTS --data-set {args.data_set} --data-path IMAGES --hessian_formula "

@@ -98,11 +98,11 @@ def has_fewer_tokens(model: Model) -> bool:
 @torch.inference_mode()
 def difference(model: Model, exported: Call) -> float:
     """The largest relative difference of the exported model's logits, over batches of random images."""
-    found = []
+    differences = []
     for batch in BATCHES:
         expected = model(images(model, batch))
-        found.append(float((exported(images(model, batch)) - expected).norm() / expected.norm()))
-    return max(found)
+        differences.append(float((exported(images(model, batch)) - expected).norm() / expected.norm()))
+    return max(differences)
 
 
 class _Called(nn.Module):
@@ -145,15 +145,15 @@ def main(args: argparse.Namespace) -> None:
     try:
         chosen.write(model, folder)
         exported = chosen.read(folder)
-        found = difference(model, exported)
+        relative = difference(model, exported)
     except (RuntimeFailed, ValueError) as error:
         raise RunFailed(f"--format {args.format}: {error}") from None
-    if not found <= LIMIT:
+    if not relative <= LIMIT:
         raise RunFailed(
-            f"{folder} computes something else than the model: relative difference {found:.1e} on random "
+            f"{folder} computes something else than the model: relative difference {relative:.1e} on random "
             f"images, {LIMIT:.0e} is allowed"
         )
-    say(f"relative difference {found:.1e} on random images in batches of {' and '.join(map(str, BATCHES))}")
+    say(f"relative difference {relative:.1e} on random images in batches of {' and '.join(map(str, BATCHES))}")
     say(measure(args, model, exported))
     if args.push:
         push(folder, args.push)

@@ -57,10 +57,10 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -
     return element("div", element("table", content), class_="scroll", **named)
 
 
-def charts(found: Iterable[Chart | None]) -> str:
+def charts(pictures: Iterable[Chart | None]) -> str:
     """Pictures in as many columns as fit."""
     shown = "".join(
-        element("figure", element("figcaption", escape(chart.caption)) + _image(chart)) for chart in found if chart
+        element("figure", element("figcaption", escape(chart.caption)) + _image(chart)) for chart in pictures if chart
     )
     return element("div", shown, class_="charts")
 

@@ -63,8 +63,8 @@ def plain_timm(model: VisionTransformer, **pretrained_cfg: Any) -> VisionTransfo
         num_heads=block.heads,
         mlp_ratio=_mlp_ratio(uniform.embed, block.mlp),
     )
-    found = timm.create_model(
+    timm_model = timm.create_model(
         model.arch, **Arch.of_model(model).timm_kwargs | shape, pretrained_cfg_overlay=pretrained_cfg
     )
-    found.load_state_dict(state)
-    return found.eval()
+    timm_model.load_state_dict(state)
+    return timm_model.eval()

@@ -59,14 +59,14 @@ def _json(path: Path) -> Any:
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
     """log.txt, but for a last line that a crash tore off."""
-    found = []
+    rows = []
     path = folder / "log.txt"
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            found.append(json.loads(line))
+            rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return rows
 
 
 def _event(path: Path, stages: int) -> Event | None:
@@ -118,22 +118,22 @@ def read_run(folder: Path) -> Run:
     if has_outer:
         run.pruning = _lines(outer)
         stages = len(run.dims(run.last).stages)
-        found = (_event(path, stages) for path in sorted(outer.glob("debug/debugOutput_dimension_*.txt")))
-        run.events = [event for event in found if event]
+        events = (_event(path, stages) for path in sorted(outer.glob("debug/debugOutput_dimension_*.txt")))
+        run.events = [event for event in events if event]
     places = dict.fromkeys([outer, folder] if has_outer else [folder])
-    run.made = [found["starts"][-1] for place in places if (found := _json(place / "run.json"))]
+    run.made = [made["starts"][-1] for place in places if (made := _json(place / "run.json"))]
     return run
 
 
 def incomparable(runs: list[Run]) -> list[str]:
     """What keeps runs from being compared: dense models, or conditions of measurement, that differ from the first's."""
-    first, found = runs[0], []
+    first, reasons = runs[0], []
     for run in runs[1:]:
         if run.dims("dense") != first.dims("dense"):
-            found.append(f"{run.name} has another dense model than {first.name}: their ratios to dense do not compare")
+            reasons.append(f"{run.name} and {first.name} have different dense models: compare no ratios to dense")
         for key, what in (("device", "on"), ("batch", "at batch"), ("dtype", "in")):
             if run.result.get(key) != first.result.get(key):
-                found.append(
+                reasons.append(
                     f"{run.name} was measured {what} {run.result.get(key)}, {first.name} {what} {first.result.get(key)}"
                 )
-    return found
+    return reasons

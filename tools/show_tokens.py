@@ -64,15 +64,15 @@ def image_of(patches: Tensor, grid: Sequence[int]) -> Tensor:
 def groups_of(model: VisionTransformer, pixels: Tensor) -> list[Merged]:
     """What merges this image in every compressed block."""
     mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
-    found, images = [], ((pixels - mean) / std).permute(2, 0, 1)[None]
+    groups, images = [], ((pixels - mean) / std).permute(2, 0, 1)[None]
     hooks = [
-        model.blocks[i].register_forward_pre_hook(lambda block, x: found.append(block.tokens.groups_for(x[0])))
+        model.blocks[i].register_forward_pre_hook(lambda block, x: groups.append(block.tokens.groups_for(x[0])))
         for i, _ in layers(model)
     ]
     model(images)
     for hook in hooks:
         hook.remove()
-    return found
+    return groups
 
 
 def pictures(tokens: Merged, pixels: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,14 +114,14 @@ def outline(axes: Axes, owner: Tensor, grid: Sequence[int], size: Sequence[float
 
 def draw(model: VisionTransformer, pixels: Tensor, path: str) -> None:
     """Write the picture. pixels: (H, W, 3) in [0, 1], of the model's input size."""
-    grid, found, merged = model.patch_embed.grid_size, list(layers(model)), groups_of(model, pixels)
+    grid, compressed, merged = model.patch_embed.grid_size, list(layers(model)), groups_of(model, pixels)
     size = pixels.shape[0] / grid[0], pixels.shape[1] / grid[1]
-    across = min(2, len(found))
-    down = -(-len(found) // across)
+    across = min(2, len(compressed))
+    down = -(-len(compressed) // across)
     figure, axes = plt.subplots(down, 2 * across, figsize=(4.4 * across, 2.5 * down), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
-    for k, (i, tokens) in enumerate(found):
+    for k, (i, tokens) in enumerate(compressed):
         groups, back, owner = pictures(merged[k], pixels, grid)
         left, right = axes[k % down, 2 * (k // down) : 2 * (k // down) + 2]
         left.imshow(np.asarray(groups), interpolation="nearest")

@@ -46,10 +46,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def read_split(split: Path) -> ClassFolders:
     """The images of a split. Raises ValueError."""
-    found = ClassFolders(split)
-    if odd := [path for path, _ in found.samples if Path(path).suffix.lower() not in EXTENSIONS]:
+    data = ClassFolders(split)
+    if odd := [path for path, _ in data.samples if Path(path).suffix.lower() not in EXTENSIONS]:
         raise ValueError(f"{odd[0]} is none of {', '.join(EXTENSIONS)}, which is what shards hold")
-    return found
+    return data
 
 
 def check_args(args: argparse.Namespace) -> dict[str, ClassFolders]:

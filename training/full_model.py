@@ -75,13 +75,13 @@ class FullModel:
 
     def check_classifier(self) -> None:
         """Raises ValueError when the weights are for other classes than the data: the head would be random."""
-        classes, found = self.classes, timm.get_pretrained_cfg_value(self.arch.name, "num_classes")
+        classes, known = self.classes, timm.get_pretrained_cfg_value(self.arch.name, "num_classes")
         if self.state is not None:
             head = "head.fc.weight" if self.arch.is_swin else "head.weight"
-            found = len(self.state.get(head, range(classes)))  # without: cannot be loaded
-        if found != classes:
+            known = len(self.state.get(head, range(classes)))  # without: cannot be loaded
+        if known != classes:
             raise ValueError(
-                f"the dense weights know {found} classes, the data has {classes}: first train the "
+                f"the dense weights know {known} classes, the data has {classes}: first train the "
                 "full model on the data (finetune_dense.py --initial-checkpoint FILE --kl_loss_coeff 0)"
             )
 

@@ -51,8 +51,8 @@ class Keeper:
 
     def _safe(self) -> str:
         """What is on the disk."""
-        found = next((path for path in (self.path, older(self.path)) if path.exists()), None)
-        return f"the last good checkpoint is {found}" if found else "no checkpoint was written yet"
+        last = next((path for path in (self.path, older(self.path)) if path.exists()), None)
+        return f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
 
     def attempt(self, action: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
         """Whether the action, which writes, went well. Raises RunFailed where it did not, unless errors are to warn."""

@@ -23,13 +23,13 @@ STARTS = 100  # that are kept: a run that is pre-empted every hour starts often
 
 
 def _versions() -> dict[str, str]:
-    found = dict(python=platform.python_version())
+    versions = dict(python=platform.python_version())
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def revision() -> str | None:

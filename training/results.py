@@ -67,9 +67,9 @@ def warn_of_other_conditions(table: LatencyTable, device: torch.device, dtype: t
 
 def check_compact(model: Model, small: Model) -> float:
     """Relative difference of the logits of a masked model and its compact one. Raises RunFailed above 1e-3."""
-    if not (found := difference(model, small)) <= 1e-3:
-        raise RunFailed(f"the compact model differs from the masked one by {found:.1e}: please report this")
-    return found
+    if not (error := difference(model, small)) <= 1e-3:
+        raise RunFailed(f"the compact model differs from the masked one by {error:.1e}: please report this")
+    return error
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ class Report:
 
 def say_where(folder: Path, *following: str) -> None:
     """Say what a finished run has written, and the commands that go on from it."""
-    found = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith("."))
-    shown = [name for name in found if not name.startswith("events.")]
-    curves = f"; curves: tensorboard --logdir {shlex.quote(str(folder))}" if len(shown) < len(found) else ""
+    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir() if not p.name.startswith("."))
+    shown = [name for name in names if not name.startswith("events.")]
+    curves = f"; curves: tensorboard --logdir {shlex.quote(str(folder))}" if len(shown) < len(names) else ""
     say(f"in {folder}: {', '.join(shown)}{curves}")
     say_next(*following)
 
@@ -187,19 +187,19 @@ def earlier(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return {name: _check(name, found) for name, found in schema.read_json(path).items()}
+        return {name: _check(name, stage) for name, stage in schema.read_json(path).items()}
     except (schema.SchemaError, AttributeError) as error:
         reason = "it is no object" if isinstance(error, AttributeError) else str(error).removeprefix(f"{path} ")
         warn(f"{path} is left out of this run's summary: {reason}")
         return {}
 
 
-def _check(name: str, found: Any) -> dict[str, Any]:
-    schema.check_plain(found, name)
-    batch = found.get("batch", 1)
-    if not isinstance(batch, int) or not 0 < batch <= MOST_BATCH or found.get("dtype", "fp32") not in DTYPES:
+def _check(name: str, stage: Any) -> dict[str, Any]:
+    schema.check_plain(stage, name)
+    batch = stage.get("batch", 1)
+    if not isinstance(batch, int) or not 0 < batch <= MOST_BATCH or stage.get("dtype", "fp32") not in DTYPES:
         raise schema.SchemaError(f"{name}: batch or dtype is none")
-    return found
+    return stage
 
 
 def log_line(stats: dict[str, float], test: dict[str, float]) -> dict[str, float]:

@@ -57,10 +57,10 @@ def _show(value: Any) -> Any:
 def _differences(now: dict[str, Any], before: dict[str, Any], may_differ: set[str]) -> list[str]:
     may_differ = {n for n, flag in options.FLAGS.items() if flag.path or flag.may_differ} | may_differ | NOT_FLAGS
     names = [n for n in now if n in before and n not in may_differ and now[n] != before[n]]
-    found = [f"{options.flag(name)} was {_show(before[name])}, now {_show(now[name])}" for name in names]
+    differences = [f"{options.flag(name)} was {_show(before[name])}, now {_show(now[name])}" for name in names]
     if _global_batch(now) != _global_batch(before):
-        found.append(f"global batch was {_global_batch(before)}, now {_global_batch(now)}")
-    return found
+        differences.append(f"global batch was {_global_batch(before)}, now {_global_batch(now)}")
+    return differences
 
 
 def _newest(path: Path) -> tuple[dict[str, Any], Path]:
@@ -114,13 +114,13 @@ def read(
     return content | dict(path=path)
 
 
-def _fits(key: str, found: Any, wanted: Any) -> bool:
+def _fits(key: str, stored: Any, wanted: Any) -> bool:
     """Whether a checkpoint holds what it must under a key; older dims do not hold the queries of a lean last block."""
-    if found is not None and key == "dims":
-        found, wanted = (dims_from_dict(dims).with_queries(None) for dims in (found, wanted))
-    elif found is not None and key == "arch":
-        found, wanted = map(Arch.of_record, (found, wanted))
-    return found == wanted
+    if stored is not None and key == "dims":
+        stored, wanted = (dims_from_dict(dims).with_queries(None) for dims in (stored, wanted))
+    elif stored is not None and key == "arch":
+        stored, wanted = map(Arch.of_record, (stored, wanted))
+    return stored == wanted
 
 
 @contextlib.contextmanager
