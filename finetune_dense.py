@@ -105,8 +105,8 @@ def is_other_data(args: argparse.Namespace, parent: Checkpoint, data: Data) -> b
 
 def _check_classes(args: argparse.Namespace, parent: Checkpoint, data: Data) -> None:
     if parent.classes != data.classes and (args.eval or args.kl_loss_coeff):
-        way = "" if args.eval else "; to give it a new classifier, --kl_loss_coeff 0: its full model knows them no more"
-        raise ValueError(f"{args.finetune} has {parent.classes} classes, the data has {data.classes}{way}")
+        hint = "" if args.eval else "; for a new classifier use --kl_loss_coeff 0: the full model lacks these classes"
+        raise ValueError(f"{args.finetune} has {parent.classes} classes, the data has {data.classes}{hint}")
 
 
 def _model(args: argparse.Namespace, full: FullModel, parent: Checkpoint | None) -> nn.Module:

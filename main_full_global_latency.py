@@ -281,7 +281,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
         way = (
             "nothing more may be removed (floors, or the count in --prune_dict)"
             if steps.exhausted
-            else f"go on with --resume {setup.folder / CHECKPOINT} and more --epochs"
+            else f"continue with --resume {setup.folder / CHECKPOINT} and more --epochs"
         )
         raise FailedTogether(f"{setup.pruner.progress()}: {way}")
     conclude(args, setup, report, top1_dense, state.metrics, lambda name: save(name, args, setup, state))

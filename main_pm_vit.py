@@ -17,7 +17,7 @@ from latency.whole import measure_ratios
 from loading import shards
 from models import Arch, Masks, ViTDims
 from models.tokens import train_matrices_
-from pruning import pm_vit
+from pruning import pm_vit, token_merging
 from recipes import calibration, pm_vit_options
 from recipes import pm_vit as steps
 from runtime.console import say
@@ -70,11 +70,11 @@ def prune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
     """Compress the model and write pruned_checkpoint.pth with what it is worth."""
     provenance.record(args, run.folder, run.device, run.data, {})
     model = run.model.to(run.device).eval()
-    merging = pm_vit.Merging(args.merge, args.merge_entries == "published", args.shortcut == "merged")
+    merging = token_merging.Merging(args.merge, args.merge_entries == "published", args.shortcut == "merged")
     images = calibration.images_of(args, run.full) if pm_vit_options.calibrates(args) else None
     try:
         structure = steps.structure(args, run, images)
-        small = pm_vit.compress(model, structure, merging, args.dense_merge)
+        small = token_merging.compress(model, structure, merging, args.dense_merge)
     except pm_vit.CompressionError as error:
         raise FailedTogether(str(error)) from None
     if args.compensate:
@@ -155,7 +155,7 @@ def check_args(args: argparse.Namespace) -> Run:
     problems.raise_if_any()
     model = problems.attempt(steps.read_model, args)
     problems.raise_if_any()
-    if args.merge == pm_vit.CONTENT and not steps.is_compressed(model.full, model.dims):
+    if args.merge == token_merging.CONTENT and not steps.is_compressed(model.full, model.dims):
         model.full = model.full.with_kwargs(content_merge=True)
     problems.attempt(pm_vit_options.check_model, args, model)
     problems.raise_if_any()
@@ -202,7 +202,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
     if args.speed_only:
         dims = run.model.dims
         if not steps.is_compressed(run.full, dims):
-            dims = pm_vit.uniform(dims, args.keep_rate, run.full.arch.prefix)
+            dims = token_merging.uniform(dims, args.keep_rate, run.full.arch.prefix)
         speed(args, run.full, dims, run.device)
     elif args.eval:
         evaluate_compressed(args, run)

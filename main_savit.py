@@ -126,6 +126,11 @@ def _add_pruning_args(parser: argparse.ArgumentParser) -> None:
         help="share of them to keep, at least one unit, in [0, 1) (default: %(default)s)",
         check=SHARE_BELOW_1,
     )
+    _add_score_args(group)
+    _add_importance_args(group)
+
+
+def _add_score_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--pruning_normalize_by_layer",
         action="store_true",
@@ -138,6 +143,9 @@ def _add_pruning_args(parser: argparse.ArgumentParser) -> None:
         default=2,
         help="which: 1 for L1, 2 for L2 (default: %(default)s)",
     )
+
+
+def _add_importance_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--pruning_pickle_from",
         metavar="DIR",

@@ -96,7 +96,7 @@ def _add_distillation_args(parser: argparse.ArgumentParser) -> None:
 
 
 def _full_model(args: argparse.Namespace, parent: Checkpoint) -> FullModel:
-    """The full-size model that was pruned, with the weights to distil from where that is asked for."""
+    """The full-size model that was pruned, with its weights where the run distils from it."""
     if args.model and args.model.removesuffix("_deploy") != parent.arch.name:
         raise ValueError(f"--model is {args.model} but {args.masked_model} holds {parent.arch.name}")
     source = Source.of(args).like(parent)

@@ -71,7 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 class Job:
-    """One process of a training script, started by submitit; queued again it goes on from its newest checkpoint."""
+    """One process of a training script, started by submitit; queued again, it resumes from its newest checkpoint."""
 
     def __init__(self, script: str, arguments: list[str], restarts: int = 0) -> None:
         self.script, self.arguments, self.restarts = script, arguments, restarts

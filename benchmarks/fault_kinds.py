@@ -1,7 +1,7 @@
 """The faults that `benchmarks/faults.py` injects: each breaks off a running job, or what it has written, in a way.
 
 A fault is a function (job, rng) -> what it did, in words. It may start the job any number of times; what it leaves
-behind is then gone on with, undisturbed, and compared with what an undisturbed run writes.
+behind is then resumed without a fault and compared with what an undisturbed run writes.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def worker_killed(job: Any, rng: random.Random) -> str:
 
 @fault("data file lost")
 def file_lost(job: Any, rng: random.Random) -> str:
-    """Removed or overwritten during an epoch; it is there again when the job goes on."""
+    """Removed or overwritten during an epoch; it is back when the job resumes."""
     victim = rng.choice(sorted(job.images.glob("*/*/*.png")))
     content, how = victim.read_bytes(), rng.choice(("removed", "overwritten", "cut"))
     process = job.start()

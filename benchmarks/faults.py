@@ -3,7 +3,7 @@
     python -m benchmarks.faults --rows runs/faults.jsonl [--faults 200] [--minutes 30]
 
 Jobs of some seconds prune, finetune, finetune on two ranks, and train from image files, all on the digits; each runs in
-a process of its own, forked from this one. After every fault the job goes on with --resume, or anew where nothing was
+a process of its own, forked from this one. After every fault the job continues with --resume, or anew where nothing was
 written yet, to its end; weights, masks, optimizer, generators and log are then compared with an undisturbed run's. A
 traceback anywhere is a failure, and so is a run that ends well with another result. Rows that --rows holds are not
 repeated.

@@ -1,4 +1,4 @@
-"""Results one row a line, so that a benchmark that is broken off goes on where it was."""
+"""Results one row a line, so that an interrupted benchmark continues where it stopped."""
 
 from __future__ import annotations
 

@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.rows import append, read, spread
+from benchmarks.tome import ToMeBlock, tome
 from latency.measure import DTYPES, interleaved, ratio, settle_allocator
 from latency.whole import build_random, random_images
 from models import Arch, Masks, TokenLogits, ViTDims, build_vit, skeleton
 from models.pretrained import load_initial_, read_initial
 from models.tokens import layers, streamline_
-from pruning import pm_vit
+from pruning import pm_vit, token_merging
 from pruning.refit import refit_
 from pruning.token_counts import choose_counts
 from runtime.console import table
@@ -39,18 +40,18 @@ PROBED = 256  # images
 ASKED = ("keep_rate", "prune_rate", "depth_factor", "epochs", "per_class")  # flags that a row belongs to
 KEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 METHODS = {  # mode of scoring, then how patches are merged
-    "attn": ("attn", pm_vit.Merging()),
-    "attn, raster": ("attn", pm_vit.Merging(where="raster")),
-    "attn, as published": ("attn", pm_vit.Merging("raster", published=True, shortcut=False)),
-    "attn, without shortcut": ("attn", pm_vit.Merging(shortcut=False)),
-    "attn, compensated": ("attn", pm_vit.Merging()),
-    "head_entropy": ("head_entropy", pm_vit.Merging()),
-    "probe": ("probe", pm_vit.Merging()),
-    "attn, content": ("attn", pm_vit.Merging(where="content")),
-    "probe, content": ("probe", pm_vit.Merging(where="content")),
-    "probe, content, compensated": ("probe", pm_vit.Merging(where="content")),
-    "random": ("random", pm_vit.Merging()),
-    "seq": ("seq", pm_vit.Merging()),
+    "attn": ("attn", token_merging.Merging()),
+    "attn, raster": ("attn", token_merging.Merging(where="raster")),
+    "attn, as published": ("attn", token_merging.Merging("raster", published=True, shortcut=False)),
+    "attn, without shortcut": ("attn", token_merging.Merging(shortcut=False)),
+    "attn, compensated": ("attn", token_merging.Merging()),
+    "head_entropy": ("head_entropy", token_merging.Merging()),
+    "probe": ("probe", token_merging.Merging()),
+    "attn, content": ("attn", token_merging.Merging(where="content")),
+    "probe, content": ("probe", token_merging.Merging(where="content")),
+    "probe, content, compensated": ("probe", token_merging.Merging(where="content")),
+    "random": ("random", token_merging.Merging()),
+    "seq": ("seq", token_merging.Merging()),
     "tome": (),
 }
 
@@ -96,7 +97,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 # --------------------------------------------------------------------------------------------------------------- speed
 def by_content(arch: str, keep_rate: float, device: torch.device) -> nn.Module:
     """A model with random weights, the same share of patches left in every block, merged by content."""
-    dims = pm_vit.uniform(ViTDims.of(parent := skeleton(arch)), keep_rate, parent.num_prefix_tokens)
+    dims = token_merging.uniform(ViTDims.of(parent := skeleton(arch)), keep_rate, parent.num_prefix_tokens)
     return streamline_(build_random(Arch.of(arch, content_merge=True), dims, device))
 
 
@@ -106,10 +107,12 @@ def with_structure(arch: str, keep_rate: float, device: torch.device, route: str
     prefix, patches, depth = parent.num_prefix_tokens, parent.patch_embed.num_patches, len(parent.blocks)
     ranks = torch.rand(1, patches, generator=torch.Generator().manual_seed(0)).expand(depth, -1)
     structure = pm_vit.choose_centres(ranks, range(depth), min(0.1, 1 - keep_rate), keep_rate)
-    dims = pm_vit.dims_after(ViTDims.of(parent), structure, prefix)
+    dims = token_merging.dims_after(ViTDims.of(parent), structure, prefix)
     model = build_random(Arch.of(arch), dims, device)
     for i, tokens in layers(model):
-        assignment = pm_vit.assign_patches(structure, i, parent.patch_embed.grid_size, prefix, pm_vit.Merging())
+        assignment = token_merging.assign_patches(
+            structure, i, parent.patch_embed.grid_size, prefix, token_merging.Merging()
+        )
         tokens.set(*(t.to(device) for t in assignment))
         tokens.route = route
     return streamline_(model)
@@ -143,68 +146,13 @@ def speed(args: argparse.Namespace) -> None:
         print(table(["keep rate", "images/s", "speed-up", "quartiles"], lines), flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------- ToMe
-class ToMeBlock(nn.Module):
-    """A block that merges the r most similar pairs of its tokens after attention; token sizes travel along.
-
-    r None: of the last block only the prefix tokens are wanted, as of our models (`streamline_`).
-    """
-
-    def __init__(self, block: nn.Module, r: int | None, prefix: int, sizes: list[Tensor | None]) -> None:
-        super().__init__()
-        self.block, self.r, self.prefix, self.sizes = block, r, prefix, sizes
-
-    def forward(self, x: Tensor) -> Tensor:
-        block, a = self.block, self.block.attn
-        B, N, _ = x.shape
-        size = self.sizes[0] if self.sizes[0] is not None and self.sizes[0].shape[:2] == (B, N) else x.new_ones(B, N, 1)
-        q, k, v = (t.view(B, N, a.num_heads, -1).transpose(1, 2) for t in a.qkv(block.norm1(x)).chunk(3, -1))
-        if self.r is None:
-            q, x = q[:, :, : self.prefix], x[:, : self.prefix]
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log().view(B, 1, 1, N), scale=a.scale)
-        x = x + block.drop_path1(block.ls1(a.proj(mixed.transpose(1, 2).flatten(2))))
-        if self.r is not None:
-            x, self.sizes[0] = self.merge_tokens(x, size, k.mean(1))
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-
-    def merge_tokens(self, x: Tensor, size: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-        """Bipartite soft matching: every other patch goes to its most similar among the rest, the r closest pairs."""
-        head, patches = x[:, : self.prefix], x[:, self.prefix :]
-        r = min(self.r, patches.shape[1] // 2)
-        with torch.no_grad():
-            metric = F.normalize(metric[:, self.prefix :], dim=-1)
-            best, partner = (metric[:, ::2] @ metric[:, 1::2].mT).max(-1)
-            order = best.argsort(-1, descending=True)
-            gone, stay = order[:, :r], order[:, r:].sort(-1).values
-            to = partner.gather(1, gone)
-        own = size[:, self.prefix :]
-        weighted = torch.cat([patches * own, own], -1)  # B P E+1
-        width = weighted.shape[-1]
-        from_, into = weighted[:, ::2], weighted[:, 1::2]
-        moved = from_.gather(1, gone[..., None].expand(-1, -1, width))
-        into = into.scatter_add(1, to[..., None].expand(-1, -1, width), moved)
-        out = torch.cat([from_.gather(1, stay[..., None].expand(-1, -1, width)), into], 1)
-        x = torch.cat([head, out[..., :-1] / out[..., -1:]], 1)
-        return x, torch.cat([size[:, : self.prefix], out[..., -1:]], 1)
-
-
-def tome(model: nn.Module, merged: list[int | None]) -> nn.Module:
-    """`model` with so many tokens merged in each block, None for a last block that only the classifier reads."""
-    model, sizes = copy.deepcopy(model), [None]
-    prefix = model.num_prefix_tokens
-    made = (ToMeBlock(block, r, prefix, sizes) for block, r in zip(model.blocks, merged, strict=True))
-    model.blocks = nn.Sequential(*made)
-    model.blocks[0].register_forward_pre_hook(lambda *_: sizes.__setitem__(0, None))
-    return model
-
-
 # ------------------------------------------------------------------------------------------------------------ accuracy
 def compress(
     args: argparse.Namespace, method: str, seed: int, base: nn.Module, data: tuple[Tensor, Tensor], normalise: Any
 ) -> nn.Module:
     """The base compressed by one of our methods, scored on images that the seed chooses."""
     mode, merging = METHODS[method]
-    content = merging.where == pm_vit.CONTENT
+    content = merging.where == token_merging.CONTENT
     prune_rate = 0.0 if content else args.prune_rate
     where, grid = range(len(base.blocks)), base.patch_embed.grid_size
     generator = torch.Generator().manual_seed(seed)
@@ -212,13 +160,13 @@ def compress(
         pick = torch.randperm(len(data[0]), generator=generator)
         total, _ = pm_vit.budget(len(where), grid[0] * grid[1], 0.0, args.keep_rate)
         chosen = choose_counts(base, where, normalise(data[0][pick[:PROBED]]), total, 64, content)
-        small = pm_vit.compress(base, chosen, merging)
+        small = token_merging.compress(base, chosen, merging)
         return compensate(args, method, base, small, normalise(data[0][pick[: args.calib]]))
     if mode in ("random", "seq"):
         shape = len(where), grid[0] * grid[1]
         ranks = torch.rand(shape, generator=generator) if mode == "random" else pm_vit.even_ranks(where, grid)
         structure = pm_vit.choose_centres(ranks, where, prune_rate, args.keep_rate)
-        return pm_vit.compress(base, replace(structure, weights=torch.ones_like(ranks)), merging)
+        return token_merging.compress(base, replace(structure, weights=torch.ones_like(ranks)), merging)
     pick = torch.randperm(len(data[0]), generator=generator)[: 64 * args.batches]
     batches = [(normalise(data[0][i]), data[1][i]) for i in pick.split(64)]
 
@@ -226,7 +174,7 @@ def compress(
         return F.cross_entropy(sum(TokenLogits(base)(images)) / 2, targets)
 
     ranks = pm_vit.comparable(pm_vit.measure_importance(base, where, batches, loss, mode), where, args.depth_factor)
-    small = pm_vit.compress(base, pm_vit.choose_centres(ranks, where, prune_rate, args.keep_rate), merging)
+    small = token_merging.compress(base, pm_vit.choose_centres(ranks, where, prune_rate, args.keep_rate), merging)
     return compensate(args, method, base, small, normalise(data[0][pick[: args.calib]]))
 
 

@@ -62,7 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def load(name: str) -> nn.Module:
-    """The model that a checkpoint or a timm name stands for, in eval mode. Raises ValueError."""
+    """The model that a checkpoint or a timm name gives, in eval mode. Raises ValueError."""
     if not Path(name).exists() and timm.is_model(name):
         return build_random(Arch.of(name), None, torch.device("cpu"))
     content = checkpoint.read(name)

@@ -1,7 +1,7 @@
 """Latency where torch does not run: a table's parts as ONNX files, timed by onnxruntime or by any command.
 
 A command gets the path of an ONNX file in place of {onnx} and prints milliseconds per call; the last number that it
-prints counts. That covers TensorRT's trtexec, OpenVINO's benchmark_app, or a script that asks a phone over a cable.
+prints counts. TensorRT's trtexec, OpenVINO's benchmark_app or a script that runs the model on a phone can be used so.
 """
 
 from __future__ import annotations

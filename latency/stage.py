@@ -20,7 +20,7 @@ from models.dims import BlockDims
 
 PUBLISHED_POINTS = dict(embed=8, heads=6, qk=5, v=5, mlp=9)  # at most, of the keys made from measured parts
 KEYS = ("_overhead", "_parts")
-ALL = np.inf  # in the column of queries: every token asks
+ALL = np.inf  # in the column of queries: every token is one
 
 
 def block_rows(embed: int, blocks: Iterable[BlockDims]) -> np.ndarray:
@@ -140,13 +140,13 @@ def _parse_published(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shares(rows: np.ndarray, queries: np.ndarray, branches: int) -> np.ndarray:
-    """What is left of the MACs of attention and of the MLP (branches 2), or of both together (1), with so many queries.
+    """What is left of the MACs of attention and of the MLP (branches 2), or of both together (1), with n queries.
 
     rows: (n, 6); queries: (n,); result (branches, n). The counts are those of `models.count`, which tables do not need
     otherwise.
     """
     e, h, q, v, m, n = rows.T
-    n = np.maximum(n, 1)  # not known: then every token asks
+    n = np.maximum(n, 1)  # unknown: then every token is a query
     if not (queries < n).any():
         return np.ones((branches, len(rows)))
 

@@ -31,7 +31,7 @@ MAX_LEAVES = 200_000
 
 
 def read_arch(args: Any) -> Arch:
-    """The model: points are of blocks in which every token asks, however a checkpoint compresses them.
+    """The model: its points are blocks in which every token is a query, even if a checkpoint compresses them.
 
     Raises ValueError (ModelError for an unknown model).
     """

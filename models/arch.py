@@ -94,7 +94,7 @@ class Arch:
 
     @property
     def dims(self) -> Dims:
-        """Widths of the full-size model, in which every token asks."""
+        """Widths of the full-size model, in which every token is a query."""
         return dims_of(self.skeleton)
 
     @property

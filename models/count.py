@@ -55,7 +55,7 @@ class MacsFormula:
     reconstructing tokens count as the two matrix products that they are (without gradients less is computed), by
     content as its likenesses and its means.
     stem, classifier, compression: MACs per embedding channel; tokens, queries: (L,) int64, of each block the
-    tokens that it computes on, and those that ask and pass the MLP.
+    tokens that it computes on, and those that are queries and pass the MLP.
     """
 
     stem: int
@@ -88,7 +88,7 @@ class MacsFormula:
     ) -> dict[str, np.ndarray]:
         """By part of the model. embed: (…,); heads, qk, v, mlp: (…, L), all int64; each result (…,)."""
         e = np.asarray(embed)[..., None]
-        each = e * heads * (qk + v)  # queries and proj of those that ask, keys and values of all
+        each = e * heads * (qk + v)  # queries and proj of the query tokens, keys and values of all
         attention = (self.queries + self.tokens) * each + self.queries * self.tokens * heads * (qk + v)
         hidden = 2 * self.queries * e * mlp
         return dict(

@@ -60,11 +60,11 @@ class BlockDims:
             raise DimsError(f"queries must be at most the {self.tokens} tokens, not {self.queries}")
 
     def to_dict(self) -> dict[str, int]:
-        """Plain values; queries only where not every token asks."""
+        """Plain values; `queries` only where not every token is a query."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-_FIELDS = ("heads", "qk", "v", "mlp", "tokens")  # of the published spelling, and the tokens that it has no place for
+_FIELDS = ("heads", "qk", "v", "mlp", "tokens")  # of the published spelling, and the tokens, which it lacks
 BLOCK_AXES = ("heads", "qk", "v", "mlp")
 
 
@@ -115,7 +115,7 @@ class ViTDims:
         return cls(data["embed"], tuple(blocks))
 
     def to_dim(self) -> dict[str, Any]:
-        """The published NViT spelling; it has no place for token counts."""
+        """The published NViT spelling, which lacks token counts."""
         lists = dict(head="heads", QK="qk", V="v", MLP="mlp")
         return dict(EMB=self.embed) | {k: [getattr(b, f) for b in self.blocks] for k, f in lists.items()}
 
@@ -170,7 +170,7 @@ class ViTDims:
         return parts
 
     def with_queries(self, queries: int | None) -> ViTDims:
-        """These dims with so many queries in the last block, None for all tokens."""
+        """These dims with `queries` queries in the last block; None makes every token a query."""
         blocks = [replace(block, queries=None) for block in self.blocks]
         blocks[-1:] = [replace(block, queries=queries) for block in blocks[-1:]]
         return ViTDims(self.embed, tuple(blocks))

@@ -24,7 +24,7 @@ def backbone(model: Model, blocks: Sequence[int] | int = 4, norm: bool = False) 
     norm: with the final LayerNorm.
     `feature_info` says channels and reduction of every map. The given model is left as it is; the result's has neither
     the blocks after the last that is wanted nor a classifier, and its last is not lean: every map is whole. Raises
-    AssertionError for a block that there is none of.
+    AssertionError for a block that does not exist.
     """
     features = FeatureGetterNet(copy.deepcopy(model), out_indices=blocks, norm=norm)
     inner = features.model

@@ -46,7 +46,7 @@ def _why_not_plain(model: nn.Module) -> str | None:
         try:
             axes_of(name)
         except KeyError:
-            return f"its parameter {name} has no place in a plain ViT"
+            return f"its parameter {name} is not part of a plain ViT"
     return None
 
 

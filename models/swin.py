@@ -139,7 +139,7 @@ def _why_not_swin(model: nn.Module) -> str | None:
         try:
             dims.axes_of(name)
         except KeyError:
-            return f"its parameter {name} has no place in a Swin Transformer"
+            return f"its parameter {name} is not part of a Swin Transformer"
     return None
 
 

@@ -29,7 +29,7 @@ class SwinDims:
         if not 1 <= len(self.stages) <= MOST_STAGES:
             raise DimsError(f"dims: 1 to {MOST_STAGES} stages, not {len(self.stages):,}")
         if any(block.queries is not None for block in self.blocks):
-            raise DimsError("a block of a Swin Transformer has no queries: every token asks")
+            raise DimsError("a block of a Swin Transformer takes no `queries`: every token is one")
 
     @classmethod
     def of(cls, model: Any) -> SwinDims:
@@ -96,7 +96,7 @@ class SwinDims:
         return self.stages[parts.stage].width(str(parts._replace(stage=None)))
 
     def with_queries(self, queries: None) -> SwinDims:
-        """These dims: every token asks."""
+        """These dims, in which every token is a query."""
         return self
 
     @property

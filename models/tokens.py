@@ -39,7 +39,7 @@ class TokenMerge(nn.Module):
     cannot fill them.
 
     Without gradients M and R are gathers and one small product over the patches that are no group's first; with them,
-    and where `route` says "products" (a counter shall see them), the two matrix products that they stand for.
+    and where `route` says "products" (so that a counter sees them), the two matrix products that they stand for.
     """
 
     bias: Tensor | None = None  # of attention's scores
@@ -227,8 +227,7 @@ def around(centres: Tensor, grid: tuple[int, int], prefix: int) -> TokenMerge:
 
 
 def spread_merge(groups: int, grid: tuple[int, int], layer: int, prefix: int, content: bool = False) -> nn.Module:
-    """The compression of a block to so many groups of patches around survivors that are spread evenly over the grid,
-    or, by content, with such anchors."""
+    """A block's compression to `groups` groups around survivors, or by content anchors, spread evenly over the grid."""
     if not content:
         return around(spread_evenly(grid, layer, groups), grid, prefix)
     tokens = ContentMerge(prefix + groups, prefix + grid[0] * grid[1], prefix)

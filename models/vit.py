@@ -103,7 +103,7 @@ class Attention(nn.Module):
         return attend(q, k, v, self.scale, self.attn_drop if self.training else 0.0, self.route, bias)
 
     def forward(self, x: Tensor, queries: int | None = None, bias: Tensor | None = None) -> Tensor:
-        """queries: only the first so many tokens ask, and are answered, None for all; bias: that of `mix`."""
+        """queries: only the first `queries` tokens are queries and get an output, None for all; bias: as in `mix`."""
         # a layer in qkv's place has no rows to take apart, and who looks at qkv sees those of all tokens
         if queries is None or type(self.qkv) is not nn.Linear or self.qkv._forward_hooks:
             return self.proj_drop(self.proj(self.mix(self.qkv(x), bias)[:, :queries]))  # B N E
@@ -119,8 +119,8 @@ class Block(nn.Module):
 
     tokens: the compression that the block works inside of (`models.tokens`), None for all tokens. Takes the arguments
     timm passes to its `block_fn`; those that a plain ViT leaves at their default are ignored here because `skeleton`
-    has refused any other value. num_queries: how many of the first tokens ask, None for all; the others are only
-    keys, and come out as they went in, or with `drop_rest` (`models.tokens.streamline_`) not at all.
+    has refused any other value. num_queries: how many of the first tokens are queries, None for all; the others are
+    only keys, and come out as they went in, or with `drop_rest` (`models.tokens.streamline_`) not at all.
     """
 
     drop_rest: bool = False

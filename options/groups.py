@@ -86,6 +86,10 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
         default="name",
         help="level of the taxonomy that are the classes of INAT and INAT19 (default: %(default)s)",
     )
+    _add_loader_args(group)
+
+
+def _add_loader_args(group: Any) -> None:
     group.add_argument(
         "--batch-size",
         metavar="N",
@@ -166,8 +170,11 @@ def add_run_args(parser: argparse.ArgumentParser, output: str, trains: bool = Tr
         check=ABOVE_0,
         may_differ=True,
     )
-    if not trains:
-        return
+    if trains:
+        _add_training_run_args(group)
+
+
+def _add_training_run_args(group: Any) -> None:
     group.add_argument(
         "--epochs", metavar="N", type=int, default=300, help="training epochs (default: %(default)s)", check=ABOVE_0
     )
@@ -217,7 +224,7 @@ def add_resume_args(parser: argparse.ArgumentParser, name: str) -> None:
         metavar="E",
         type=int,
         default=None,
-        help="epoch to go on with; must agree with the checkpoint (default: the checkpoint's)",
+        help="epoch to resume with; must agree with the checkpoint (default: the checkpoint's)",
         may_differ=True,
     )
 

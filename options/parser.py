@@ -29,10 +29,10 @@ def key_values(items: list[str], flag: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Flag:
-    """What is said of a flag where it is declared, beyond what argparse asks for.
+    """Facts about a flag that stand where it is declared, beyond what argparse takes.
 
-    spelling: as it is typed; check: what its value must be; path: it names where something lies; may_differ: a run may
-    be resumed with another value, because it changes how a step is computed and not what it computes.
+    spelling: as users type it; check: what its value must be; path: it names a file or folder; may_differ: a run may be
+    resumed with another value, because it changes how a step is computed and not what it computes.
     """
 
     spelling: str

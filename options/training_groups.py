@@ -55,6 +55,10 @@ def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recount", metavar="N", type=int, default=1, help="areas that random erasing takes (default: %(default)s)"
     )
+    _add_mixing_args(group)
+
+
+def _add_mixing_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--mixup", metavar="A", type=float, default=0.8, help="mixup alpha, 0 for off (default: %(default)s)"
     )

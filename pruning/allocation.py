@@ -27,7 +27,7 @@ TOKEN_COUNTS = 6  # of a block, at most
 def interpolate(curve: Curve, widths: np.ndarray) -> np.ndarray:
     """Divergence at any widths: linear in its logarithm between the probed ones, and below them.
 
-    It falls with every unit, be it by rounding: what is worth nothing stays as long as there is time for it.
+    It falls with every unit, if only by rounding, so that units worth nothing stay while there is time for them.
     """
     known = np.array(sorted(set(curve) - {0}), dtype=float)
     prices = np.maximum.accumulate([curve[w] for w in known[::-1]])[::-1]  # a wider axis never costs more

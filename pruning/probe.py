@@ -28,7 +28,7 @@ from pruning.streams import Branch
 Curve = dict[int, float]  # nats of divergence by width; 0 at the full width
 
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of an axis: the widths that are probed
-FITTED, JUDGED = 4, 16  # one calibration image of so many compensates a probe, and judges it
+FITTED, JUDGED = 4, 16  # every 4th calibration image fits a probe, every 16th judges it
 FRACTIONS_EMBED = (1 / 4, 1 / 2, 3 / 4)  # each costs a refit of the whole model
 
 

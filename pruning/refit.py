@@ -19,7 +19,7 @@ from pruning import streams
 from pruning.moments import Moments, all_reduced, correct_
 from pruning.streams import Branch
 
-HELD = 10  # one image of so many is not fitted: it chooses the ridge, and judges
+HELD = 10  # every tenth image is held out of the fit: it chooses the ridge and judges the result
 
 
 def divergence(logits: Tensor, dense: Tensor) -> Tensor:

@@ -60,6 +60,12 @@ def add_pruning_args(parser: Any) -> None:
         default=False,
         help="run the student in eval mode after the first event (default: %(default)s)",
     )
+    _add_latency_args(group)
+    _add_method_args(group)
+    _add_weight_args(group)
+
+
+def _add_latency_args(group: Any) -> None:
     group.add_argument(
         "--latency_regularization",
         metavar="F",
@@ -76,6 +82,9 @@ def add_pruning_args(parser: Any) -> None:
         help="stop at this share of the dense model's predicted latency, in (0, 1] (default: none)",
         check=SHARE_ABOVE_0,
     )
+
+
+def _add_method_args(group: Any) -> None:
     group.add_argument(
         "--selection",
         choices=("published", "value"),
@@ -107,6 +116,9 @@ def add_pruning_args(parser: Any) -> None:
         "content, with --one_shot only, into the patches they are most like. --tokens alone means place. The latency "
         "table must hold several token counts (default: off)",
     )
+
+
+def _add_weight_args(group: Any) -> None:
     group.add_argument(
         "--align",
         choices=("blocks", "all"),

@@ -19,7 +19,7 @@ from models import ViTDims
 from models.parents import ModelError, skeleton
 from models.pretrained import read_initial
 from models.vit import TokenLogits
-from pruning import pm_vit
+from pruning import pm_vit, token_merging
 from pruning.token_counts import choose_counts
 from training.dense import Run
 from training.full_model import (
@@ -143,7 +143,7 @@ def structure(args: Any, run: Run, images: Tensor | None) -> pm_vit.Structure:
     layers, stem = merge_list(args, run.model.dims), run.model.patch_embed
     if args.prune_mode == "probe":
         total, _ = pm_vit.budget(len(layers), stem.num_patches, args.prune_rate, args.keep_rate)
-        return choose_counts(run.model, layers, images, total, args.batch_size, args.merge == pm_vit.CONTENT)
+        return choose_counts(run.model, layers, images, total, args.batch_size, args.merge == token_merging.CONTENT)
     ranks = scores(args, run, layers)
     passing = pm_vit.skipped_patches(run.model, layers) if args.prune_mode == "clus" else None
     if args.prune_mode not in ("random", "seq"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import options
 from options.ranges import ABOVE_0, FROM_0, SHARE_ABOVE_0, SHARE_BELOW_1
-from pruning import pm_vit
+from pruning import pm_vit, token_merging
 from recipes import pm_vit as steps
 from runtime.errors import Problems
 
@@ -39,6 +40,11 @@ def add_token_args(parser: Any) -> None:
         "attn on a compressed model whose skipped patches stay skipped. probe: spread evenly, as many per block as the "
         "predictions need, without labels (default: %(default)s)",
     )
+    _add_scoring_args(add)
+    _add_merging_args(add)
+
+
+def _add_scoring_args(add: Callable[..., Any]) -> None:
     add(
         "--compensate",
         action="store_true",
@@ -76,14 +82,17 @@ def add_token_args(parser: Any) -> None:
         help="share of patches that stay tokens (default: %(default)s)",
         check=SHARE_ABOVE_0,
     )
+
+
+def _add_merging_args(add: Callable[..., Any]) -> None:
     add("--merge_list", metavar="L", type=int, nargs="+", default=None, help="blocks to compress (default: all)")
     add(
         "--merge",
-        choices=pm_vit.MERGES,
+        choices=token_merging.MERGES,
         default=None,
         help="where merged patches go. content: per image, into the patch that each is most like. grid: for all "
         "images, into the nearest centre. raster: along the row, as published (default: content, or grid if "
-        "--prune_rate, --prune_mode clus or a flag of the matrices asks for places)",
+        "--prune_rate, --prune_mode clus or a flag of the matrices needs merging by place)",
     )
     add(
         "--merge_entries",
@@ -133,7 +142,7 @@ def asks_for_places(args: Any) -> bool:
 
 def only_merges(args: Any) -> str:
     """The flag that lets no patch skip a block, if one does."""
-    if args.merge == pm_vit.CONTENT:
+    if args.merge == token_merging.CONTENT:
         return "--merge content"
     return "--prune_mode probe" if args.prune_mode == "probe" else ""
 
@@ -141,7 +150,7 @@ def only_merges(args: Any) -> str:
 def _settle_merging(args: Any, problems: Problems) -> None:
     """Fill in how patches are merged and how many skip a block, and complain about what does not go together."""
     if args.merge is None:
-        args.merge = "grid" if asks_for_places(args) else pm_vit.CONTENT
+        args.merge = "grid" if asks_for_places(args) else token_merging.CONTENT
     flag = only_merges(args)
     if args.prune_rate is None:
         args.prune_rate = 0.0 if flag else 0.1
@@ -149,7 +158,7 @@ def _settle_merging(args: Any, problems: Problems) -> None:
         problems.add(f"{flag} only merges: --prune_rate {args.prune_rate:g} does not go with it")
     for odd in ("--dense_merge", "--merge_entries published", "--shortcut skipped"):
         name, *value = odd.removeprefix("--").split()
-        if args.merge == pm_vit.CONTENT and getattr(args, name) in (True, *value):
+        if args.merge == token_merging.CONTENT and getattr(args, name) in (True, *value):
             problems.add(f"{odd} is of matrices, which --merge content has none of")
 
 
@@ -180,13 +189,13 @@ def check_model(args: Any, model: steps.Model) -> None:
             f"{what}: {args.resume or model.full.arch.name} has no token structure; compress it with --prune"
         )
     by_content = compressed and model.start.arch.merge == "content"
-    if compressed and not by_content and args.prune and args.merge == pm_vit.CONTENT:
-        raise ValueError(f"--merge content: {args.resume} merges by place; --merge grid goes on with it")
+    if compressed and not by_content and args.prune and args.merge == token_merging.CONTENT:
+        raise ValueError(f"--merge content: {args.resume} merges by place; use --merge grid")
     if by_content:
         if args.freeze_param:
             raise ValueError(f"--freeze_param: {args.resume} merges by content and has no matrices to train")
-        if args.prune and args.merge != pm_vit.CONTENT:
-            raise ValueError(f"--merge {args.merge}: {args.resume} merges by content; --merge content goes on with it")
+        if args.prune and args.merge != token_merging.CONTENT:
+            raise ValueError(f"--merge {args.merge}: {args.resume} merges by content; use --merge content")
         if args.prune and args.prune_mode not in ("seq", "random", "probe"):
             raise ValueError(
                 f"--prune_mode {args.prune_mode} scores patches that have a place of their own; "

@@ -63,8 +63,8 @@ def test_a_damaged_newest_falls_back_to_the_one_before(runs, tuned, how, capsys)
     newest.unlink() if how == "gone" else damage(newest, how)
     run(finetune_dense, *flags, "--resume")
     said = capsys.readouterr()
-    (line,) = (text for text in said.err.splitlines() if "going on from the one before it" in text)
-    assert str(newest) in line and str(before) in line and "resumed: going on with epoch 1" in said.out
+    (line,) = (text for text in said.err.splitlines() if "resuming from the one before it" in text)
+    assert str(newest) in line and str(before) in line and "resumed: continuing with epoch 1" in said.out
     assert content(newest) == content(runs["tuned"] / "ft_checkpoint.pth")
     assert (folder / "ft_checkpoint.damaged.pth").exists() == (how != "gone")
     assert checkpoint.load(before)["epoch"] == 0  # the damaged one is never the one before
@@ -301,7 +301,7 @@ def test_states_that_do_not_fit_are_one_line(tuned):
     flags, folder = tuned
     tuned = checkpoint.load(folder / "ft_checkpoint.pth") | dict(optimizer=dict(state={}, param_groups=[]))
     checkpoint.save(folder / "ft_checkpoint.pth", **tuned)
-    with pytest.raises(RunFailed, match="cannot be gone on from: ValueError"):
+    with pytest.raises(RunFailed, match="cannot resume from .*: ValueError"):
         run(finetune_dense, *flags, "--resume")
 
 

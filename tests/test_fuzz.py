@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 
 from benchmarks import fuzz_run
-from benchmarks.fuzz_targets import STRATEGIES, TARGETS, files, texts
+from benchmarks.fuzz_inputs import texts
+from benchmarks.fuzz_targets import STRATEGIES, TARGETS, files
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -89,7 +89,7 @@ def _unfinished(folder: Path) -> str:
         epochs = len(_lines(folder))
         return (
             f"{folder} is of a run that has not finished ({epochs} {'epoch is' if epochs == 1 else 'epochs are'} "
-            "logged); go on with --resume"
+            "logged); continue with --resume"
         )
     inside = sorted(p.parent for p in folder.rglob("summary.json") if p.parent != folder)[:3]
     hint = f"; these in it are: {', '.join(map(str, inside))}" if inside else ""

@@ -1,8 +1,8 @@
 """Write a folder of images as webdataset shards: python -m tools.to_shards FOLDER DIR
 
-FOLDER has train/ and val/ (either will do) with a folder of images per class. DIR gets train-000000.tar and so on with
-the image files as they are, training images in random order, and _info.json: --data-set wds/NAME --data-path DIR reads
-them.
+FOLDER has train/ and val/ (one of them is enough) with a folder of images per class. DIR gets train-000000.tar and so
+on with the image files as they are, training images in random order, and _info.json. Read them with --data-set wds/NAME
+--data-path DIR.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Keeper:
         self.unwritten = ""  # why the newest state is on no disk
 
     def __enter__(self) -> None:
-        check_identical("epoch and update to go on with", repr((self.progress.epoch, self.progress.step)).encode())
+        check_identical("epoch and update to resume with", repr((self.progress.epoch, self.progress.step)).encode())
         self.request.listen()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
@@ -64,7 +64,7 @@ class Keeper:
             self.unwritten = f"cannot write to {self.path.parent}: {error.strerror or error}"
             if self.errors == "stop":
                 raise RunFailed(self.unwritten) from None
-            warn(f"{self.unwritten}; the run goes on, and {self._safe()}")
+            warn(f"{self.unwritten}; the run continues, and {self._safe()}")
             return False
         return True
 
@@ -92,5 +92,5 @@ class Keeper:
     def _end(self, request: elastic.Terminated) -> None:
         self.errors = "stop"  # nothing is written after this
         self.write()
-        say(f"stopped by {request.signal}: {self.path} is written, go on with --resume")
+        say(f"stopped by {request.signal}: {self.path} is written; continue with --resume")
         raise request

@@ -23,7 +23,7 @@ from runtime.errors import RunFailed
 from runtime.folders import write_json
 from training.full_model import FullModel, is_dense
 
-MOST_BATCH = 65_536  # of a measurement that a file asks for
+MOST_BATCH = 65_536  # largest batch of a measurement that a file may request
 
 
 class Effort(NamedTuple):
@@ -164,7 +164,7 @@ def data_flags(args: Any) -> str:
 
 
 def after_training(folder: Path) -> tuple[str, str]:
-    """What goes on from a finetuned model: the commands for say_where."""
+    """The commands that follow finetuning, for `say_where`."""
     quoted = shlex.quote(str(folder))
     return (
         f"-m tools.report {quoted}",
@@ -173,7 +173,7 @@ def after_training(folder: Path) -> tuple[str, str]:
 
 
 def after_dense(folder: Path) -> tuple[str, str]:
-    """What goes on from a dense model: the commands for say_where."""
+    """The commands that follow training of a dense model, for `say_where`."""
     weights, measured = (shlex.quote(str(folder / name)) for name in ("ft_checkpoint.pth", "latency.json"))
     return (
         f"-m latency.build_table --initial-checkpoint {weights} --output {measured}",

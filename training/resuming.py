@@ -71,7 +71,7 @@ def _newest(path: Path) -> tuple[dict[str, Any], Path]:
         if not (before := older(path)).exists():
             raise
         content = checkpoint.load(before)
-        warn(f"{error}; going on from the one before it, {before}")
+        warn(f"{error}; resuming from the one before it, {before}")
         return content, before
 
 
@@ -105,7 +105,7 @@ def read(
     if not whole or not all(_fits(key, content[key], value) for key, value in fitting.items()):
         raise ValueError(f"--resume: {path} is not a {run} run of this model")
     if args.start_epoch not in (None, content["epoch"] + 1):
-        raise ValueError(f"--start_epoch is {args.start_epoch} but {path} goes on with epoch {content['epoch'] + 1}")
+        raise ValueError(f"--start_epoch is {args.start_epoch} but {path} continues with epoch {content['epoch'] + 1}")
     if differing := _differences(saved_args(args, ""), content["args"], set(may_differ)):
         raise ValueError(f"--resume: {path} was made with other arguments: {'; '.join(differing)}")
     made_from = content["args"].get("inputs", {})
@@ -132,7 +132,7 @@ def restoring(path: Path) -> Iterator[None]:
         raise
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise RunFailed(f"{path} cannot be gone on from: {type(error).__name__}: {reason}") from None
+        raise RunFailed(f"cannot resume from {path}: {type(error).__name__}: {reason}") from None
 
 
 def restore(content: dict[str, Any], progress: Progress, folder: Path) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def restore(content: dict[str, Any], progress: Progress, folder: Path) -> dict[s
         _put_damaged_aside(content["path"])
         _take_over_logs(content["path"], content["epoch"], folder)
     where = f"epoch {progress.epoch}" + (f", update {progress.step} of {progress.updates}" if progress.step else "")
-    say(f"resumed: going on with {where}")
+    say(f"resumed: continuing with {where}")
     return {name: value for name, value in content["metrics"].items() if name not in ("running", "updates")}
 
 

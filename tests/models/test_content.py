@@ -14,7 +14,7 @@ from files.checkpoint import CheckpointError
 from models import Masks, build_vit, compact, load_dense
 from models.content import ContentMerge, anchors_of
 from models.tokens import layers, spread_merge, streamline_
-from pruning import pm_vit
+from pruning import pm_vit, token_merging
 from pruning.refit import divergence, refit_
 from pruning.token_counts import choose_counts
 from recipes import pm_vit_options
@@ -163,7 +163,7 @@ def test_refit_sees_the_groups_of_every_image(tiny, randomise):
     """The predictions come nearer to the dense model's; what merged nothing stays."""
     dense = randomise(build_vit(**tiny)).eval().requires_grad_(False)
     structure = pm_vit.choose_centres(torch.rand(2, 16), range(2), 0.0, 0.4)
-    small = pm_vit.compress(dense, structure, pm_vit.Merging("content"))
+    small = token_merging.compress(dense, structure, token_merging.Merging("content"))
     calibration, fresh = torch.randn(200, 3, 16, 16), torch.randn(64, 3, 16, 16)
     before = divergence(small(fresh), dense(fresh)).mean()
     found = refit_(dense, small.requires_grad_(False), Masks(dense.dims), calibration, 64)
@@ -177,7 +177,7 @@ def test_counts_are_shared_out_by_what_content_costs(tiny, randomise):
     structure = choose_counts(model, range(2), images, 12, 16, content=True)
     assert structure.centres.sum() == 12 and not structure.skipped.any()
     counts = structure.centres.sum(1).tolist()
-    small = pm_vit.compress(model, structure, pm_vit.Merging("content"))
+    small = token_merging.compress(model, structure, token_merging.Merging("content"))
     assert [b.tokens - 2 for b in small.dims.blocks] == counts
 
 
@@ -186,10 +186,10 @@ def test_two_ways_of_merging_do_not_mix(tiny):
     one = pm_vit.choose_centres(torch.rand(1, 16), (0,), 0.0, 0.4)
     other = pm_vit.choose_centres(torch.rand(1, 16), (1,), 0.0, 0.4)
     for first, then in (("grid", "content"), ("content", "grid")):
-        small = pm_vit.compress(model, one, pm_vit.Merging(first))
+        small = token_merging.compress(model, one, token_merging.Merging(first))
         with pytest.raises(pm_vit.CompressionError, match="merged by"):
-            pm_vit.compress(small, other, pm_vit.Merging(then))
-    small = pm_vit.compress(small, other, pm_vit.Merging("content"))
+            token_merging.compress(small, other, token_merging.Merging(then))
+    small = token_merging.compress(small, other, token_merging.Merging("content"))
     assert [b.tokens for b in small.dims.blocks] == [8, 8]
 
 
@@ -246,7 +246,7 @@ def test_prune_finetune_eval(runs, tmp_path, capsys, mode):
         for flags, words in (
             (["--freeze_param"], "has no matrices to train"),
             (["--prune"], "seq, random and probe compress it further"),
-            (["--prune", "--merge", "grid"], "--merge content goes on with it"),
+            (["--prune", "--merge", "grid"], "use --merge content"),
         ):
             with pytest.raises(BadArguments, match=words):
                 run(main_pm_vit, *PLAIN, *start, *flags, "--output_dir", tmp_path / "no")
@@ -288,7 +288,7 @@ def test_what_merges_by_place_goes_on_by_place(runs, tmp_path, capsys):
         "--output_dir",
         small.parent,
     )
-    with pytest.raises(BadArguments, match="merges by place; --merge grid goes on with it"):
+    with pytest.raises(BadArguments, match="merges by place; use --merge grid"):
         run(main_pm_vit, *PLAIN, "--prune", "--prune_mode", "seq", "--resume", small, "--output_dir", tmp_path / "no")
     built = []
     for flags in ([small], [dense], [dense, "--merge", "grid"], [runs["pruned"] / "pruned_checkpoint.pth"]):

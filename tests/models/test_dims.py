@@ -150,7 +150,7 @@ class TestQueries:
             BlockDims(2, 4, 4, 16, 6, queries=queries)
 
     def test_a_swin_transformer_has_none(self):
-        with pytest.raises(DimsError, match="Swin Transformer has no queries"):
+        with pytest.raises(DimsError, match="Swin Transformer takes no `queries`"):
             SwinDims((self.LEAN,))
 
     def test_the_argument_and_the_dims_say_the_same(self, tiny):

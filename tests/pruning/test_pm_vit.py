@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from models import TokenLogits, ViTDims, build_vit
+from models.patch_grid import nearest_on_grid
 from models.tokens import SKIPPED, TokenMerge, layers
-from pruning import pm_vit
-from pruning.pm_vit import CompressionError, Merging
+from pruning import pm_vit, token_merging
+from pruning.pm_vit import CompressionError
+from pruning.token_merging import Merging
 
 GRID = (6, 9)  # not square
 N = GRID[0] * GRID[1]
@@ -94,7 +96,7 @@ def test_weights_do_not_move_while_scoring(model, batches):
 
 def test_scores_of_a_compressed_model_stand_for_patches(model, batches):
     structure = pm_vit.choose_centres(torch.rand(2, 16), range(2), 0.2, 0.3)
-    small = pm_vit.compress(model, structure, Merging())
+    small = token_merging.compress(model, structure, Merging())
     scores = pm_vit.measure_importance(small, range(2), batches, loss_of(small))
     skipped = pm_vit.skipped_patches(small, range(2))
     assert torch.equal(skipped, structure.skipped) and torch.equal(scores == 0, skipped)
@@ -144,7 +146,7 @@ def test_groups_on_the_grid_are_those_of_the_nearest_centre():
     centres = torch.zeros(N, dtype=torch.bool)
     centres[torch.randperm(N)[:11]] = True
     places = centres.nonzero().flatten().tolist()
-    for j, group in enumerate(pm_vit.nearest_on_grid(centres, GRID).tolist()):
+    for j, group in enumerate(nearest_on_grid(centres, GRID).tolist()):
         squares = [(j // 9 - c // 9) ** 2 + (j % 9 - c % 9) ** 2 for c in places]
         assert squares[group] == min(squares)
 
@@ -153,7 +155,7 @@ def test_raster_groups_stay_in_their_row():
     """The published fault, a centre in the last column counted to the next row, is mended."""
     centres = torch.zeros(N, dtype=torch.bool)
     centres[[0, 8, 13, 20, 26, 45]] = True  # rows 0, 1, 2 and 5; 8 and 26 are in the last column
-    group = pm_vit.nearest_in_raster(centres, GRID).view(GRID).tolist()
+    group = token_merging.nearest_in_raster(centres, GRID).view(GRID).tolist()
     assert group[0] == [0, 0, 0, 0, 1, 1, 1, 1, 1]  # a tie goes to the centre that follows
     assert set(group[1]) == {2} and group[2] == [3] * 5 + [4] * 4
     assert group[3] == [4] * 9  # a row without centres joins the nearest along the line
@@ -161,13 +163,13 @@ def test_raster_groups_stay_in_their_row():
     assert group[5] == [5] * 9
 
 
-@pytest.mark.parametrize("where", pm_vit.ASSIGN)
+@pytest.mark.parametrize("where", token_merging.ASSIGN)
 @pytest.mark.parametrize("published", [False, True])
 def test_r_is_the_pseudo_inverse_of_m(where, published):
     structure = pm_vit.choose_centres(torch.rand(3, N, dtype=torch.float64), range(3), 0.2, 0.4)
     for row in range(3):
         tokens = TokenMerge(2 + int(structure.centres[row].sum()), 2 + N, 2).double()
-        tokens.set(*pm_vit.assign_patches(structure, row, GRID, 2, Merging(where, published, shortcut=False)))
+        tokens.set(*token_merging.assign_patches(structure, row, GRID, 2, Merging(where, published, shortcut=False)))
         M, R, s = (t.detach() for t in tokens.matrices())
         assert (R - torch.linalg.pinv(M)).abs().max() < 1e-6
         assert torch.equal(s[2:].bool(), structure.skipped[row])
@@ -187,7 +189,7 @@ def test_the_shortcut_keeps_what_tells_patches_from_their_group(model):
     structure = pm_vit.choose_centres(torch.rand(2, 16), range(2), 0.1, 0.4)
     x = torch.randn(2, 18, 32, dtype=torch.float64)
     for shortcut in (False, True):
-        small = pm_vit.compress(model, structure, Merging(shortcut=shortcut))
+        small = token_merging.compress(model, structure, Merging(shortcut=shortcut))
         for p in small.parameters():
             p.requires_grad_(False)
         for name, p in small.named_parameters():
@@ -199,7 +201,9 @@ def test_the_shortcut_keeps_what_tells_patches_from_their_group(model):
 
 def test_dense_matrices_hold_the_structure(model, images):
     structure = pm_vit.choose_centres(torch.rand(2, 16), range(2), 0.1, 0.4)
-    small, full = (pm_vit.compress(model, structure, Merging(shortcut=False), dense_merge=d) for d in (False, True))
+    small, full = (
+        token_merging.compress(model, structure, Merging(shortcut=False), dense_merge=d) for d in (False, True)
+    )
     torch.testing.assert_close(full(images.double()), small(images.double()), rtol=1e-6, atol=1e-9)
     assert full.arch_kwargs["dense_merge"]
 
@@ -208,8 +212,8 @@ def test_other_layers_keep_their_structure(model, images):
     """Of full matrices, too; a shortcut of merged patches has no place in them."""
     first, second = (pm_vit.choose_centres(torch.rand(1, 16), (i,), 0.1, 0.4) for i in range(2))
     for shortcut, dense in ((True, False), (False, True)):
-        small = pm_vit.compress(model, first, Merging(shortcut=shortcut), dense)
-        both = pm_vit.compress(small, second, Merging(shortcut=shortcut))
+        small = token_merging.compress(model, first, Merging(shortcut=shortcut), dense)
+        both = token_merging.compress(small, second, Merging(shortcut=shortcut))
         state = small.blocks[0].tokens.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in both.blocks[0].tokens.state_dict().items())
         assert torch.equal(
@@ -217,7 +221,7 @@ def test_other_layers_keep_their_structure(model, images):
             small.blocks[0](model._pos_embed(model.patch_embed(images.double()))),
         )
     with pytest.raises(CompressionError, match="--shortcut skipped"):
-        pm_vit.compress(small, second, Merging())
+        token_merging.compress(small, second, Merging())
 
 
 def test_spread_ranks_cover_the_grid_evenly():
@@ -230,7 +234,7 @@ def test_spread_ranks_cover_the_grid_evenly():
 
 def test_only_listed_layers_are_compressed(model):
     structure = pm_vit.choose_centres(torch.rand(1, 16), (1,), 0.1, 0.5)
-    small = pm_vit.compress(model, structure, Merging())
+    small = token_merging.compress(model, structure, Merging())
     assert [i for i, _ in layers(small)] == [1] and small.dims == ViTDims.of(small)
     assert [b.tokens for b in small.dims.blocks] == [18, 10]
     assert (small.blocks[1].tokens.owner == SKIPPED).sum() == 1

@@ -8,7 +8,7 @@ from PIL import Image
 
 from models import build_vit
 from models.tokens import SKIPPED, DenseTokenMerge, TokenMerge
-from pruning import pm_vit
+from pruning import pm_vit, token_merging
 from runtime.errors import BadArguments
 from tools import show_tokens
 
@@ -17,7 +17,7 @@ from tools import show_tokens
 def compressed(tiny, tmp_path):
     """Path of a tiny model with 6 of 16 patches left."""
     structure = pm_vit.choose_centres(torch.rand(2, 16), range(2), 0.2, 0.4)
-    model = pm_vit.compress(build_vit(**tiny), structure, pm_vit.Merging())
+    model = token_merging.compress(build_vit(**tiny), structure, token_merging.Merging())
     save_model(tmp_path / "c.pth", model)
     return tmp_path / "c.pth"
 
@@ -32,7 +32,7 @@ def photo(tmp_path):
 def test_pixels_go_through_the_matrices(tiny, shortcut):
     structure = pm_vit.choose_centres(torch.rand(1, 16), (0,), 0.2, 0.4)
     tokens = TokenMerge(2 + 6, 18, 2)
-    tokens.set(*pm_vit.assign_patches(structure, 0, (4, 4), 2, pm_vit.Merging(shortcut=shortcut)))
+    tokens.set(*token_merging.assign_patches(structure, 0, (4, 4), 2, token_merging.Merging(shortcut=shortcut)))
     pixels = torch.rand(16, 16, 3)
     groups, back, owner = show_tokens.pictures(tokens, pixels, (4, 4))
     flat = show_tokens.patches_of(pixels, (4, 4)).flatten(1)
