@@ -19,7 +19,7 @@ from models.tokens import can_be_lean
 from models.vit import TokenLogits
 from pruning.config import load_config
 from pruning.shrink import Student
-from recipes import calibration, dry_run, nvit_options, one_shot
+from recipes import calibration, dry_run, nvit_options, one_shot, one_shot_options
 from recipes.nvit import PruningSteps, Setup, make_pruner
 from recipes.nvit_files import CHECKPOINT, State, conclude, make_report, read_resumed, restore, save
 from runtime.console import say, warn
@@ -60,7 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_run_args(parser, "where the run's folder is made; required")
     options.add_resume_args(parser, CHECKPOINT)
     nvit_options.add_pruning_args(parser)
-    nvit_options.add_one_shot_args(parser)
+    one_shot_options.add_one_shot_args(parser)
     group = parser.add_argument_group("accepted, no effect")
     group.add_argument("--pruning_exit", action="store_true", help="the published code never reads it")
     return parser
@@ -70,8 +70,10 @@ def run_folder(args: argparse.Namespace, full: FullModel, label: str, cap: int) 
     """As published: the arguments that matter are in the name."""
     data_set = args.data_set.replace("/", "_")
     if args.one_shot:
-        name = f"one_shot_{data_set}_{full.arch.name}_calib_{args.calib_images}_target_{args.latency_target}"
-        return Path(args.output_dir) / (name + (f"_tokens_{args.tokens}" if args.tokens else ""))
+        aim = "_".join(["target", *map(str, one_shot_options.targets(args))]) if args.latency_target else ""
+        name = f"one_shot_{data_set}_{full.arch.name}_calib_{args.calib_images}_{aim or f'drop_{args.max_drop:g}'}"
+        name += f"_tokens_{args.tokens}" if args.tokens else ""
+        return Path(args.output_dir) / (name + (f"_pricing_{args.pricing}" if args.pricing != "gradient" else ""))
     name = f"global_prune_{data_set}_{full.arch.name}_lr{args.lr}_{label}_{cap}"
     if args.latency_target is not None:
         name += f"_lat_{args.latency_regularization}_target_{args.latency_target}"
@@ -119,8 +121,9 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
     if len(args.interval_prune) != 1 or args.interval_prune[0] <= 0:
         problems.add(f"--interval_prune takes one number of steps above 0, not {args.interval_prune}")
     if args.one_shot:
-        one_shot.check_flags(args, problems)
+        one_shot_options.check_flags(args, problems)
     else:
+        one_shot_options.check_without(args, problems)
         nvit_options.check(args, problems)
     if args.pruning and not args.one_shot and not args.original_loss_coeff:
         problems.add(
@@ -171,6 +174,7 @@ def check_args(args: argparse.Namespace) -> Setup:
     path = run_folder(args, full, label, cap)
     inputs = resuming.inputs_of(data, weights=model.state_dict(), table=table.data, CNN=cnn and cnn.state_dict())
     resumed = problems.attempt(read_resumed, args, full, config, path, inputs)
+    problems.attempt(one_shot.check_analysis, args, full.arch, pruner.group_sizes, inputs)
     problems.raise_if_any()
     folder = path if args.dry_run else problems.attempt(make_folder, path)
     problems.raise_if_any()

@@ -56,7 +56,7 @@ MUTATIONS = [
     Mutation(
         "last block refitted on all tokens",
         "pruning/refit.py",
-        {"read = streams.read(dense) if": "read = slice(None) if"},
+        {"read = objective.read(dense) if": "read = slice(None) if"},
         ("tests/pruning/test_refit.py::test_a_refitted_stream_has_the_mean_of_the_dense_one",),
     ),
     Mutation(
@@ -87,14 +87,45 @@ MUTATIONS = [
     Mutation(
         "probes judged on the images that fitted them",
         "pruning/probe.py",
-        {"judge[: max(1, len(images) // JUDGED)]": "fit[: max(1, len(images) // JUDGED)]"},
+        {"images[-max(1, len(images) // JUDGED) :]": "images[: max(1, len(images) // JUDGED)]"},
         ("tests/pruning/test_allocation.py::test_a_price_is_of_images_that_compensated_nothing",),
+    ),
+    # --------------------------------------------------------------- pricing
+    Mutation(
+        "a price without the half",
+        "pruning/pricing.py",
+        {"(2 * samples)": "samples"},
+        ("tests/pruning/test_pricing.py::test_a_price_is_half_the_mean_square_of_what_the_outputs_change",),
+    ),
+    Mutation(
+        "cuts priced without LayerScale",
+        "pruning/cuts.py",
+        {"gradient = gradient * self.branch.gamma": "pass"},
+        ("tests/pruning/test_pricing.py::test_prices_are_those_that_are_measured",),
+    ),
+    Mutation(
+        "whole branches not measured",
+        "pruning/pricing.py",
+        {"prices.update(measured)": "pass"},
+        ("tests/pruning/test_pricing.py::test_prices_are_those_that_are_measured",),
+    ),
+    Mutation(
+        "the likeliest label always drawn",
+        "pruning/objective.py",
+        {"p.cumsum(-1), quantiles": "p.cumsum(-1), 0 * quantiles + 0.5"},
+        ("tests/pruning/test_pricing.py::test_labels_are_drawn_from_the_predictions",),
+    ),
+    Mutation(
+        "a refit judged on images that it fitted",
+        "pruning/refit.py",
+        {"images, unseen = images.tensor_split": "_, unseen = images, images.tensor_split"},
+        ("tests/pruning/test_refit.py::test_held_out_images_are_not_fitted",),
     ),
     # ------------------------------------------------- allocation and search
     Mutation(
         "qk and v priced as if all heads were left",
         "pruning/allocation.py",
-        {"ch + (cq + cw) * h / full.heads": "ch + (cq + cw)"},
+        {"share = axes[0] / full.heads": "share = axes[0] / axes[0]"},
         ("tests/pruning/test_allocation.py::test_narrower_queries_and_values_cost_what_heads_are_left",),
     ),
     Mutation(
@@ -184,10 +215,13 @@ MUTATIONS = [
             ("moments before the classifier", "pruning/align.py", "readers[-1].moments.all_reduce()", "pass"),
             ("shifts of moments", "pruning/moments.py", "common = all_reduced(", "common = self.shift if True else ("),
             ("moments of a refit", "pruning/refit.py", "*(moments.all_reduce() for moments in sets)", "*sets"),
-            ("divergence of a refit", "pruning/refit.py", "*all_reduced(total)", "*total"),
+            ("divergences", "pruning/objective.py", "*all_reduced(total)", "*total"),
+            ("variances of features", "pruning/objective.py", "= all_reduced(total)", "= total"),
             ("moments of a probe", "pruning/probe.py", "self.moments.all_reduce()", "pass"),
             ("moments of a narrow attention", "pruning/probe.py", "moments.all_reduce(), ", "moments, "),
-            ("prices", "pruning/probe.py", "*all_reduced(total)", "*total"),
+            ("moments of cuts", "pruning/cuts.py", "    moments.all_reduce()", "    pass"),
+            ("moments of a cut attention", "pruning/cuts.py", "pairs.all_reduce()", "pairs"),
+            ("prices", "pruning/pricing.py", "all_reduced(total).tolist()", "total.tolist()"),
             ("saliency of tokens", "pruning/token_saliency.py", "dist.all_reduce(total)", "pass"),
             ("saliency of gates", "pruning/gate_saliency.py", "dist.all_reduce(total)", "pass"),
             ("scores of Prune and Merge", "pruning/pm_vit.py", "dist.all_reduce(batch)", "pass"),

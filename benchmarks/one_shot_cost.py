@@ -1,6 +1,6 @@
 """What one-shot pruning costs: seconds of aligning, pricing widths, allocating and refitting, with random weights.
 
-    python -m benchmarks.one_shot_cost [--model deit_small_patch16_224] [--images 256] [--target 0.5]
+    python -m benchmarks.one_shot_cost [--model deit_small_patch16_224] [--images 256] [--pricing measured]
 
 The time does not depend on what the weights are. Seconds in the table stand for multiply-accumulates: measuring a real
 one is not counted here.
@@ -19,9 +19,12 @@ from models import Masks, ViTDims, build_vit, compact
 from pruning.align import align_
 from pruning.allocation import allocate
 from pruning.config import PruningConfig
-from pruning.probe import prices
+from pruning.pricing import price
+from pruning.probe import measure_prices
 from pruning.refit import refit_
 from runtime.device import device_name
+
+PRICING = dict(gradient=price, measured=measure_prices)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -35,6 +38,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=32, help="images per call (default: %(default)s)")
     parser.add_argument(
         "--target", type=float, default=0.5, help="ratio of the dense model's seconds (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pricing", choices=tuple(PRICING), default="gradient", help="how widths are priced (default: %(default)s)"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     return parser
@@ -67,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
 
     align_(model, [part.to(args.device) for part in images.split(args.batch_size)])
     lap("align")
-    curves = prices(model, images, groups, args.batch_size)
+    curves = PRICING[args.pricing](model, images, groups, args.batch_size)
     lap("price every width")
     (dims, _), *_ = allocate(table, model.dims, groups, *curves, args.target)
     lap("allocate")

@@ -26,7 +26,7 @@ from pruning.config import AXES as WIDTHS
 from pruning.config import PruningConfig
 from pruning.gate_saliency import GateSaliency
 from pruning.global_latency import GlobalPruner
-from pruning.probe import prices
+from pruning.pricing import price
 from pruning.refit import refit_
 from pruning.saliency import EventMean, Saliency
 from pruning.value import ValuePruner
@@ -229,7 +229,7 @@ class OneShot:
         masks = Masks(self.dense.dims, grid=self.grid)
         self.groups = PruningConfig().group_sizes(masks, left_alone=() if widths else WIDTHS)
         align_(self.dense, self.images.split(BATCH))
-        self.prices = prices(self.dense, self.images, self.groups, BATCH)
+        self.prices = price(self.dense, self.images, self.groups, BATCH)
 
     def __call__(self, target: float) -> nn.Module:
         (dims, _), *_ = allocate(self.bench.table, self.dense.dims, self.groups, *self.prices, target)

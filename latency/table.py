@@ -148,6 +148,11 @@ class LatencyTable:
         """The largest token count of a block if the table was measured at several, else 0."""
         return self.stages[0].tokens
 
+    @property
+    def branches_apart(self) -> bool:
+        """Whether a block's seconds are the sum of those of its attention, its MLP and the merging of its tokens."""
+        return all(len(stage.grids) == 2 for stage in self.stages)
+
     def blocks_seconds(self, widths: np.ndarray, *, monotone: bool = False) -> np.ndarray:
         """Seconds of blocks of a plain ViT, or of a Swin Transformer's first stage: `StageTable.blocks_seconds`."""
         return self.stages[0].blocks_seconds(widths, monotone=monotone)

@@ -83,6 +83,13 @@ class Arch:
         return Arch(self.name, self.arguments)
 
     @property
+    def without_drops(self) -> Arch:
+        """Without rates of dropout and stochastic depth, which a run chooses and a model does not have."""
+        return self.with_kwargs(
+            **{name: None for name in self.timm_kwargs if "drop" in name and name.endswith("_rate")}
+        )
+
+    @property
     def is_swin(self) -> bool:
         """Whether it is a Swin Transformer."""
         return is_swin(self.name)

@@ -28,8 +28,7 @@ def is_folder(path: str | Path) -> bool:
 
 def config_of(model: Model, **more: Any) -> dict[str, Any]:
     """What config.json says of a compact model; `more` are further plain values."""
-    arch = Arch.of_model(model)
-    arch = arch.with_kwargs(**{name: None for name in arch.timm_kwargs if name.endswith("drop_rate")})
+    arch = Arch.of_model(model).without_drops
     common = dict(format=FORMAT, arch=arch.record, dims=model.dims.to_dict(), **more)
     if arch.is_swin:  # which only this project reads
         return common

@@ -2,7 +2,7 @@
 
 from options.checks import check_values, is_optimizer
 from options.groups import add_data_args, add_model_args, add_resume_args, add_run_args, add_target_args
-from options.parser import FLAGS, KeyValues, Parser, amount, boolean, flag, key_values, new_parser
+from options.parser import FLAGS, KeyValues, OneOrMore, Parser, amount, boolean, flag, key_values, new_parser
 from options.training_groups import (
     add_augmentation_args,
     add_cnn_args,
@@ -17,6 +17,7 @@ from options.training_groups import (
 __all__ = [
     "FLAGS",
     "KeyValues",
+    "OneOrMore",
     "Parser",
     "add_augmentation_args",
     "add_cnn_args",
@@ -29,7 +30,6 @@ __all__ = [
     "add_resume_args",
     "add_run_args",
     "add_schedule_args",
-    "",
     "add_target_args",
     "add_tau_arg",
     "amount",

@@ -111,6 +111,13 @@ class KeyValues(argparse.Action):
             parser.error(str(error))
 
 
+class OneOrMore(argparse.Action):
+    """`--latency_target 0.5`: a number; `--latency_target 0.8 0.5`: a list."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 def flag(name: str) -> str:
     """How an argument is typed."""
     return FLAGS[name].spelling if name in FLAGS else f"--{name.replace('_', '-')}"

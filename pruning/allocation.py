@@ -8,7 +8,6 @@ dynamic programming over discretised latency. Whole branches and blocks are cand
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from pruning.probe import Curve
 
 LEAST = 1e-9  # nats: what is smaller counts as this
 BINS = 20_000  # of the latency budget
+DUAL_STEPS = 40  # halvings of the range of a price per second
 AXES = ("heads", "qk", "v", "mlp")
 TOKEN_COUNTS = 6  # of a block, at most
 
@@ -63,23 +63,50 @@ def _token_counts(full: int, curve: Curve) -> list[tuple[int, float]]:
     return list(zip(counts.tolist(), interpolate(curve, counts), strict=True))
 
 
-def candidates(full: BlockDims, group: dict[str, int], curves: dict[str, Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Every combination of a block's branches and tokens, (n, 5), and its predicted divergence.
+def _attention(full: BlockDims, group: dict[str, int], curves: dict[str, Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates of the attention branch: (heads, qk, v), (n, 3), and their divergence; free where `full` has none.
 
-    A branch that `full` lacks is free. Token counts are those of their curve, which may be absent.
+    Prices of qk and v are of all heads: with h of H left they cost h / H of their own.
     """
-    attention, mlp = [((0, 0, 0), 0.0)], [(0, 0.0)]
-    axes = {axis: _widths(getattr(full, axis), group[axis]) for axis in AXES}
-    if full.heads:
-        (heads, qk, v) = (list(zip(axes[a], interpolate(curves[a], axes[a]), strict=True)) for a in AXES[:3])
-        attention = [((0, 0, 0), _absent(curves["heads"]))]
-        for (h, ch), (q, cq), (w, cw) in product(heads, qk, v):
-            attention.append(((h, q, w), ch + (cq + cw) * h / full.heads))
-    if full.mlp:
-        mlp = [(0, _absent(curves["mlp"])), *zip(axes["mlp"], interpolate(curves["mlp"], axes["mlp"]), strict=True)]
-    tokens = _token_counts(full.tokens, curves.get("tokens", {}))
-    rows = [((*a, m, t), ca + cm + ct) for (a, ca), (m, cm), (t, ct) in product(attention, mlp, tokens)]
-    return np.array([w for w, _ in rows]), np.array([c for _, c in rows])
+    if not full.heads:
+        return np.zeros((1, 3), dtype=int), np.zeros(1)
+    axes = [_widths(getattr(full, axis), group[axis]) for axis in AXES[:3]]
+    heads, qk, v = (interpolate(curves[axis], widths) for axis, widths in zip(AXES[:3], axes, strict=True))
+    share = axes[0] / full.heads
+    cost = heads[:, None, None] + (qk[:, None] + v) * share[:, None, None]
+    rows = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    return np.insert(rows, 0, 0, axis=0), np.insert(cost.ravel(), 0, _absent(curves["heads"]))
+
+
+def _mlp(full: BlockDims, group: dict[str, int], curves: dict[str, Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates of the MLP branch: widths, (n,), and their divergence; free where `full` has none."""
+    if not full.mlp:
+        return np.zeros(1, dtype=int), np.zeros(1)
+    widths = _widths(full.mlp, group["mlp"])
+    cost = interpolate(curves["mlp"], widths)
+    return np.insert(widths, 0, 0), np.insert(cost, 0, _absent(curves["mlp"]))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Of one block: widths and divergence of its branches and token counts, which may be combined in any way."""
+
+    attention: tuple[np.ndarray, np.ndarray]  # (a, 3), (a,)
+    mlp: tuple[np.ndarray, np.ndarray]  # (m,), (m,)
+    tokens: tuple[np.ndarray, np.ndarray]  # (t,), (t,)
+
+    @classmethod
+    def of(cls, full: BlockDims, group: dict[str, int], curves: dict[str, Curve]) -> Candidates:
+        """group: units per group, and curves: prices, by axis. Token counts are those of their curve, if any."""
+        counts, prices = zip(*_token_counts(full.tokens, curves.get("tokens", {})), strict=True)
+        tokens = np.array(counts), np.array(prices)
+        return cls(_attention(full, group, curves), _mlp(full, group, curves), tokens)
+
+    def combine(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every combination: (n, 5) widths (heads, qk, v, mlp, tokens), and (n,) divergence."""
+        (a, ca), (m, cm), (t, ct) = self.attention, self.mlp, self.tokens
+        i, j, k = (index.ravel() for index in np.meshgrid(*map(np.arange, map(len, (a, m, t))), indexing="ij"))
+        return np.column_stack([a[i], m[j], t[k]]), ca[i] + cm[j] + ct[k]
 
 
 def drop_dominated(widths: np.ndarray, seconds: np.ndarray, cost: np.ndarray) -> Options:
@@ -88,6 +115,60 @@ def drop_dominated(widths: np.ndarray, seconds: np.ndarray, cost: np.ndarray) ->
     best = np.minimum.accumulate(cost[order])
     keep = order[np.concatenate([[True], best[1:] < best[:-1]])]
     return Options(widths[keep], seconds[keep], cost[keep])
+
+
+class _Times:
+    """Seconds of candidates at an embedding width. Blocks of the same widths are looked up once."""
+
+    def __init__(self, table: LatencyTable, embed: int) -> None:
+        self.table, self.embed = table, embed
+        self._known: dict[tuple, np.ndarray] = {}
+
+    def _look_up(self, key: tuple, widths: np.ndarray, queries: float) -> np.ndarray:
+        if key not in self._known:
+            rows = np.insert(widths, 0, self.embed, axis=1)
+            self._known[key] = self.table.blocks_seconds(np.column_stack([rows, np.full(len(rows), queries)]))
+        return self._known[key]
+
+    def options(self, block: BlockDims, of: Candidates) -> Options:
+        """The candidates of a block that no other beats in both seconds and divergence."""
+        queries = ALL if block.queries is None else block.queries
+        if not self.table.branches_apart:
+            widths, cost = of.combine()
+            return drop_dominated(widths, self._look_up((block, "all"), widths, queries), cost)
+        parts = []
+        for t, price in zip(*of.tokens, strict=True):
+            # seconds of branches add up, and so a dominated branch is in no combination that is not dominated
+            (a, ca), (m, cm) = of.attention, of.mlp
+            a = np.column_stack([a, np.zeros(len(a)), np.full(len(a), t)]).astype(int)
+            m = np.column_stack([np.zeros((len(m), 3)), m, np.full(len(m), t)]).astype(int)
+            merging = self._look_up((block, "neither", t), np.array([[0, 0, 0, 0, t]]), queries)[0]
+            first = drop_dominated(a, self._look_up((block, "attention", t), a, queries), ca)
+            second = drop_dominated(m, self._look_up((block, "mlp", t), m, queries) - merging, cm)
+            i, j = (index.ravel() for index in np.indices((len(first.cost), len(second.cost))))
+            widths = first.widths[i]
+            widths[:, 3] = second.widths[j, 3]
+            parts.append((widths, first.seconds[i] + second.seconds[j], first.cost[i] + second.cost[j] + price))
+        return drop_dominated(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
+def least_cost(options: list[Options], budget: float) -> float:
+    """A lower bound of the cost of `knapsack`, by Lagrangian relaxation; infinite where nothing fits.
+
+    For any price per second, the sum over blocks of the least (cost + price x seconds), minus price x budget, is below
+    the cost of every choice within the budget.
+    """
+    if budget <= 0 or sum(block.seconds[0] for block in options) > budget:
+        return np.inf
+    low, high, bound = -40.0, 40.0, sum(block.cost.min() for block in options)
+    for _ in range(DUAL_STEPS):
+        price = np.exp((low + high) / 2)
+        best = [int((block.cost + price * block.seconds).argmin()) for block in options]
+        cost = sum(block.cost[k] for block, k in zip(options, best, strict=True))
+        over = sum(block.seconds[k] for block, k in zip(options, best, strict=True)) - budget
+        bound = max(bound, cost + price * over)
+        low, high = ((low + high) / 2, high) if over > 0 else (low, (low + high) / 2)
+    return float(bound)
 
 
 def knapsack(options: list[Options], budget: float) -> tuple[list[int], float]:
@@ -125,32 +206,32 @@ def allocate(
     embed: Curve,
     target: float,
 ) -> list[tuple[ViTDims, float]]:
-    """For every embedding width the best widths at a predicted ratio of at most `target` to the dense model's latency.
+    """The best widths at a predicted ratio of at most `target` to the dense model's latency.
 
-    groups: units per group, by axis; curves, embed: prices from `pruning.probe`. Blocks keep the queries of `full`,
-    which the dense model does without. Returns (widths, predicted divergence), the best first; nothing where no widths
-    are quick enough. Raises LatencyTableError.
+    groups: units per group, by axis; curves, embed: prices from `pruning.pricing`. Blocks keep the queries of `full`,
+    which the dense model does without. Returns (widths, predicted divergence), the best first, without embedding widths
+    that a lower bound rules out; nothing where no widths are quick enough. Raises LatencyTableError.
     """
     budget = target * table.model_seconds(full.with_queries(None))
-    rows = [
-        candidates(block, {kind: groups[str(Axis(kind, i))] for kind in AXES}, prices)
+    blocks = [
+        Candidates.of(block, {kind: groups[str(Axis(kind, i))] for kind in AXES}, prices)
         for i, (block, prices) in enumerate(zip(full.blocks, curves, strict=True))
     ]
-    widths, queries = (
-        _widths(full.embed, groups["embed"]),
-        [ALL if b.queries is None else b.queries for b in full.blocks],
-    )
-    choices = []
-    for E, price in zip(widths, interpolate(embed, widths), strict=True):
-        options = [
-            drop_dominated(w, table.blocks_seconds(np.column_stack([np.full(len(w), E), w, np.full(len(w), q)])), c)
-            for (w, c), q in zip(rows, queries, strict=True)
-        ]
+    problems = []
+    widths = _widths(full.embed, groups["embed"])
+    for E, price in zip(widths.tolist(), interpolate(embed, widths).tolist(), strict=True):
+        times, left = _Times(table, E), budget - table.overhead_seconds(E)
+        options = [times.options(block, of) for block, of in zip(full.blocks, blocks, strict=True)]
+        problems.append((least_cost(options, left) + price, E, price, options, left))
+    choices: list[tuple[ViTDims, float]] = []
+    for bound, E, price, options, left in sorted(problems, key=lambda problem: problem[0]):
+        if bound >= min([np.inf, *(cost for _, cost in choices)]):
+            break
         try:
-            chosen, cost = knapsack(options, budget - table.overhead_seconds(int(E)))
+            chosen, cost = knapsack(options, left)
         except ValueError:
             continue
         picked = (o.widths[k].tolist() for o, k in zip(options, chosen, strict=True))
-        blocks = (BlockDims(*w, queries=b.queries) for w, b in zip(picked, full.blocks, strict=True))
-        choices.append((ViTDims(int(E), tuple(blocks)), cost + float(price)))
+        dims = (BlockDims(*w, queries=b.queries) for w, b in zip(picked, full.blocks, strict=True))
+        choices.append((ViTDims(E, tuple(dims)), cost + price))
     return sorted(choices, key=lambda pair: pair[1])

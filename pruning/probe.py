@@ -1,15 +1,16 @@
-"""What each width of each block is worth: how far the predictions move when it alone is cut, and the rest adapts.
+"""What each width of each block is worth, measured: how far the outputs move when it alone is cut and the rest adapts.
 
 A probe cuts one axis of one block of an aligned model, compensates for it in closed form, and runs the rest of the
-dense model. The KL divergence of its predictions to the dense ones, on other images, is the price of that width: one
-currency for all axes. No labels, no gradients.
+dense model. The divergence of its outputs from the dense ones, on other images, is the price of that width: one
+currency for all axes. No labels, no gradients; the time is quadratic in depth, and `pruning.pricing` is the quick way.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -21,14 +22,23 @@ from models.masks import Masks
 from models.tokens import by_content, spread_merge
 from models.vit import Attention
 from pruning import streams
-from pruning.moments import PLAIN_RIDGE, Moments, all_reduced, compensate, correct
-from pruning.refit import divergence, refit_
+from pruning.moments import PLAIN_RIDGE, Moments, compensate, correct
+from pruning.objective import PREDICTIONS, Objective, mean_divergence
+from pruning.refit import refit_
 from pruning.streams import Branch
 
-Curve = dict[int, float]  # nats of divergence by width; 0 at the full width
+Curve = dict[int, float]  # divergence by width, in the objective's unit; 0 at the full width
+
+
+class Prices(NamedTuple):
+    """What widths are worth: of every block, the curves of its axes, and the curve of the embedding."""
+
+    blocks: list[dict[str, Curve]]
+    embed: Curve
+
 
 FRACTIONS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)  # of an axis: the widths that are probed
-FITTED, JUDGED = 4, 16  # every 4th calibration image fits a probe, every 16th judges it
+FITTED, JUDGED = 4, 16  # one calibration image in so many fits a probe, judges it
 FRACTIONS_EMBED = (1 / 4, 1 / 2, 3 / 4)  # each costs a refit of the whole model
 
 
@@ -50,9 +60,10 @@ class _Probe:
         judge: list[Tensor],
         read: slice,
         rest: Callable[[Tensor], Tensor],
-        logits: list[Tensor],
+        outputs: list[Tensor],
+        objective: Objective,
     ) -> None:
-        self.branch, self.read, self.rest, self.logits = branch, read, rest, logits
+        self.branch, self.read, self.rest, self.outputs, self.objective = branch, read, rest, outputs, objective
         self.fit = [branch.first(branch.norm(x)) for x in fit]
         self.fitted = [branch.mix(first) for first in self.fit]
         self.judge, self.judged = judge, [branch.first(branch.norm(x)) for x in judge]
@@ -84,11 +95,11 @@ class _Probe:
         weight, bias = weight.float(), None if bias is None else bias.float()
         gamma = 1 if self.branch.gamma is None else self.branch.gamma
 
-        def logits(x: Tensor, first: Tensor) -> Tensor:
+        def outputs(x: Tensor, first: Tensor) -> Tensor:
             return self.rest(x if mix is None else x + gamma * nn.functional.linear(mix(first), weight, bias))
 
-        places = zip(self.judge, self.judged, self.logits, strict=True)
-        return mean_divergence((logits(x, first), dense) for x, first, dense in places)
+        places = zip(self.judge, self.judged, self.outputs, strict=True)
+        return mean_divergence(((outputs(x, first), dense) for x, first, dense in places), self.objective)
 
 
 def _attention_curves(probe: _Probe, attention: Attention, groups: dict[str, int]) -> dict[str, Curve]:
@@ -114,16 +125,14 @@ def _mlp_curve(probe: _Probe, full: int, group: int) -> Curve:
     }
 
 
-def mean_divergence(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Mean divergence of (logits, dense logits) of all batches and processes, never below 0."""
-    total = torch.zeros(2, dtype=torch.float64)
-    for logits, dense in pairs:
-        values = divergence(logits, dense)
-        total = total.to(values.device) + torch.stack([values.sum(), values.new_tensor(len(values))])
-    return max(0.0, float(torch.divide(*all_reduced(total))))
-
-
-def _token_curve(model: VisionTransformer, index: int, judge: list[Tensor], logits: list[Tensor], group: int) -> Curve:
+def _token_curve(
+    model: VisionTransformer,
+    index: int,
+    judge: list[Tensor],
+    outputs: list[Tensor],
+    group: int,
+    objective: Objective,
+) -> Curve:
     """Prices of the token counts of a block, its patches merged around survivors that are spread evenly, or by
     content where the model does that.
 
@@ -134,15 +143,20 @@ def _token_curve(model: VisionTransformer, index: int, judge: list[Tensor], logi
     curve = {prefix + patches: 0.0}
     for left in widths_to_probe(patches, group):
         block.tokens = spread_merge(left, grid, index, prefix, by_content(model)).to(judge[0].device)
-        outs = (streams.head(model, model.blocks[index:](x)) for x in judge)
-        curve[prefix + left] = mean_divergence(zip(outs, logits, strict=True))
+        outs = (objective.outputs(model, model.blocks[index:](x)) for x in judge)
+        curve[prefix + left] = mean_divergence(zip(outs, outputs, strict=True), objective)
     block.tokens = before
     return curve
 
 
 @torch.no_grad()
 def block_curves(
-    model: VisionTransformer, fit: Tensor, judge: Tensor, groups: dict[str, int], batch: int
+    model: VisionTransformer,
+    fit: Tensor,
+    judge: Tensor,
+    groups: dict[str, int],
+    batch: int,
+    objective: Objective = PREDICTIONS,
 ) -> list[dict[str, Curve]]:
     """Per block, prices of the widths of heads, qk, v and mlp; width 0 of heads or mlp is the branch's absence.
 
@@ -152,14 +166,14 @@ def block_curves(
     """
     device, curves = next(model.parameters()).device, []
     judge = [images.to(device) for images in judge.split(batch)]
-    logits = [model(images) for images in judge]
+    outputs = [objective.outputs(model, model.blocks(streams.stem(model, images))) for images in judge]
     fit, judge = ([streams.stem(model, images.to(device)) for images in side] for side in (fit.split(batch), judge))
     for i, block in enumerate(model.blocks):
         later = model.blocks[i + 1 :]
-        read = slice(None) if len(later) else streams.read(model)
+        read = slice(None) if len(later) else objective.read(model)
         curve_of: dict[str, Curve] = {}
         if group := groups.get(str(Axis("tokens", i))):
-            curve_of["tokens"] = _token_curve(model, i, judge, logits, group)
+            curve_of["tokens"] = _token_curve(model, i, judge, outputs, group, objective)
         for branch in streams.branches(block):
             is_attention = branch.last is block.attn.proj
             others = [streams.mlp(block)] if is_attention else []
@@ -167,9 +181,9 @@ def block_curves(
             def rest(x: Tensor, others: list[Branch] = others, later: nn.Module = later) -> Tensor:
                 for other in others:
                     x = x + other(x)
-                return streams.head(model, later(x))
+                return objective.outputs(model, later(x))
 
-            probe = _Probe(branch, fit, judge, read, rest, logits)
+            probe = _Probe(branch, fit, judge, read, rest, outputs, objective)
             local = {kind: groups[str(Axis(kind, i))] for kind in ("heads", "qk", "v", "mlp")}
             if is_attention:
                 curve_of |= _attention_curves(probe, block.attn, local)
@@ -180,19 +194,30 @@ def block_curves(
     return curves
 
 
-def embed_curve(model: VisionTransformer, images: Tensor, group: int, batch: int) -> Curve:
-    """Prices of embedding widths: each is a refit of the whole model at that width, judged on a tenth of the images."""
+def embed_curve(
+    model: VisionTransformer,
+    fit: Tensor,
+    judge: Tensor,
+    group: int,
+    batch: int,
+    objective: Objective = PREDICTIONS,
+) -> Curve:
+    """Prices of embedding widths: each is a refit of the whole model at that width, judged on other images."""
     curve = {model.dims.embed: 0.0}
     for width in widths_to_probe(model.dims.embed, group, FRACTIONS_EMBED):
         masks = Masks.first(model.dims, replace(model.dims, embed=width), next(model.parameters()).device)
-        curve[width] = max(0.0, refit_(model, compact(model, masks), masks, images, batch))
+        curve[width] = refit_(model, compact(model, masks), masks, fit, batch, objective, judge)
     return curve
 
 
-def prices(
-    model: VisionTransformer, images: Tensor, groups: dict[str, int], batch: int
-) -> tuple[list[dict[str, Curve]], Curve]:
+def measure_prices(
+    model: VisionTransformer,
+    images: Tensor,
+    groups: dict[str, int],
+    batch: int,
+    objective: Objective = PREDICTIONS,
+) -> Prices:
     """`block_curves` and `embed_curve` from a part of the calibration images, which is enough to compare widths."""
-    fit, judge = images.split([len(images) // FITTED, len(images) - len(images) // FITTED])
-    curves = block_curves(model, fit, judge[: max(1, len(images) // JUDGED)], groups, batch)
-    return curves, embed_curve(model, fit, groups["embed"], batch)
+    fit, judge = images[: max(1, len(images) // FITTED)], images[-max(1, len(images) // JUDGED) :]
+    curves = block_curves(model, fit, judge, groups, batch, objective)
+    return Prices(curves, embed_curve(model, fit, judge, groups["embed"], batch, objective))

@@ -15,17 +15,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.masks import Masks
+from models.vit import Block
 from pruning import streams
-from pruning.moments import Moments, all_reduced, correct_
+from pruning.moments import Moments, correct_
+from pruning.objective import PREDICTIONS, Objective, judge
 from pruning.streams import Branch
 
-HELD = 10  # every tenth image is held out of the fit: it chooses the ridge and judges the result
-
-
-def divergence(logits: Tensor, dense: Tensor) -> Tensor:
-    """KL(dense || logits) of every row, in nats; in float64, as what nearly cancels has terms of 1."""
-    target = dense.double().log_softmax(-1)
-    return (target.exp() * (target - logits.double().log_softmax(-1))).sum(-1)
+HELD = 10  # every tenth image is held out of the fits at first: it chooses their ridges
+JUDGED = 16  # one calibration image in so many is in no fit: it judges the result
 
 
 @dataclass
@@ -87,37 +84,49 @@ def _refit_branch(
 
 
 @torch.no_grad()
-def refit_(dense: VisionTransformer, pruned: VisionTransformer, masks: Masks, images: Tensor, batch: int) -> float:
+def refit_(
+    dense: VisionTransformer,
+    pruned: VisionTransformer,
+    masks: Masks,
+    images: Tensor,
+    batch: int,
+    objective: Objective = PREDICTIONS,
+    unseen: Tensor | None = None,
+) -> float:
     """Refit the compact model `pruned`, cut from `dense` by `masks`, in place; both in eval mode.
 
     images: calibration images (n, 3, H, W), read `batch` at a time; with several processes, each gives its own, as
-    many. Returns the KL divergence of the predictions, in nats, on the held-out tenth of them.
+    many. Returns the objective's divergence on images that no fit has seen: `unseen`, by default the last sixteenth of
+    `images`, which then takes no part in the fit.
     """
+    if unseen is None:
+        images, unseen = images.tensor_split([len(images) - max(1, len(images) // JUDGED)])
     s = _Streams.of(dense, pruned, images, batch)
     kept = masks.keep["embed"].nonzero().flatten()
     for i, (big, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):
-        read = streams.read(dense) if i + 1 == len(dense.blocks) else slice(None)
-        before, tokens = s.pruned, [small.tokens.groups_for(z) for z in s.pruned] if small.tokens else []
-        merged = [t.compress for t in tokens] or [lambda x: x] * len(before)
-        inside = s.pruned = [compress(z) for compress, z in zip(merged, before, strict=True)]
-        none = [()] * len(before)
-        biases = [() if t.bias is None else (t.bias,) for t in tokens] or none
-        for branch_of, first, also in ((streams.attention, "attn.qkv", biases), (streams.mlp, "mlp.fc1", none)):
-            branch = branch_of(big)
-            if branch_of(small):
-                rows = masks.kept(f"blocks.{i}.{first}.weight", 0)
-                _refit_branch(branch, branch_of(small), rows, kept, s, read, merged, also)
-            elif branch:
-                s.dense = [x + branch(x) for x in s.dense]
-        if tokens:
-            parts = zip(tokens, s.pruned, inside, before, strict=True)
-            s.pruned = [t.restore(out, z, x) for t, out, z, x in parts]
-    for k, (layer, _) in enumerate(streams.classifiers(pruned, s.pruned[0])):
-        inputs = (streams.classifiers(pruned, z)[k][1] for z in s.pruned)
-        targets = (taught(x) for taught, x in (streams.classifiers(dense, x)[k] for x in s.dense))
+        read = objective.read(dense) if i + 1 == len(dense.blocks) else slice(None)
+        _refit_block(i, big, small, masks, kept, s, read)
+    for k, (layer, _) in enumerate(objective.last_layers(pruned, s.pruned[0])):
+        inputs = (objective.last_layers(pruned, z)[k][1] for z in s.pruned)
+        targets = (taught(x) for taught, x in (objective.last_layers(dense, x)[k] for x in s.dense))
         s.fit_(layer, inputs, targets)
-    total = torch.zeros(2, dtype=torch.float64, device=kept.device)
-    for x, z in list(zip(s.dense, s.pruned, strict=True))[: sum(s.held)]:
-        divergences = divergence(streams.head(pruned, z), streams.head(dense, x))
-        total += torch.stack([divergences.sum(), divergences.new_tensor(len(divergences))])
-    return float(torch.divide(*all_reduced(total)))
+    return judge(pruned, dense, unseen, batch, objective)
+
+
+def _refit_block(index: int, big: Block, small: Block, masks: Masks, kept: Tensor, s: _Streams, read: slice) -> None:
+    """Refit both branches of a block, and move both streams past it. Arguments as of `_refit_branch`."""
+    before, tokens = s.pruned, [small.tokens.groups_for(z) for z in s.pruned] if small.tokens else []
+    merged = [t.compress for t in tokens] or [lambda x: x] * len(before)
+    inside = s.pruned = [compress(z) for compress, z in zip(merged, before, strict=True)]
+    none = [()] * len(before)
+    biases = [() if t.bias is None else (t.bias,) for t in tokens] or none
+    for branch_of, first, also in ((streams.attention, "attn.qkv", biases), (streams.mlp, "mlp.fc1", none)):
+        branch = branch_of(big)
+        if branch_of(small):
+            rows = masks.kept(f"blocks.{index}.{first}.weight", 0)
+            _refit_branch(branch, branch_of(small), rows, kept, s, read, merged, also)
+        elif branch:
+            s.dense = [x + branch(x) for x in s.dense]
+    if tokens:
+        parts = zip(tokens, s.pruned, inside, before, strict=True)
+        s.pruned = [t.restore(out, z, x) for t, out, z, x in parts]

@@ -20,8 +20,9 @@ from models.patch_grid import spread_evenly
 from models.tokens import spread_merge
 from pruning import streams
 from pruning.allocation import interpolate
+from pruning.objective import mean_divergence
 from pruning.pm_vit import Structure
-from pruning.probe import mean_divergence, widths_to_probe
+from pruning.probe import widths_to_probe
 
 ROUNDS = 2  # of pricing and sharing out
 

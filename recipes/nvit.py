@@ -74,7 +74,7 @@ def make_pruner(
         sizes,
         regularization=args.latency_regularization,
         cap=cap or None,
-        target=args.latency_target,
+        target=None if args.one_shot else args.latency_target,
         targets=more,
         dense=dense,
         per_event=args.prune_per_iter // args.group_size,

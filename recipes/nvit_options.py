@@ -78,8 +78,11 @@ def _add_latency_args(group: Any) -> None:
         "--latency_target",
         metavar="RATIO",
         type=float,
+        nargs="+",
+        action=options.OneOrMore,
         default=None,
-        help="stop at this share of the dense model's predicted latency, in (0, 1] (default: none)",
+        help="stop at this share of the dense model's predicted latency, in (0, 1]; several with --one_shot "
+        "(default: none)",
         check=SHARE_ABOVE_0,
     )
 
@@ -156,29 +159,6 @@ def _add_weight_args(group: Any) -> None:
         action="store_true",
         help="print the planned events with an estimate of time and memory, then exit (default: off)",
         may_differ=True,
-    )
-
-
-def add_one_shot_args(parser: Any) -> None:
-    """Flags of --one_shot."""
-    group = parser.add_argument_group("one-shot pruning")
-    group.add_argument(
-        "--one_shot",
-        action="store_true",
-        help="prune to --latency_target without labels, gradients or training (default: off)",
-    )
-    group.add_argument(
-        "--calib_images",
-        metavar="N",
-        type=int,
-        default=1024,
-        help="training images for --one_shot, --align and --compensate, over all processes (default: %(default)s)",
-        check=ABOVE_0,
-    )
-    group.add_argument(
-        "--latency_measured",
-        action="store_true",
-        help="meet --latency_target as measured on this device, in a few rounds, not as predicted (default: off)",
     )
 
 

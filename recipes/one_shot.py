@@ -1,56 +1,42 @@
-"""Pruning without labels, gradients or training: align, price every width, allocate under the target, refit."""
+"""Pruning without labels, gradients or training: align, price every width, allocate under each target, refit."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+import torch.distributed as dist
 
-import options
 from engine import Precision, evaluate
 from files import checkpoint
-from loading import shards
-from models import Masks, ViTDims, compact
+from models.arch import Arch
 from models.compact import expand_
 from models.vit import TokenLogits
-from pruning.allocation import allocate
-from pruning.moments import all_reduced
-from pruning.probe import prices
-from pruning.refit import refit_
-from recipes import calibration
+from pruning.one_shot import Analysis, Choice, NotReached, analyse
+from pruning.shrink import Student
+from recipes import analysis_files, calibration, pareto
 from recipes.nvit import Setup
 from recipes.nvit_files import CHECKPOINT, conclude
+from recipes.one_shot_options import targets
 from runtime.console import say
-from runtime.errors import Problems, RunFailed
-from runtime.folders import append_log
-from runtime.ranks import is_main
+from runtime.errors import FailedTogether
+from runtime.folders import append_log, make_folder
+from runtime.ranks import is_main, world_size
 from runtime.seeds import rng_state
 from training import provenance, results, resuming
 
-ROUNDS, CLOSE = 5, 0.01  # of aiming at a measured ratio, and how close below it is close enough
-
-
-def check_flags(args: Any, problems: Problems) -> None:
-    """What --one_shot needs, and what it does not go with."""
-    if args.latency_target is None:
-        problems.add("--one_shot needs --latency_target")
-    for name in ("latency_target_ms", "macs_target", "params_target"):
-        if getattr(args, name) is not None:
-            problems.add(f"--{name} goes with training; --one_shot aims at --latency_target alone")
-    for name in ("resume", "dry_run", "align", "compensate", "shrink_interval"):
-        if getattr(args, name):
-            problems.add(f"{options.flag(name)} goes with training; --one_shot has none")
-    problems.attempt(shards.check_indexed, args, "--one_shot")
+CLOSE = 0.01  # of a share of the latency, to which --max_drop is solved
+T = TypeVar("T")
 
 
 class _Clock:
-    """Says what a stage found and how long it took."""
+    """Says what a stage gave and how long it took."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, earlier: dict[str, float] | None = None) -> None:
+        self.seconds = dict(earlier or {})
         self._last = time.perf_counter()
 
     def stop(self, stage: str, outcome: str) -> None:
@@ -60,65 +46,82 @@ class _Clock:
         say(f"{stage} in {self.seconds[stage]:.1f} s: {outcome}")
 
 
-class _Allocator:
-    """Prices of an aligned model's widths, and the best widths for any target."""
+def on_main(compute: Callable[[], T]) -> T:
+    """What the main rank computes, on all of them: others may round, or measure, differently.
 
-    def __init__(self, args: Any, setup: Setup, images: Tensor) -> None:
-        self.table, self.full = setup.table, setup.model.dims
-        self.groups = setup.pruner.group_sizes
-        self.prices = prices(setup.model, images, self.groups, args.batch_size)
-
-    def __call__(self, target: float) -> tuple[ViTDims, float]:
-        """The widths to keep, and the divergence predicted for them. Raises RunFailed where none are as quick."""
-        choices = allocate(self.table, self.full, self.groups, *self.prices, target)
-        if not choices:
-            raise RunFailed(f"target {target:.4g} not reached: by the table, no widths are as quick")
-        return choices[0]
-
-
-def _as_measured(allocator: _Allocator, target: float, measure: Callable[[ViTDims], float]) -> tuple[ViTDims, float]:
-    """Widths whose measured ratio is at or below the target, as close as a few rounds of aiming come to it."""
-    aim, best, least = target, None, None
-    for _ in range(ROUNDS):
-        choice = allocator(aim)
-        ratio = float(all_reduced(torch.tensor(measure(choice[0]) if is_main() else 0.0)))  # the main rank's
-        say(f"aimed at {aim:.4f}: measured {ratio:.4f}")
-        if ratio <= target and (best is None or ratio > best[0]):
-            best = ratio, choice
-        if least is None or ratio < least[0]:
-            least = ratio, choice
-        if target - CLOSE <= ratio <= target:
-            break
-        aim = min(1.0, aim * (target - CLOSE / 2) / ratio)
-    return (best or least)[1]
-
-
-def prune_(args: Any, setup: Setup, images: Tensor, measure: Callable[[ViTDims], float]) -> dict[str, Any]:
-    """Prune the student in place to --latency_target; returns the log's line.
-
-    images: this process's calibration images; measure: the measured ratio of widths to the dense model.
+    A NotReached there ends the run on all ranks.
     """
-    model, clock = setup.model.to(setup.device).eval().requires_grad_(False), _Clock()
+    outcome: list[Any] = [None]
+    if is_main():
+        try:
+            outcome = [compute()]
+        except NotReached as error:
+            outcome = [error]
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], NotReached):
+        raise FailedTogether(str(outcome[0]))
+    return outcome[0]
+
+
+def made_from(args: Any, inputs: dict[str, str]) -> dict[str, Any]:
+    """What an analysis depends on: dense weights, calibration images, how widths are priced. inputs: as of a Setup."""
+    known = {name: inputs[name] for name in ("weights", "training images") if name in inputs}
+    return known | dict(calib_images=args.calib_images, seed=args.seed, pricing=args.pricing, processes=world_size())
+
+
+def check_analysis(args: Any, arch: Arch, groups: dict[str, int], inputs: dict[str, str]) -> None:
+    """Raises ValueError where --analysis names a file that is not of this model, these images and these groups."""
+    if args.analysis:
+        analysis_files.check_file(args.analysis, arch, groups, made_from(args, inputs))
+
+
+def make_analysis(args: Any, setup: Setup, clock: _Clock) -> Analysis:
+    """Align the dense model in place and price its widths, or read both from --analysis."""
+    model = setup.model.to(setup.device).eval().requires_grad_(False)
+    images, groups, grid = calibration.images_of(args, setup.full), setup.pruner.group_sizes, setup.student.masks.grid
+    if args.analysis:
+        prices = analysis_files.read(args.analysis, model)
+        clock.stop("read", args.analysis)
+        return Analysis(model, images, groups, prices, args.batch_size, grid=grid)
     clock.stop("aligned", calibration.align(model, images, args.batch_size))
-    allocator = _Allocator(args, setup, images)
-    if args.latency_measured:
-        dims, predicted = _as_measured(allocator, args.latency_target, measure)
-    else:
-        dims, predicted = allocator(args.latency_target)
-    clock.stop("allocated", f"predicted divergence {predicted:.2e} nats")
-    masks = setup.student.masks
-    masks.load_state_dict(Masks.first(model.dims, dims, setup.device, masks.grid).state_dict())
-    small = compact(model, masks)
-    divergence = refit_(model, small, masks, images, args.batch_size)
-    clock.stop("refitted", f"divergence {divergence:.2e} nats on held-out images")
+    analysis = analyse(model, images, groups, args.batch_size, pricing=args.pricing, grid=grid)
+    clock.stop("priced", f"{sum(len(curve) for block in analysis.prices.blocks for curve in block.values())} widths")
+    if is_main():
+        analysis_files.write(setup.folder / analysis_files.NAME, analysis, made_from(args, setup.inputs))
+    return analysis
+
+
+@dataclass
+class Result:
+    """A pruned model at one target: the run's setup with it as the student, its log's line, and its metrics."""
+
+    setup: Setup
+    line: dict[str, Any]
+    metrics: dict[str, Any]
+    target: float
+
+
+def prune(
+    args: Any, setup: Setup, analysis: Analysis, choice: Choice, target: float, precision: Precision, clock: _Clock
+) -> Result:
+    """The model at the chosen widths, refitted and evaluated."""
+    small, masks, divergence = analysis.cut(choice.dims)
+    clock.stop("refitted", f"divergence {divergence:.2e} {analysis.objective.unit} on images that no fit has seen")
+    model = copy.deepcopy(analysis.dense)
     expand_(model, masks, small)
-    return dict(
+    pruner = copy.copy(setup.pruner)
+    pruner.masks = masks
+    setup = replace(setup, student=Student(model, masks), pruner=pruner)
+    metrics = evaluate(TokenLogits(model), setup.data.val, precision, args.dist_eval)
+    line = dict(
         calib_images=args.calib_images,
-        divergence_predicted=predicted,
+        divergence_predicted=choice.predicted,
         divergence=divergence,
         seconds=clock.seconds,
-        latency=setup.pruner.ratio,
+        latency=pruner.ratio,
     )
+    return Result(setup, line, metrics, target)
 
 
 def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
@@ -141,11 +144,75 @@ def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
     )
 
 
+def _quickest(
+    args: Any,
+    setup: Setup,
+    analysis: Analysis,
+    precision: Precision,
+    top1_dense: float,
+    seconds: dict[str, float],
+) -> Result:
+    """The quickest model that loses at most --max_drop points of top-1, by bisection over targets."""
+    low, high, best = 0.0, 1.0, None
+    while high - low > CLOSE:
+        target = (low + high) / 2
+        try:
+            choice = on_main(lambda target=target: analysis.choose(setup.table, target))
+        except FailedTogether:
+            low = target
+            continue
+        result = prune(args, setup, analysis, choice, target, precision, _Clock(seconds))
+        drop = top1_dense - result.metrics["acc1"]
+        say(f"at {target:.3f} of the latency: {drop:.2f} points lost")
+        if drop <= args.max_drop:
+            high, best = target, result
+        else:
+            low = target
+    if best is None:
+        raise FailedTogether(f"--max_drop {args.max_drop:g}: every quicker model that was tried loses more")
+    return best
+
+
+def _choose(
+    args: Any, setup: Setup, analysis: Analysis, report: results.Report, target: float, clock: _Clock
+) -> Choice:
+    if args.latency_measured:
+        choice = on_main(lambda: analysis.choose_measured(setup.table, target, report.measure, say))
+    else:
+        choice = on_main(lambda: analysis.choose(setup.table, target))
+    clock.stop("allocated", f"predicted divergence {choice.predicted:.2e} {analysis.objective.unit}")
+    return choice
+
+
+def _finish(args: Any, result: Result, report: results.Report, top1_dense: float) -> None:
+    """Write a pruned model's files into the folder of its setup."""
+    setup, metrics = result.setup, result.metrics
+    append_log(setup.folder, epoch=0, **result.line, **results.log_line({}, metrics))
+    report = replace(report, folder=setup.folder)
+    conclude(args, setup, report, top1_dense, metrics, lambda name: save(name, args, setup, metrics))
+
+
 def run_(args: Any, setup: Setup, report: results.Report, precision: Precision, top1_dense: float) -> None:
     """--one_shot from beginning to end."""
     resuming.start_anew(setup.folder, CHECKPOINT)
     provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
-    outcome = prune_(args, setup, calibration.images_of(args, setup.full), report.measure)
-    metrics = evaluate(TokenLogits(setup.model), setup.data.val, precision, args.dist_eval)
-    append_log(setup.folder, epoch=0, **outcome, **results.log_line({}, metrics))
-    conclude(args, setup, report, top1_dense, metrics, lambda name: save(name, args, setup, metrics))
+    clock = _Clock()
+    analysis, wanted = make_analysis(args, setup, clock), targets(args)
+    if args.max_drop is not None:
+        result = _quickest(args, setup, analysis, precision, top1_dense, clock.seconds)
+        _finish(args, result, report, top1_dense)
+        return
+    finished = []
+    for target in wanted:
+        within = setup.folder
+        if len(wanted) > 1:
+            within = make_folder(setup.folder / f"target_{target:g}", lock=False)
+            provenance.record(args, within, setup.device, setup.data, setup.inputs)
+            say(f"target {target:g}")
+        own = _Clock(clock.seconds)
+        choice = _choose(args, setup, analysis, report, target, own)
+        result = prune(args, replace(setup, folder=within), analysis, choice, target, precision, own)
+        _finish(args, result, report, top1_dense)
+        finished.append((target, within, result.line["divergence"]))
+    if len(finished) > 1 and is_main():
+        pareto.write(setup.folder, top1_dense, finished)

@@ -14,7 +14,7 @@ import main_pm_vit
 from datasets import build_dataset
 from models import load_dense
 from models.tokens import SKIPPED, DenseTokenMerge, layers
-from pruning.refit import divergence
+from pruning.objective import divergence
 from pruning.token_merging import uniform as uniform_tokens
 from recipes import pm_vit
 from runtime.errors import BadArguments, RunFailed

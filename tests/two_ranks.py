@@ -21,6 +21,8 @@ from pruning.align import align_
 from pruning.config import PruningConfig
 from pruning.gate_saliency import GateSaliency
 from pruning.gates import Gates
+from pruning.objective import Features
+from pruning.pricing import price
 from pruning.probe import block_curves
 from pruning.refit import refit_
 from pruning.token_saliency import TokenSaliency
@@ -46,6 +48,19 @@ def prices(model: VisionTransformer, shares: Shares) -> dict[str, Tensor]:
     }
 
 
+def priced(model: VisionTransformer, shares: Shares) -> dict[str, Tensor]:
+    """By the second order. Images of one process are in the order in which several number theirs."""
+    images = torch.stack([images[:32] for images, _ in shares], 1).flatten(0, 1)
+    blocks, embed = price(model, images, PruningConfig().group_sizes(model.dims), 8)
+    curves = {f"blocks.{i}.{axis}": curve for i, found in enumerate(blocks) for axis, curve in found.items()}
+    return {name: torch.tensor(list(curve.values())) for name, curve in (curves | dict(embed=embed)).items()}
+
+
+def variances(model: VisionTransformer, shares: Shares) -> dict[str, Tensor]:
+    """Scales of the objective of features."""
+    return dict(scale=Features.of(model, torch.cat([images for images, _ in shares]), 8, "all").scale)
+
+
 def cut_half(model: VisionTransformer, grid: tuple[int, int] | None = None) -> Masks:
     """Masks without the first half of every axis, or of the patches of a grid."""
     masks = Masks(model.dims, grid=grid)
@@ -59,7 +74,8 @@ def refitted(model: VisionTransformer, shares: Shares) -> dict[str, Tensor]:
     masks = cut_half(model)
     small = compact(model, masks)
     images = [images[part] for part in (slice(HELD), slice(HELD, None)) for images, _ in shares]
-    divergence = refit_(model, small, masks, torch.cat(images), 8)
+    unseen = torch.cat([images[-8:] for images, _ in shares])
+    divergence = refit_(model, small, masks, torch.cat(images), 8, unseen=unseen)
     return small.state_dict() | dict(divergence=torch.tensor(divergence))
 
 
@@ -97,6 +113,8 @@ def of_savit(model: VisionTransformer, shares: Shares) -> dict[str, Tensor]:
 TOGETHER: dict[str, Callable[[VisionTransformer, Shares], dict[str, Tensor]]] = dict(
     aligned=aligned,
     prices=prices,
+    priced=priced,
+    variances=variances,
     refitted=refitted,
     tokens=lambda model, shares: scored(model, shares, TokenSaliency),
     gates=lambda model, shares: scored(model, shares, GateSaliency),

@@ -10,10 +10,10 @@ import torch
 from latency.table import LatencyTable
 from models import BlockDims, ViTDims, build_vit
 from pruning.align import align_
-from pruning.allocation import BINS, Options, allocate, candidates, interpolate, knapsack
+from pruning.allocation import BINS, Candidates, Options, allocate, interpolate, knapsack, least_cost
 from pruning.config import PruningConfig
 from pruning.moments import PLAIN_RIDGE
-from pruning.probe import FITTED, JUDGED, block_curves, embed_curve, prices, widths_to_probe
+from pruning.probe import FITTED, JUDGED, block_curves, embed_curve, measure_prices, widths_to_probe
 
 FULL = ViTDims(32, (BlockDims(4, 8, 8, 128, 18),) * 2)
 GROUPS = PruningConfig().group_sizes(FULL)
@@ -72,6 +72,8 @@ def test_the_knapsack_is_exact():
         )
         assert cost == pytest.approx(best)
         assert sum(o.seconds[k] for o, k in zip(options, chosen, strict=True)) <= budget
+        assert cost * 0.5 < least_cost(options, budget) <= cost * (1 + 1e-9)
+    assert least_cost(options, 0.9 * least) == least_cost(options, 0.0) == np.inf
     with pytest.raises(ValueError, match="budget"):
         knapsack(options, 0.9 * least)
     with pytest.raises(ValueError, match="no time"):
@@ -89,7 +91,7 @@ def test_times_are_rounded_up():
 def test_narrower_queries_and_values_cost_what_heads_are_left():
     """Prices are of all heads: with h of H left, a cut of qk or v costs h / H of its own."""
     known, group = curves(heads=0.8, qk=0.3, v=0.2, mlp=0.1), dict(heads=1, qk=4, v=4, mlp=64)
-    widths, cost = candidates(FULL.blocks[0], group, known)
+    widths, cost = Candidates.of(FULL.blocks[0], group, known).combine()
     for row, found in zip(widths.tolist(), cost.tolist(), strict=True):
         heads, qk, v, mlp, tokens = row
         if heads in (1, 2, 4) and mlp:
@@ -105,6 +107,30 @@ def test_the_target_is_met_closely_from_below(table, target):
     assert table.ratio(found[0][0], FULL) > target - 0.02
     assert [price for _, price in found] == sorted(price for _, price in found)
     assert all(b.mlp % GROUPS["blocks.0.mlp"] == 0 and b.heads for b in found[0][0].blocks)
+
+
+@pytest.mark.parametrize("full", [FULL, FULL.with_queries(2)], ids=["every token", "lean"])
+def test_branches_that_are_looked_up_apart_give_the_same_widths(table, full, monkeypatch):
+    """With token counts too, and nothing that a bound or dominance leaves out would have been better."""
+    tokens = {18: 0.0, 10: 0.01, 6: 0.2}
+    seconds = {
+        f"attention/N_{n}/EMB_{e}/QK_{h}_{q}/V_{v}": 1e-6 * e * n * (h * 2 * (q + v) + n)
+        for n, e, h, q, v in product((6, 18), (4, 32), (1, 4), (1, 8), (1, 8))
+    }
+    seconds |= {
+        f"mlp/N_{n}/EMB_{e}/MLP_{m}": 1e-6 * e * n * (2 * m + 10) for n, e, m in product((6, 18), (4, 32), (1, 128))
+    }
+    seconds |= {f"tokens/N_{n}/EMB_{e}": 1e-6 * e * n for n, e in product((6, 18), (4, 32))}
+    table = LatencyTable.of_parts(seconds, {})
+    known = [curves() | dict(tokens=tokens), curves(2.0, 0.5, 3.0, 0.1) | dict(tokens=tokens)]
+    for target in (0.6, 0.3):
+        quick = allocate(table, full, GROUPS, known, EMBED, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(LatencyTable, "branches_apart", False)
+            patch.setattr("pruning.allocation.least_cost", lambda options, budget: -np.inf)
+            slow = allocate(table, full, GROUPS, known, EMBED, target)
+        assert quick[0] == slow[0] and {pair[0] for pair in quick} <= {pair[0] for pair in slow}
+        assert {b.tokens for b in quick[0][0].blocks} <= set(tokens)
 
 
 def test_what_a_lean_last_block_saves_goes_to_other_widths(table):
@@ -154,7 +180,7 @@ def test_probes_see_what_a_model_does_not_need(tiny, randomise):
     for axis in ("qk", "v"):
         prices = [found[0][axis][w] for w in sorted(found[0][axis])]
         assert prices == sorted(prices, reverse=True) and prices[0] > 1e-5
-    prices = embed_curve(model, images, groups["embed"], 32)
+    prices = embed_curve(model, images[:128], images[128:], groups["embed"], 32)
     assert sorted(prices) == [8, 16, 24, 32] and prices[8] > prices[16] > prices[24] > prices[32] == 0
 
 
@@ -163,9 +189,9 @@ def test_a_price_is_of_images_that_compensated_nothing(tiny, randomise, index, w
     """An MLP cut to its first units, compensated by ridge regression and judged by hand, in float64."""
     model = randomise(build_vit(**tiny)).eval().requires_grad_(False)
     images = torch.randn(160, 3, 16, 16)
-    found = prices(model, images, PruningConfig().group_sizes(model.dims), 16)[0][index]["mlp"]
+    found = measure_prices(model, images, PruningConfig().group_sizes(model.dims), 16)[0][index]["mlp"]
     exact, images = copy.deepcopy(model).double(), images.double()
-    fit, judge = images[: len(images) // FITTED], images[len(images) // FITTED :][: len(images) // JUDGED]
+    fit, judge = images[: len(images) // FITTED], images[-(len(images) // JUDGED) :]
     block, read = exact.blocks[index], slice(None) if index == 0 else slice(2)
 
     def hidden(images):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models import Masks, build_vit
-from pruning.refit import divergence
+from pruning.objective import divergence
 from recipes.calibration import Compensation, align
 
 CUT = ("embed", "v", "mlp")

@@ -52,6 +52,7 @@ def pruned(flags, tmp_path_factory):
 
 def test_the_files_of_the_contract(pruned):
     assert sorted(p.name for p in pruned.iterdir()) == [
+        "analysis.safetensors",
         "args.json",
         "dims.json",
         "log.txt",
@@ -60,7 +61,7 @@ def test_the_files_of_the_contract(pruned):
         "summary.json",
     ]
     (line,) = (json.loads(line) for line in (pruned / "log.txt").read_text().splitlines())
-    assert line["calib_images"] == 512 and list(line["seconds"]) == ["aligned", "allocated", "refitted"]
+    assert line["calib_images"] == 512 and list(line["seconds"]) == ["aligned", "priced", "allocated", "refitted"]
     content = torch.load(pruned / "pruned_checkpoint.pth", weights_only=True)
     assert sorted(content) == sorted(KEYS)
     assert content["dims"] == json.loads((pruned / "dims.json").read_text())
@@ -160,12 +161,94 @@ def test_two_ranks_find_what_one_does(flags, tmp_path):
         (["--calib_images", "63"], "--calib_images must be at least 64 for each process, not 63"),
         (["--calib_images", "0"], "--calib_images must be above 0, not 0"),
         (["--resume"], "--resume goes with training; --one_shot has none"),
+        (["--latency_target", "0.5", "0.5"], "--latency_target names a target twice: 0.5 0.5"),
+        (["--latency_target", "0.5", "1.5"], "--latency_target must be in (0, 1], not 1.5"),
+        (["--max_drop", "1"], "--one_shot needs --latency_target or --max_drop, not both"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(flags, tmp_path, more, message):
     with pytest.raises(BadArguments) as error:
         run(main_full_global_latency, *flags, "--output_dir", tmp_path / "new", *more)
     assert message in error.value.problems and not (tmp_path / "new").exists()
+
+
+def test_every_target_follows_from_one_analysis(pruned, flags, tmp_path, capsys):
+    """Given back to a later run, the analysis gives the same model and costs no alignment and no prices."""
+    analysis = pruned / "analysis.safetensors"
+    more = ["--latency_target", "0.6", "0.3", "--analysis", analysis, "--output_dir", tmp_path]
+    run(main_full_global_latency, *flags, *more)
+    (folder,) = tmp_path.glob("one_shot_*")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "args.json",
+        "pareto.png",
+        "run.json",
+        "sizes.json",
+        "target_0.3",
+        "target_0.6",
+    ]
+    one, two = (torch.load(f / "pruned_checkpoint.pth", weights_only=True) for f in (pruned, folder / "target_0.6"))
+    assert one["dims"] == two["dims"] and all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
+    sizes = json.loads((folder / "sizes.json").read_text())["sizes"]
+    assert [size["target"] for size in sizes] == [0.6, 0.3] and sizes[1]["latency_predicted"] <= 0.3
+    (line,) = (json.loads(line) for line in (folder / "target_0.3" / "log.txt").read_text().splitlines())
+    assert list(line["seconds"]) == ["read", "allocated", "refitted"]
+    said = capsys.readouterr().out
+    assert "tools.report" in said and "2 sizes of a model" in said
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--seed", "1"], "it was made with other seed: 0, not 1"),
+        (["--calib_images", "256"], "it was made with other calib_images: 512, not 256"),
+        (["--width_multiple", "4"], "it was made with other group sizes"),
+    ],
+)
+def test_an_analysis_of_something_else_is_refused(pruned, flags, tmp_path, more, message):
+    with pytest.raises(BadArguments, match=re.escape(message)):
+        run(
+            main_full_global_latency,
+            *flags,
+            "--analysis",
+            pruned / "analysis.safetensors",
+            "--output_dir",
+            tmp_path,
+            *more,
+        )
+
+
+def test_a_file_that_is_no_analysis_is_refused(pruned, flags, tmp_path):
+    with pytest.raises(BadArguments, match="is no analysis that --one_shot has written"):
+        run(main_full_global_latency, *flags, "--analysis", pruned / "summary.json", "--output_dir", tmp_path)
+
+
+def test_the_quickest_model_within_a_drop(pruned, flags, tmp_path):
+    without = [flag for flag in flags if flag not in ("--latency_target", 0.6)]
+    more = ["--max_drop", "3", "--analysis", pruned / "analysis.safetensors", "--output_dir", tmp_path]
+    run(main_full_global_latency, *without, *more)
+    (folder,) = tmp_path.glob("one_shot_*_drop_3")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["pruned"]["top1"] >= summary["dense"]["top1"] - 3
+    assert summary["pruned"]["latency_predicted"] < 0.6
+
+
+def test_several_targets_and_a_drop_go_with_one_shot(flags, tmp_path):
+    without = [flag for flag in flags if flag not in ("--one_shot", "--latency_target", 0.6)]
+    with pytest.raises(BadArguments) as error:
+        run(
+            main_full_global_latency,
+            *without,
+            "--latency_target",
+            "0.5",
+            "0.4",
+            "--max_drop",
+            "1",
+            "--output_dir",
+            tmp_path,
+        )
+    assert {"--latency_target takes several values with --one_shot only", "--max_drop goes with --one_shot"} <= {
+        *error.value.problems
+    }
 
 
 def test_one_shot_needs_a_target(flags, tmp_path):

@@ -1,0 +1,90 @@
+"""Flags of one-shot pruning, and what does not go together among them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import options
+from loading import shards
+from options.ranges import ABOVE_0
+from pruning.one_shot import PRICING
+from runtime.errors import Problems
+
+
+def add_one_shot_args(parser: Any) -> None:
+    """Flags of --one_shot."""
+    group = parser.add_argument_group("one-shot pruning")
+    group.add_argument(
+        "--one_shot",
+        action="store_true",
+        help="prune to --latency_target without labels, gradients or training. Several targets share one analysis and "
+        "get a folder each (default: off)",
+    )
+    group.add_argument(
+        "--calib_images",
+        metavar="N",
+        type=int,
+        default=1024,
+        help="training images for --one_shot, --align and --compensate, over all processes (default: %(default)s)",
+        check=ABOVE_0,
+    )
+    group.add_argument(
+        "--latency_measured",
+        action="store_true",
+        help="meet --latency_target as measured on this device, in a few rounds, not as predicted (default: off)",
+    )
+    group.add_argument(
+        "--max_drop",
+        metavar="POINTS",
+        type=float,
+        default=None,
+        help="instead of --latency_target: find the quickest model that loses at most this many points of top-1 on the "
+        "validation images (default: none)",
+        check=ABOVE_0,
+    )
+    group.add_argument(
+        "--pricing",
+        choices=tuple(PRICING),
+        default="gradient",
+        help="how the cost of every width is found. gradient: one backward pass per probe, in time linear in depth. "
+        "measured: by running the rest of the model after every cut (default: %(default)s)",
+    )
+    group.add_argument(
+        "--analysis",
+        metavar="FILE",
+        default="",
+        help="analysis.safetensors of an earlier run of the same model and images, for further targets (default: none)",
+        path=True,
+    )
+
+
+def check_flags(args: Any, problems: Problems) -> None:
+    """What --one_shot needs, and what it does not go with."""
+    if (args.latency_target is None) == (args.max_drop is None):
+        problems.add("--one_shot needs --latency_target" + (" or --max_drop, not both" if args.max_drop else ""))
+    if args.max_drop is not None and args.latency_measured:
+        problems.add("--latency_measured goes with --latency_target; with --max_drop there is no target to meet")
+    if len(set(targets(args))) < len(targets(args)):
+        problems.add(f"--latency_target names a target twice: {' '.join(f'{t:g}' for t in targets(args))}")
+    for name in ("latency_target_ms", "macs_target", "params_target"):
+        if getattr(args, name) is not None:
+            problems.add(f"--{name} goes with training; --one_shot aims at --latency_target alone")
+    for name in ("resume", "dry_run", "align", "compensate", "shrink_interval"):
+        if getattr(args, name):
+            problems.add(f"{options.flag(name)} goes with training; --one_shot has none")
+    problems.attempt(shards.check_indexed, args, "--one_shot")
+
+
+def check_without(args: Any, problems: Problems) -> None:
+    """Complaints about flags that only --one_shot takes, where it is not given."""
+    if isinstance(args.latency_target, list):
+        problems.add("--latency_target takes several values with --one_shot only")
+    for name in ("max_drop", "analysis"):
+        if getattr(args, name):
+            problems.add(f"--{name} goes with --one_shot")
+
+
+def targets(args: Any) -> list[float]:
+    """The values of --latency_target, the widest model first; none with --max_drop."""
+    given = args.latency_target if isinstance(args.latency_target, list) else [args.latency_target]
+    return sorted((target for target in given if target is not None), reverse=True)
