@@ -52,7 +52,7 @@ class PruningConfig:
                 raise ConfigError(f"group_size of {axis} must be a whole number above 0, not {size!r}")
 
     def group_sizes(self, of: Dims | Masks, multiple: int = 1, left_alone: Collection[str] = ()) -> dict[str, int]:
-        """Units per group of every axis: at most an eighth of the axis, so that narrow models keep a choice.
+        """Units per group of every axis: at most an eighth of the axis, rounded up, so that narrow models keep a choice.
 
         They are rounded up to multiples of `multiple` (heads and tokens may be any number), so that widths end at
         multiples. An axis that is left alone is one group, and the last group stays.
@@ -65,7 +65,7 @@ class PruningConfig:
             if kind in left_alone:
                 return n
             step = 1 if kind in ("heads", "tokens") else multiple
-            return max(1, min(n, -(-min(sizes[kind], max(1, n // 8)) // step) * step))
+            return max(1, min(n, -(-min(sizes[kind], -(-n // 8)) // step) * step))
 
         return {axis: size(axis, n) for axis, n in of.sizes().items()}
 
