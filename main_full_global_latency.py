@@ -220,7 +220,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
     criterion = make_loss(args, setup.cnn, teacher, tau=KL_TEMPERATURE, per_token=False)
     mixup = make_mixup(args, setup.data.classes)
     if not setup.resumed:
-        resuming.start_anew(setup.folder, CHECKPOINT)
+        resuming.start_anew(setup.folder, CHECKPOINT, resuming.PRUNED)
     compensation = calibration.Compensation(args.compensate, teacher.model, images, args.batch_size)
     steps = PruningSteps(args, setup, optimizer, criterion, precision, compensation)
     state = State(steps, optimizer, precision, progress, dict(acc1=top1_dense))

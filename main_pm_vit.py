@@ -68,6 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 # --------------------------------------------------------------------------------------------------------------- prune
 def prune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
     """Compress the model and write pruned_checkpoint.pth with what it is worth."""
+    resuming.start_anew(run.folder, resuming.PRUNED[0], resuming.PRUNED)
     provenance.record(args, run.folder, run.device, run.data, {})
     model = run.model.to(run.device).eval()
     merging = token_merging.Merging(args.merge, args.merge_entries == "published", args.shortcut == "merged")

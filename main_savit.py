@@ -251,6 +251,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
     precision = make_precision(args, setup.device)
     before = evaluate(TokenLogits(model), setup.data.val, precision, args.dist_eval)["acc1"]
     say(f"before: top-1 {before:.2f}, {savit_log.complexity(Arch.of_model(model), start)}")
+    steps.start_anew(args, setup)
     provenance.record(args, setup.folder, setup.device, setup.data, {})
 
     # ---------------------------------------------------------------- score

@@ -52,7 +52,7 @@ class PruningConfig:
                 raise ConfigError(f"group_size of {axis} must be a whole number above 0, not {size!r}")
 
     def group_sizes(self, of: Dims | Masks, multiple: int = 1, left_alone: Collection[str] = ()) -> dict[str, int]:
-        """Units per group of every axis: at most an eighth of the axis, rounded up, so that narrow models keep a choice.
+        """Units per group of every axis: at most an eighth of the axis, rounded up: narrow models keep a choice.
 
         They are rounded up to multiples of `multiple` (heads and tokens may be any number), so that widths end at
         multiples. An axis that is left alone is one group, and the last group stays.

@@ -90,7 +90,7 @@ def restore(setup: Setup, state: State) -> None:
         state.optimizer.load_state_dict(content["optimizer"])
         state.precision.scaler.load_state_dict(content["scaler"])
         state.steps.restore(content["pruner"], content["masks"])
-        state.metrics = resuming.restore(content, state.progress, setup.folder)
+        state.metrics = resuming.restore(content, state.progress, setup.folder, resuming.PRUNED)
     state.progress.ended = state.steps.done
 
 

@@ -194,7 +194,7 @@ def _finish(args: Any, result: Result, report: results.Report, top1_dense: float
 
 def run_(args: Any, setup: Setup, report: results.Report, precision: Precision, top1_dense: float) -> None:
     """--one_shot from beginning to end."""
-    resuming.start_anew(setup.folder, CHECKPOINT)
+    resuming.start_anew(setup.folder, CHECKPOINT, resuming.PRUNED)
     provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
     clock = _Clock()
     analysis, wanted = make_analysis(args, setup, clock), targets(args)

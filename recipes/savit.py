@@ -18,9 +18,9 @@ from pruning.gates import axes_of_component
 from pruning.interaction import without_second_derivative
 from pruning.macs_search import Problem
 from pruning.savit import Importance
-from recipes import savit_scoring
+from recipes import importance_files, savit_scoring
 from runtime.errors import RunFailed
-from training import results
+from training import results, resuming
 from training.full_model import FullModel, read_full_model
 from training.parts import Data
 from training.sources import Source
@@ -83,6 +83,13 @@ def check_scoring(args: Any, model: nn.Module, images: int) -> None:
         sample = torch.randn(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
         if layer := without_second_derivative(model, sample):
             raise ValueError(f"--need_hessian: no second derivative in layer {layer}; --hessian_form finite needs none")
+
+
+def start_anew(args: Any, setup: Setup) -> None:
+    """Rename what an earlier run left in the folder; its importance files too, where this run writes its own."""
+    scores = setup.importance is None and not args.pruning_silent
+    own = (importance_files.TENSORS, importance_files.DESCRIPTION) if scores else ()
+    resuming.start_anew(setup.folder, resuming.PRUNED[0], (*resuming.PRUNED, *own))
 
 
 def budget(args: Any, model: nn.Module) -> int:

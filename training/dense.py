@@ -171,11 +171,12 @@ def train(args: Any, run: Run) -> dict[str, Any]:
     state = State(ema, optimizer, scheduler, make_precision(args, run.device), progress)
     criterion = make_loss(args, run.cnn, run.teacher, tau=run.teacher_tau or args.distillation_tau, per_token=True)
     mixup = make_mixup(args, run.data.classes)
-    provenance.record(args, run.folder, run.device, run.data, run.inputs)
     if run.resumed:
         restore(run, state)
     else:
         resuming.start_anew(run.folder, CHECKPOINT)
+    provenance.record(args, run.folder, run.device, run.data, run.inputs)
+    if not run.resumed:
         state.metrics = _test(args, run, state, run.model) | dict(best=0.0)
         widths = run.model.dims.to_dim()
         say(f"before: top-1 {state.metrics['acc1']:.2f}, {_parameters(run):,} parameters, widths {widths}")

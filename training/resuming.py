@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from runtime.ranks import is_main, rank, world_size
 from runtime.seeds import set_rng_state
 
 NOT_FLAGS = {"world_size", "inputs"}  # what a checkpoint holds beside the arguments, compared on its own
+PRUNED = ("pruned_checkpoint.pth", "dims.json", "summary.json")  # what a pruning run ends with
+TUNED = ("ft_best.pth", "ASP_checkpoint.pth")  # and dense training, which adds to the summary it finds
+SUMMARY = ("dims.json", "summary.json")
+RECORDS = ("log.txt", "args.json", "run.json", "debug", "logs")
+EVENTS = "events.out.tfevents.*"
 
 
 def saved_args(args: Any, origin: str, inputs: dict[str, str] | None = None) -> dict[str, Any]:
@@ -135,9 +141,12 @@ def restoring(path: Path) -> Iterator[None]:
         raise RunFailed(f"cannot resume from {path}: {type(error).__name__}: {reason}") from None
 
 
-def restore(content: dict[str, Any], progress: Progress, folder: Path) -> dict[str, Any]:
+def restore(
+    content: dict[str, Any], progress: Progress, folder: Path, results: Sequence[str] = TUNED
+) -> dict[str, Any]:
     """Put progress, generators and log where the checkpoint left them; returns the metrics of the last whole epoch.
 
+    results: see `start_anew`.
     Raises BadArguments where an epoch has another number of updates now.
     """
     if (before := content["metrics"]["updates"]) != progress.updates:
@@ -152,7 +161,7 @@ def restore(content: dict[str, Any], progress: Progress, folder: Path) -> dict[s
         set_rng_state(content["rng"])
     if is_main():
         _put_damaged_aside(content["path"])
-        _take_over_logs(content["path"], content["epoch"], folder)
+        _take_over_logs(content["path"], content["epoch"], folder, results)
     where = f"epoch {progress.epoch}" + (f", update {progress.step} of {progress.updates}" if progress.step else "")
     say(f"resumed: continuing with {where}")
     return {name: value for name, value in content["metrics"].items() if name not in ("running", "updates")}
@@ -165,11 +174,11 @@ def _put_damaged_aside(path: Path) -> None:
         newest.replace(newest.with_suffix(".damaged.pth"))
 
 
-def _take_over_logs(path: Path, epoch: int, folder: Path) -> None:
+def _take_over_logs(path: Path, epoch: int, folder: Path, results: Sequence[str]) -> None:
     """The log up to the checkpoint's epoch, from its folder."""
     source = path.parent
     if source.resolve() != folder.resolve():
-        start_anew(folder, path.name.replace(".older.pth", ".pth"))
+        start_anew(folder, path.name.replace(".older.pth", ".pth"), results)
         if (source / "debug").is_dir():
             shutil.copytree(source / "debug", folder / "debug", dirs_exist_ok=True)
     log = source / "log.txt"
@@ -185,22 +194,42 @@ def _epoch_of(line: str) -> float:
         return math.inf
 
 
-RESULTS = ("pruned_checkpoint.pth", "ft_best.pth", "dims.json", "summary.json")
+def start_anew(folder: Path, name: str, results: Sequence[str] = TUNED) -> None:
+    """Rename what earlier runs left in the folder: none of it is this run's, and nothing that is finished is lost.
 
-
-def start_anew(folder: Path, name: str) -> None:
-    """Clear the folder of an earlier run's logs, and set its checkpoint and results aside: they are not this run's."""
+    name: of the newest checkpoint; results: what this kind of run writes besides. The logs of a run that left neither
+    are cleared.
+    """
     if not is_main():
         return
-    for old in (folder / "log.txt", *folder.glob("debug/debugOutput_*"), *folder.glob("events.out.tfevents.*")):
-        old.unlink(missing_ok=True)
     newest, before = folder / name, older(folder / name)
     if before.exists() and not newest.exists():
         before.replace(newest)
     before.unlink(missing_ok=True)
-    for result in RESULTS:
-        if (old := folder / result).exists():
-            old.replace(old.with_suffix(f".previous{old.suffix}"))
-    if newest.exists():
-        newest.replace(aside := newest.with_suffix(".previous.pth"))
-        say(f"{folder} holds an earlier run: its checkpoint is now {aside.name}")
+    if any((folder / own).exists() for own in (name, *results)):
+        set_aside(folder, (name, *results, *SUMMARY, *RECORDS))
+    elif any((folder / other).exists() for other in (*PRUNED, *TUNED)):
+        set_aside(folder, RECORDS)
+    for left in (folder / "log.txt", *folder.glob("debug/debugOutput_*"), *folder.glob(EVENTS)):
+        left.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, names: Sequence[str]) -> None:
+    """Rename files and folders, as far as there are any, to `….previous…`, or where that is taken to `….previous2…`.
+
+    All of one call get the same number; curves go into a folder of it.
+    """
+    there = [folder / name for name in dict.fromkeys(names) if (folder / name).exists()]
+    for number in itertools.count(1):
+        mark = f".previous{number if number > 1 else ''}"
+        aside, curves = [path.with_suffix(mark + path.suffix) for path in there], folder / f"curves{mark}"
+        if not any(path.exists() for path in (*aside, curves)):
+            break
+    for path, new in zip(there, aside, strict=True):
+        path.replace(new)
+    for path in folder.glob(EVENTS):
+        curves.mkdir(exist_ok=True)
+        path.replace(curves / path.name)
+    if there:
+        first = "checkpoint" if there[0].suffix == ".pth" else there[0].name
+        say(f"{folder} holds an earlier run: its {first} is now {aside[0].name}")
