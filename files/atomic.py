@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import re
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,31 @@ def _set_aside(path: Path) -> None:
         os.replace(path, older(path))
     else:
         os.replace(link, older(path))
+
+
+def name_also(path: Path, alias: str) -> None:
+    """Let `alias` in the same folder name whatever is at `path`, now and later. Raises OSError.
+
+    On a file system without symbolic links it is a copy.
+    """
+    other, link = path.with_name(alias), path.with_name(f".{alias}.link")
+    if other.is_symlink() and os.readlink(other) == path.name:
+        return
+    link.unlink(missing_ok=True)
+    try:
+        link.symlink_to(path.name)
+    except OSError:
+        shutil.copyfile(path, link)
+    os.replace(link, other)
+
+
+def aside(paths: Sequence[Path]) -> list[Path]:
+    """New names for files or folders: `….previous…`, or where one of them is taken `….previous2…` and so on."""
+    for number in itertools.count(1):
+        mark = f".previous{number if number > 1 else ''}"
+        found = [path.with_suffix(mark + path.suffix) for path in paths]
+        if not any(path.exists() for path in found):
+            return found
 
 
 def _flush_folder(folder: Path) -> None:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from files.atomic import write_compact_json
+from files.atomic import aside, write_compact_json
+from runtime.console import complain
 
 NOISY = 0.2  # relative spread between rounds above which a point is measured again
 QUIET = 1.25  # times the quick reference: slower moments are those when others use the machine
@@ -31,6 +32,12 @@ class Source(Protocol):
     def samples(self, key: tuple[str, ...], count: int = 1) -> list[tuple[float, int]]: ...
 
 
+def _describe(name: str, before: Any, now: Any) -> str:
+    """How a setting differs; of a long one, such as the grid of points, the name alone."""
+    long = any(isinstance(value, dict | list) for value in (before, now))
+    return f"another {name}" if long else f"{name} was {before}, now {now}"
+
+
 class Progress:
     """Samples of every key, kept in `<output>.part` so that an interrupted run can be continued."""
 
@@ -40,14 +47,25 @@ class Progress:
         self.clock: list[float] = []
         if not self.path.exists():
             return
+        if differing := self._read():
+            kept = aside([self.path])[0]
+            self.path.replace(kept)
+            complain("warning", f"{self.path}: {differing}; it is kept as {kept}, and measuring starts afresh")
+        else:
+            count = sum(map(len, self.samples.values()))
+            print(f"continuing with {count} samples of", self.path, file=sys.stderr)
+
+    def _read(self) -> str:
+        """Take the stored samples over; or why they are of no use here."""
         try:
             stored = json.loads(self.path.read_text())
-            if stored["_meta"] == self.meta:
-                self.samples, self.clock = stored["_samples"], stored["_clock"]
-        except (ValueError, KeyError, TypeError):
-            pass  # not a file of ours
-        state = f"continuing with {sum(map(len, self.samples.values()))} samples of"
-        print(state if self.samples else "starting afresh, of other settings is", self.path, file=sys.stderr)
+            before, samples, clock = stored["_meta"], stored["_samples"], stored["_clock"]
+            names = [name for name in {**before, **self.meta} if before.get(name) != self.meta.get(name)]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "no file of an interrupted measurement"
+        if not names:
+            self.samples, self.clock = samples, clock
+        return ", ".join(_describe(name, before.get(name), self.meta.get(name)) for name in names)
 
     def save(self) -> None:
         write_compact_json(self.path, {"_meta": self.meta, "_samples": self.samples, "_clock": self.clock})

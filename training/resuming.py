@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 import options
 from engine import Progress
 from files import checkpoint
-from files.atomic import older
+from files.atomic import aside, older
 from loading.fingerprint import fingerprint
 from models import Arch, dims_from_dict
 from runtime import elastic
@@ -220,16 +219,12 @@ def set_aside(folder: Path, names: Sequence[str]) -> None:
     All of one call get the same number; curves go into a folder of it.
     """
     there = [folder / name for name in dict.fromkeys(names) if (folder / name).exists()]
-    for number in itertools.count(1):
-        mark = f".previous{number if number > 1 else ''}"
-        aside, curves = [path.with_suffix(mark + path.suffix) for path in there], folder / f"curves{mark}"
-        if not any(path.exists() for path in (*aside, curves)):
-            break
-    for path, new in zip(there, aside, strict=True):
-        path.replace(new)
+    curves, *new = aside([folder / "curves", *there])
+    for path, name in zip(there, new, strict=True):
+        path.replace(name)
     for path in folder.glob(EVENTS):
         curves.mkdir(exist_ok=True)
         path.replace(curves / path.name)
     if there:
         first = "checkpoint" if there[0].suffix == ".pth" else there[0].name
-        say(f"{folder} holds an earlier run: its {first} is now {aside[0].name}")
+        say(f"{folder} holds an earlier run: its {first} is now {new[0].name}")

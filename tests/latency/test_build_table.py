@@ -11,6 +11,7 @@ from latency import LatencyTable, LatencyTableError
 from latency.bench import Bench
 from latency.build_table import get_args_parser, main, read_arch, warn_of_noise
 from latency.points import grid_of
+from latency.samples import Progress
 from models import BlockDims, ViTDims, skeleton
 
 ARCH = "deit_tiny_distilled_patch16_224"
@@ -88,8 +89,28 @@ def test_an_interrupted_run_is_refused_as_a_table_and_continued(tmp_path, capsys
 def test_what_another_setting_left_is_not_continued(tmp_path, capsys):
     (tmp_path / "t.json.part").write_text('{"_meta": {"model": "other"}, "_samples": {"x": [[1, 0]]}, "_clock": [1]}')
     assert main(arguments(tmp_path / "t.json", "--rounds", "2")) == 0
-    assert "starting afresh" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
+    assert "measuring starts afresh" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t.json", "t.json.previous.part"]
+
+
+def test_other_settings_are_named_and_the_old_samples_kept(tmp_path, capsys):
+    settings = dict(batch=8, rounds=3, grid=dict(embed=[4, 8]))
+    for rounds in (3, 5, 7):
+        progress = Progress(str(tmp_path / "t.json"), settings | dict(rounds=rounds))
+        progress.samples = {"mlp/EMB_4/MLP_8": [[1.0, 0]] * rounds}
+        progress.save()
+    part, kept = tmp_path / "t.json.part", f"{tmp_path}/t.json.previous"
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {part}: {what}; it is kept as {kept}{number}.part, and measuring starts afresh"
+        for what, number in (("rounds was 3, now 5", ""), ("rounds was 5, now 7", "2"))
+    ]
+    Progress(str(tmp_path / "t.json"), settings | dict(rounds=7, grid=dict(embed=[4])))
+    assert f"{part}: another grid; it is kept" in capsys.readouterr().err
+    (tmp_path / "t.json.previous.part").rename(part)
+    assert len(Progress(str(tmp_path / "t.json"), settings).samples["mlp/EMB_4/MLP_8"]) == 3
+    part.write_text("no JSON")
+    Progress(str(tmp_path / "t.json"), settings)
+    assert f"{part}: no file of an interrupted measurement; it is kept" in capsys.readouterr().err
 
 
 def test_all_wrong_arguments_are_listed_at_once(tmp_path, capsys):
