@@ -14,12 +14,16 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import nn
 
+import options
 from datasets import build_dataset
 from engine import Precision
 from loading.loaders import build_loader
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models.vit import TokenLogits
+from runtime.console import warn
 from runtime.ranks import rank, world_size
+
+FALLS_TO_MIN_LR = ("cosine", "tanh", "poly")
 
 
 def drop_rate_kwargs(args: Any) -> dict[str, float]:
@@ -109,7 +113,18 @@ def make_optimizer(args: Any, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> tuple[Any, int]:
-    """(timm's, stepped every update, epochs to train): --epochs of schedule and --cooldown-epochs at its end."""
+    """(timm's, stepped every update, epochs to train): --epochs of schedule and --cooldown-epochs at its end.
+
+    The rate never rises after its warm-up, nor falls in it: --min-lr and --warmup-lr are at most the scaled --lr.
+    """
+    lr = scale_lr(args)
+    ends = dict(min_lr=args.sched in FALLS_TO_MIN_LR or args.cooldown_epochs, warmup_lr=args.warmup_epochs)
+    for name, matters in ends.items():
+        if matters and getattr(args, name) > lr:
+            warn(
+                f"--lr {args.lr:g} is {lr:g} for a global batch of {images_per_update(args)}, below "
+                f"{options.flag(name)} {getattr(args, name):g}, which is {lr:g} in this run"
+            )
     return create_scheduler_v2(
         optimizer,
         sched=args.sched,
@@ -118,8 +133,8 @@ def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates_per_epoc
         decay_milestones=args.decay_milestones,
         cooldown_epochs=args.cooldown_epochs,
         decay_rate=args.decay_rate,
-        min_lr=args.min_lr,
-        warmup_lr=args.warmup_lr,
+        min_lr=min(args.min_lr, lr),
+        warmup_lr=min(args.warmup_lr, lr),
         warmup_epochs=args.warmup_epochs,
         noise=args.lr_noise,
         noise_pct=args.lr_noise_pct,

@@ -62,3 +62,20 @@ def test_noise_begins_where_it_is_told_and_follows_the_seed():
     noise = ["--lr-noise", "0.5"]
     plain, noisy, again, other = (rates(*flags) for flags in ([], noise, noise, [*noise, "--seed", "3"]))
     assert noisy[:40] == plain[:40] and noisy[45:] != plain[45:] and noisy == again != other
+
+
+@pytest.mark.parametrize("name", ["cosine", "tanh", "poly"])
+def test_a_rate_below_the_lowest_does_not_rise(name, capsys):
+    """Published: 2e-4 for 512 images; of 16 images that is 6.25e-6, and --min-lr is 1e-5."""
+    small = ["--lr", "2e-4", "--batch-size", "16", "--sched", name]
+    found = rates(*small, "--warmup-epochs", "2", "--warmup-lr", "1e-4")
+    assert found == [pytest.approx(6.25e-6)] * 80
+    begin = "warning: --lr 0.0002 is 6.25e-06 for a global batch of 16, below"
+    ends = ("--min-lr 1e-05", "--warmup-lr 0.0001")
+    assert capsys.readouterr().err.splitlines() == [f"{begin} {end}, which is 6.25e-06 in this run" for end in ends]
+    assert rates(*small, "--min-lr", "1e-6")[-1] < 6.25e-6 and not capsys.readouterr().err
+
+
+def test_what_has_no_lowest_rate_says_nothing(capsys):
+    rates("--lr", "2e-4", "--batch-size", "16", "--sched", "step")
+    assert not capsys.readouterr().err
