@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from options.ranges import Range
 from runtime.console import complain
+from runtime.elastic import report_to_launcher
 
 
 def key_values(items: list[str], flag: str) -> dict[str, Any]:
@@ -88,8 +90,11 @@ class Parser(_Describes, argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        """One line instead of a page of usage; exit code 2."""
-        complain("error", f"{message} (--help lists all)")
+        """One line instead of a page of usage, from one process of a machine; exit code 2."""
+        line = f"{message} (--help lists all)"
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            complain("error", line)
+        report_to_launcher(f"error: {line}")
         self.exit(2)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +34,17 @@ def restarts() -> int:
     """How often these processes were restarted, by torchrun --max-restarts or by SLURM."""
     counts = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")]
     return max(_meeting - 1, *map(int, counts))
+
+
+def report_to_launcher(reason: str) -> None:
+    """Tell torchrun, where it has started this process, why the process ends: its own report then closes with that.
+
+    The file is that of torch.distributed.elastic's @record, with the line in place of a traceback.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = dict(py_callstack=reason, timestamp=str(int(time.time())))
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(dict(message=dict(message=reason, extraInfo=more))))
 
 
 class Terminated(SystemExit):
@@ -192,4 +205,5 @@ class Heartbeat(threading.Thread):
 
 def _end_process(reason: str) -> None:
     complain("error", reason)
+    report_to_launcher(f"error: {reason}")
     os._exit(1)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from runtime.console import complain
+from runtime.elastic import report_to_launcher
 from runtime.errors import BadArguments, FailedTogether, explain
 from runtime.ranks import is_main, rank
 from runtime.run import current
@@ -26,6 +27,7 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of this machine would repeat it
             for problem in error.problems:
                 complain("error", problem)
+        report_to_launcher("\n".join(f"error: {problem}" for problem in error.problems))
         sys.exit(2)
     except KeyboardInterrupt:
         reason = "interrupted"
@@ -42,6 +44,7 @@ def run_script(main: Callable[[Any], None], args: Any) -> None:
             line = current.heartbeat.who_is_gone() if current.heartbeat else ""
         reason = "" if together else line or type(error).__name__
         if not line:
+            report_to_launcher(traceback.format_exc().strip())
             raise
         _fail(line, said=is_main() or not together, reason=reason)
     finally:
@@ -59,6 +62,7 @@ def _fail(line: str, said: bool, reason: str) -> None:
     """Print one line and exit with code 1, at once where other ranks may wait in a collective that never ends."""
     if said:
         complain("error", line if is_main() else f"rank {rank()}: {line}")
+        report_to_launcher(f"error: {line}")
     if current.heartbeat:
         current.say_last_words()
         current.heartbeat.stop(failure=reason)

@@ -10,11 +10,12 @@ import sys
 import pytest
 from test_imports import SCRIPTS
 from test_readme import PARSERS
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import engine
 from runtime import console
 from runtime.console import say, say_result, warn
-from runtime.errors import RunFailed
+from runtime.errors import BadArguments, RunFailed
 from runtime.folders import append_log
 from runtime.script import run_script
 from training import results
@@ -153,3 +154,37 @@ def test_many_flags_are_grouped(name):
     parser = importlib.import_module(name).get_args_parser()
     ungrouped = [action for action in parser._optionals._group_actions if action.dest != "help"]
     assert len(ungrouped) <= 6, [action.dest for action in ungrouped]
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (BadArguments(["--seed is wrong", "--lr is wrong"]), 2, "error: --seed is wrong\nerror: --lr is wrong"),
+        (RunFailed("the disk is full"), 1, "error: the disk is full"),
+        (KeyError("a bug"), 1, "KeyError: 'a bug'"),
+    ],
+)
+def test_the_launcher_is_told_why_a_run_ends(error, code, line, tmp_path, monkeypatch):
+    """As torch.distributed.elastic's @record does, so that torchrun's report, which comes last, closes with it."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    def fail(_):
+        raise error
+
+    with pytest.raises((SystemExit, KeyError)) as ended:
+        run_script(fail, None)
+    assert getattr(ended.value, "code", 1) == code
+    failure = ProcessFailure(0, 1, code, str(tmp_path / "error.json"))
+    report = ChildFailedError("script", {0: failure}).format_msg()
+    assert report.rstrip("=\n").endswith(line.replace("\n", "\n  "))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_process_of_a_machine_names_a_mistyped_flag(rank, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("finetune_dense").get_args_parser().parse_args(["--epoch", "3"])
+    line = "error: unrecognized arguments: --epoch 3; closest: --epochs (--help lists all)"
+    assert ended.value.code == 2 and capsys.readouterr().err == (f"{line}\n" if rank == "0" else "")
+    assert ProcessFailure(0, 1, 2, str(tmp_path / "error.json")).message["message"] == line
