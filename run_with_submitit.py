@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import submitit
 
 import options
-from runtime import elastic
 from runtime.errors import BadArguments
 from runtime.script import run_script
 
@@ -71,16 +71,23 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 class Job:
-    """One process of a training script, started by submitit; queued again, it resumes from its newest checkpoint."""
+    """One process of a training script, started by submitit; queued again, it resumes from its newest checkpoint.
 
-    def __init__(self, script: str, arguments: list[str], restarts: int = 0) -> None:
+    folder: where it was submitted, which relative paths start from. It is pickled by value and imports from this
+    project when it runs, so that it needs no module where submitit starts it.
+    """
+
+    def __init__(self, script: str, arguments: list[str], restarts: int = 0, folder: str = "") -> None:
         self.script, self.arguments, self.restarts = script, arguments, restarts
+        self.folder = folder or os.getcwd()
 
     def __call__(self) -> None:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(self.restarts)  # as torchrun tells its workers
-        os.chdir(ROOT)
+        os.chdir(self.folder)
         sys.path.insert(0, str(ROOT))
+        from runtime.elastic import Terminated
+
         sys.argv = [self.script, *self.arguments]
         requeue, asked = signal.getsignal(signal.SIGUSR2), []
 
@@ -90,15 +97,16 @@ class Job:
 
         signal.signal(signal.SIGUSR2, stop)
         try:
-            runpy.run_path(self.script, run_name="__main__")
-        except elastic.Terminated:
+            runpy.run_path(str(ROOT / self.script), run_name="__main__")
+        except Terminated:
             if asked and callable(requeue):
                 requeue(*asked[0])
             raise
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called by submitit when the job is about to be stopped."""
-        return submitit.helpers.DelayedSubmission(Job(self.script, self.arguments, self.restarts + 1))
+        again = Job(self.script, self.arguments, self.restarts + 1, self.folder)
+        return submitit.helpers.DelayedSubmission(again)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -107,6 +115,7 @@ def main(args: argparse.Namespace) -> None:
     for name in ("ngpus", "nodes", "timeout", "cpus"):
         if getattr(args, name) < 1:
             raise BadArguments([f"--{name} must be above 0, not {getattr(args, name)}"])
+    cloudpickle.register_pickle_by_value(sys.modules[Job.__module__])
     executor = submitit.AutoExecutor(folder=args.job_dir, cluster=args.cluster, slurm_max_num_timeout=30)
     slurm = dict(partition=args.partition, constraint=args.constraint, comment=args.comment, signal_delay_s=120)
     executor.update_parameters(

@@ -13,6 +13,7 @@ from models.masks import Masks
 from models.swin_dims import Dims
 from pruning.saliency import Saliency
 
+ROOT = Path(__file__).resolve().parents[1]
 AXES = ("embed", "heads", "qk", "v", "mlp")
 TOKENS = dict(tokens=8)  # patches of a group, where a config does not say
 PUBLISHED_METHODS = {2: "magnitude", 22: "taylor_elementwise", 23: "taylor_sq"}
@@ -83,9 +84,11 @@ def _from_published(data: dict[str, Any]) -> tuple[PruningConfig, list[str]]:
 def load_config(path: str | Path) -> tuple[PruningConfig, list[str]]:
     """(config, published keys that have no effect) of a JSON file, in this project's words or the published numbers.
 
-    A file with a numeric `method` is a published one: its group sizes were 16/2/8/8/16 whatever it says. Raises
-    ConfigError.
+    A file with a numeric `method` is a published one: its group sizes were 16/2/8/8/16 whatever it says. A relative
+    path that does not exist may be one of this project's own files. Raises ConfigError.
     """
+    if not Path(path).exists() and (own := ROOT / path).exists():
+        path = own
     try:
         data = schema.read_json(path)
     except schema.SchemaError as error:

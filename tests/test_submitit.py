@@ -1,5 +1,6 @@
 """SLURM jobs, run by submitit's local executor."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import TUNE, run, same
+from jobs import TUNE, only, run, same
 
 import run_with_submitit
 from runtime.errors import BadArguments
@@ -27,6 +28,19 @@ def test_a_job_that_is_queued_again_counts_its_restarts():
     job = run_with_submitit.Job("finetune_dense.py", ["--finetune", "x"])
     again = job.checkpoint().function.checkpoint().function
     assert (again.script, again.arguments, again.restarts) == ("finetune_dense.py", ["--finetune", "x"], 2)
+    assert again.folder == job.folder == os.getcwd()
+
+
+@pytest.mark.slow
+def test_it_is_submitted_from_any_folder(runs, tmp_path):
+    """Paths are those of the folder it is submitted from."""
+    shutil.copy(runs["pruned"] / "pruned_checkpoint.pth", tmp_path)
+    flags = ["--cluster", "local", "--ngpus", "1", "finetune_dense.py", *TUNE, "--epochs", "1", "--finetune", "."]
+    command = [sys.executable, str(ROOT / "run_with_submitit.py"), *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert only(tmp_path, "ft_dense_*/ft_checkpoint.pth") and (tmp_path / "submitit").is_dir()
 
 
 @pytest.mark.slow
