@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruning.gate_saliency import GateSaliency
 from pruning.global_latency import GlobalPruner
 from recipes.nvit import Setup
 from runtime.console import say, table
@@ -38,6 +39,15 @@ def plan(pruner: GlobalPruner, seed: int) -> list[tuple[float, Any]]:
     return events
 
 
+def _gates(args: Any, setup: Setup, teacher: nn.Module) -> GateSaliency | None:
+    """The gates that --saliency scores by: they, and what they multiply, stay in memory until the backward pass."""
+    if args.saliency == "weights":
+        return None
+    judge = teacher if args.saliency_loss == "teacher" else None
+    scaler = torch.amp.GradScaler(enabled=False)
+    return GateSaliency(setup.model, setup.student.masks, args.saliency, setup.config.momentum, scaler, judge)
+
+
 def trial(args: Any, setup: Setup) -> tuple[float, float]:
     """(seconds of one training step, bytes at its peak), from a few steps on random images, data loading left out."""
     images_per_step = args.batch_size if setup.device.type == "cuda" else min(args.batch_size, TRIAL_BATCH)
@@ -45,6 +55,7 @@ def trial(args: Any, setup: Setup) -> tuple[float, float]:
     teacher = freeze(copy.deepcopy(setup.model), setup.device)
     student = wrap_for_training(args, setup.model, setup.device).train()
     optimizer = make_optimizer(args, setup.model)
+    gates = _gates(args, setup, teacher)
     criterion, precision = nn.CrossEntropyLoss(), make_precision(args, setup.device)
     stem = setup.model.patch_embed
     images = torch.randn(images_per_step, stem.proj.in_channels, *stem.img_size, device=setup.device)
@@ -62,8 +73,13 @@ def trial(args: Any, setup: Setup) -> tuple[float, float]:
         with precision.autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.no_grad():
                 teacher(images)
-            loss = criterion(student(images)[0], labels)
+            logits = student(images)
+            if gates:
+                gates.see(logits, images)
+            loss = criterion(logits[0], labels)
         loss.backward()
+        if gates:
+            gates.step()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if setup.device.type == "cuda":

@@ -74,6 +74,17 @@ def test_a_dry_run_plans_and_writes_nothing(runs, tmp_path, capsys):
     assert "every target met" in printed and re.search(r"estimate: \d+\.\d\d s a step, .* GiB of memory", printed)
 
 
+def test_a_dry_run_counts_the_memory_of_gates(runs, tmp_path, capsys):
+    """They stand behind every unit, and what they multiply is kept for the backward pass."""
+    memory = {}
+    for flags in (["weights"], ["gates"], ["gate_samples", "--saliency_loss", "teacher"]):
+        dense = ["--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth", "--latency_look_up_table", runs["table"]]
+        more = ["--batch-size", "512", "--output_dir", tmp_path / "out", "--dry-run", "--saliency", *flags]
+        run(main_full_global_latency, *PRUNE, *dense, *more)
+        memory[flags[0]] = float(re.search(r"([\d.]+) GiB of memory", capsys.readouterr().out)[1])
+    assert 1.2 * memory["weights"] < memory["gates"] <= memory["gate_samples"] < 4 * memory["weights"]
+
+
 def test_the_target_is_met_and_the_summary_says_so(runs):
     summary = json.loads((runs["tuned"] / "summary.json").read_text())
     assert list(summary) == ["dense", "pruned", "finetuned"]
