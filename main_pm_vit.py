@@ -28,7 +28,7 @@ from runtime.processes import start_processes
 from runtime.ranks import is_main
 from runtime.script import run_script
 from training import provenance, results, resuming
-from training.dense import CHECKPOINT, Run, conclude, read_resumed, train
+from training.dense import PUBLISHED, Run, conclude, is_own, read_resumed, train
 from training.full_model import FullModel
 from training.parts import Data, load_data, make_precision
 from training.sources import structural_kwargs
@@ -49,7 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_cnn_args(parser)
     options.add_tau_arg(parser, "of soft distillation")
     options.add_ema_args(parser)
-    options.add_run_args(parser, "folder of what --prune or finetuning writes")
+    options.add_run_args(parser, "folder of what is written (default: of --prune, runs/pm_…, which is said)")
     pm_vit_options.add_token_args(parser)
     parser.set_defaults(
         model_ema=False,
@@ -176,11 +176,20 @@ def check_args(args: argparse.Namespace) -> Run:
     problems.raise_if_any()
     if args.eval:
         return run
-    run.folder = problems.attempt(make_folder, Path(args.output_dir))
+    run.folder = problems.attempt(make_folder, _folder(args, run))
     if not args.prune:
         _check_finetuning(args, run, problems)
     problems.raise_if_any()
     return run
+
+
+def _folder(args: argparse.Namespace, run: Run) -> Path:
+    """--output_dir, or where the published --prune command, which has none, writes to."""
+    if args.output_dir:
+        return Path(args.output_dir)
+    folder = Path("runs", f"pm_{run.full.arch.name}_{args.prune_mode}_{args.prune_rate:g}_{args.keep_rate:g}")
+    say(f"no --output_dir: writing to {folder}")
+    return folder
 
 
 def _check_finetuning(args: argparse.Namespace, run: Run, problems: Problems) -> None:
@@ -189,7 +198,8 @@ def _check_finetuning(args: argparse.Namespace, run: Run, problems: Problems) ->
             run.teacher, run.cnn = teacher, None
         else:
             run.teacher, run.cnn = None, steps.MeanLogits(teacher)
-    own = (run.folder / CHECKPOINT).resolve() == Path(args.resume).resolve()
+    run.alias = PUBLISHED
+    own = is_own(run, args.resume)
     if own:  # what it started from is in the checkpoint alone
         run.start = None
     resume = "auto" if own else ""

@@ -17,7 +17,7 @@ from runtime.processes import start_processes
 from runtime.ranks import is_main
 from runtime.script import run_script
 from training import results
-from training.dense import Run, conclude, read_resumed, train
+from training.dense import PUBLISHED, Run, conclude, read_resumed, train
 from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model
 from training.parts import drop_rate_kwargs, load_data
 from training.sources import Checkpoint, Source, Teacher
@@ -38,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_tau_arg(parser, "of soft CNN distillation")
     options.add_ema_args(parser)
     options.add_run_args(parser, "the run's folder; required")
-    options.add_resume_args(parser, "ft_checkpoint.pth")
+    options.add_resume_args(parser, "ft_checkpoint.pth (also named checkpoint.pth)")
     group = parser.add_argument_group("finetuning")
     group.add_argument(
         "--masked_model", metavar="FILE", default="", help="pruned_checkpoint.pth of a pruning run; required", path=True
@@ -152,7 +152,7 @@ def check_args(args: argparse.Namespace) -> Run:
     problems.raise_if_any()
     full = full.with_kwargs(num_classes=data.classes)
     run = Run(device, full, data, problems.attempt(_model, args, parent, data.classes), folder=Path(args.output_dir))
-    run.origin, run.start = parent.origin, parent.weights
+    run.origin, run.start, run.alias = parent.origin, parent.weights, PUBLISHED
     run.teacher_tau = args.distillation_tau_full
     teacher = problems.attempt(_teacher, args, full) if args.distillation_type_full != "none" else None
     if teacher is not None and args.kl_loss_coeff:

@@ -170,7 +170,7 @@ def check_flags(args: Any, problems: Problems) -> None:
         problems.add("--prune, --eval and --speed-only are three things to do: give one")
     if not (args.resume or args.initial_checkpoint or args.pretrained or args.speed_only):
         problems.add("--resume FILE is required: dense weights, or a checkpoint")
-    if not (args.output_dir or args.eval or args.speed_only):
+    if not (args.output_dir or args.prune or args.eval or args.speed_only):
         problems.add("--output_dir is required")
     if args.compensate and not args.prune:
         problems.add("--compensate goes with --prune")

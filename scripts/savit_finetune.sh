@@ -6,7 +6,18 @@ set -euo pipefail
 size=$1 masked=$(realpath "$2") data_path=$(realpath "$3")
 shift 3
 source "$(dirname "$0")/environment.sh"
-launch "${GPUS:-8}" main_savit_deploy.py --dist-eval --resume= \
+output_dir=runs/savit_${size}_finetuned
+for ((i = 1; i <= $#; i++)); do # the last one counts
+    case "${!i}" in
+    --output_dir=*) output_dir=${!i#*=} ;;
+    --output_dir) next=$((i + 1)) output_dir=${!next:-} ;;
+    esac
+done
+resume= # started again, it goes on
+for name in ft_checkpoint.pth checkpoint.pth; do
+    if [ -f "$output_dir/$name" ]; then resume=$output_dir/$name; fi
+done
+launch "${GPUS:-8}" main_savit_deploy.py --dist-eval --resume="$resume" \
     --masked_model="$masked" --batch-size=128 --num_workers=16 --data-path="$data_path" \
     --model="deit_${size}_patch16_224_deploy" --amp --pruning_flops_percentage=0 --finetune_op=1 --epochs=300 \
-    --warmup-epochs=0 --cooldown-epochs=0 --output_dir="runs/savit_${size}_finetuned" "$@"
+    --warmup-epochs=0 --cooldown-epochs=0 --output_dir="$output_dir" "$@"

@@ -1,8 +1,7 @@
-"""Every published command, in its own shell script and as users paste it, runs to its end: shrunk, on the digits."""
+"""Every published command, in its own shell script, runs to its end: shrunk, on the digits."""
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,19 +15,19 @@ from files import checkpoint
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-BASE = "deit_base_distilled_patch16_224"
 KWARGS = MODEL[3:]  # of --model-kwargs
 SMALL = [*PLAIN, "--input-size", "16", "--lr", "1e-3", "--log-interval", "5"]  # later flags win over the recipe's
 PRUNE = ["--interval_prune", "2", "--prune_per_iter", "128", "--latency_regularization", "1e-3"]
 
 
 def execute(words, **environment):
+    """What it printed; torchrun takes a port that is free."""
     done = subprocess.run(
         list(map(str, words)),
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env=os.environ | dict(PYTHON=sys.executable) | environment,
+        env=os.environ | dict(PYTHON=sys.executable, PET_STANDALONE="1") | environment,
     )
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     return done.stdout
@@ -36,8 +35,11 @@ def execute(words, **environment):
 
 @pytest.fixture(scope="module")
 def place(runs, tmp_path_factory):
+    return dense_and_cnn(runs, tmp_path_factory.mktemp("commands"))
+
+
+def dense_and_cnn(runs, root):
     """Dense weights of a small DeiT, which a DeiT-B of that size can take, and a CNN teacher, as if downloaded."""
-    root = tmp_path_factory.mktemp("commands")
     dense = checkpoint.load(runs["dense"] / "ft_checkpoint.pth")
     torch.save(dict(model=dense["model"]), root / "dense.pth")
     torch.save(dict(model=timm.create_model("resnet10t", num_classes=10).state_dict()), root / "cnn.pth")
@@ -160,18 +162,3 @@ def test_prune_and_merge(tmp_path, size):
     common = ["main_pm_vit.py", "--model", f"tmvit_{size}_patch16_224", "--batch-size", "64", "--resume", tuned]
     assert "top-1" in execute([sys.executable, *common, "--eval", *PLAIN])
     assert "images/s" in execute([sys.executable, *common, "--speed-only", "--device", "cpu"])
-
-
-def test_the_command_as_published(place, tmp_path):
-    """Under the deprecated launcher, as it is pasted."""
-    pasted = (
-        "-m torch.distributed.launch --nproc_per_node=2 --use_env main_full_global_latency.py "
-        f"--model {BASE} --epochs 50 --num_workers 10 --batch-size 128 --data-path D --data-set IMNET --lr 1e-4 "
-        "--output_dir save/path --amp --input-size 224 --seed 1 "
-        "--pruning_config=pruning_configs/group8_m23_m09.json --prune_per_iter=32 --kl_loss_coeff=100000 "
-        "--original_loss_coeff=1.0 --student_eval=True --dist-eval --pruning --prune_dict '{\"Global\":39000}' "
-        "--interval_prune 100 --pretrained --distillation-type hard --latency_regularization 5e-4 "
-        "--latency_target 0.54 --latency_look_up_table latency_head.json --pruning_exit"
-    )
-    execute([sys.executable, *shlex.split(pasted), *prune_flags(place, tmp_path)])
-    assert list(tmp_path.glob("global_prune_*/pruned_checkpoint.pth"))

@@ -105,6 +105,7 @@ def test_files_of_a_run(runs):
     assert files(runs / "with" / "logs") == ["savit.json", "savit.log"]
     assert files(runs / "tuned") == [
         "args.json",
+        "checkpoint.pth",
         "dims.json",
         "ft_best.pth",
         "ft_checkpoint.pth",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from engine import Precision, Progress, evaluate, train_one_epoch
 from files import checkpoint
+from files.atomic import name_also, older
 from loading.loaders import start_epoch
 from models.vit import TokenLogits
 from runtime.console import say
@@ -36,13 +38,15 @@ from training.parts import (
 )
 
 CHECKPOINT = "ft_checkpoint.pth"
+PUBLISHED = "checkpoint.pth"  # what scripts that are based on DeiT's look for
 
 
 @dataclass
 class Run:
     """What the arguments named, loaded and checked. origin: path of the dense weights; resumed: the checkpoint;
     transfer: whether the model was pruned on other data; teacher_tau: temperature of the teacher's KL where it is not
-    --distillation-tau; start: weights of the pruned checkpoint; inputs: see `resuming.inputs_of`."""
+    --distillation-tau; start: weights of the pruned checkpoint; alias: second name of the newest checkpoint; inputs:
+    see `resuming.inputs_of`."""
 
     device: torch.device
     full: FullModel
@@ -56,6 +60,7 @@ class Run:
     resumed: dict[str, Any] | None = None
     transfer: bool = False
     start: dict[str, Any] | None = None
+    alias: str = ""
     inputs: dict[str, str] = field(default_factory=dict)
 
 
@@ -98,6 +103,33 @@ def save(name: str, args: Any, run: Run, state: State) -> None:
         metrics=state.metrics | progress["metrics"],
         args=resuming.saved_args(args, origin, run.inputs),
     )
+    if run.alias and name == CHECKPOINT:
+        name_also(run.folder / name, run.alias)
+
+
+def is_own(run: Run, path: str) -> bool:
+    """Whether a path is the newest checkpoint in the run's folder, by either of its names."""
+    newest, given = run.folder / CHECKPOINT, Path(path)
+    alias = run.alias and given.name == run.alias and given.parent.resolve() == run.folder.resolve()
+    return bool(alias and _holds_newest(run)) or newest.resolve() == given.resolve()
+
+
+def _holds_newest(run: Run) -> bool:
+    newest, other = run.folder / CHECKPOINT, run.folder / run.alias
+    if other.is_symlink() or not other.exists():
+        return newest.exists() or older(newest).exists()
+    return newest.exists() and filecmp.cmp(newest, other, shallow=False)
+
+
+def _free_alias(run: Run) -> None:
+    """Before a new run is written: the second name is not another's, whose file is renamed."""
+    other = run.folder / run.alias
+    if not (run.alias and is_main()) or _holds_newest(run):
+        return
+    if other.is_symlink():
+        other.unlink()
+    else:
+        resuming.set_aside(run.folder, [run.alias])
 
 
 def read_resumed(args: Any, run: Run, folder: Path, resume: str | None = None) -> dict[str, Any] | None:
@@ -105,6 +137,8 @@ def read_resumed(args: Any, run: Run, folder: Path, resume: str | None = None) -
 
     resume: in place of --resume, where a script has another use for that flag.
     """
+    if resume is None and args.resume and is_own(run, args.resume):
+        resume = "auto"
     fitting = dict(arch=run.full.arch.record, dims=run.model.dims.to_dict())
     named = {name: model.state_dict() for name, model in (("teacher", run.teacher), ("CNN", run.cnn)) if model}
     run.inputs = resuming.inputs_of(run.data, weights=run.start or run.full.state, **named)
@@ -175,6 +209,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
         restore(run, state)
     else:
         resuming.start_anew(run.folder, CHECKPOINT)
+    _free_alias(run)
     provenance.record(args, run.folder, run.device, run.data, run.inputs)
     if not run.resumed:
         state.metrics = _test(args, run, state, run.model) | dict(best=0.0)
