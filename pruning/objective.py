@@ -118,6 +118,7 @@ class Features:
         return cls(tokens, variance.rsqrt().float())
 
     def read(self, model: VisionTransformer) -> slice:
+        """The prefix tokens, the patches or all of them, as `tokens` says."""
         if self.tokens == "pooled":
             return streams.read(model)
         prefix = model.num_prefix_tokens
