@@ -1,7 +1,7 @@
 """Data sets and their transforms; flag names and augmentation are DeiT's.
 
-`args` is a Namespace with DeiT's names. Images come out as float32 (3, S, S), S = args.input_size, normalised with
-ImageNet's mean and standard deviation; targets are class indices.
+`args` is a Namespace with DeiT's names. Images come out as float32 (3, S, S), as a `Preparation` says; targets are
+class indices.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
@@ -23,10 +23,10 @@ from torchvision.transforms import InterpolationMode
 from loading import inat, shards
 from loading.folders import ClassFolders, Skipping, class_folders
 from loading.images import DataError, list_some
+from loading.preparation import SMALL, Preparation
 from runtime.console import say
 
 DATA_SETS = ("DIGITS", "CIFAR10", "CIFAR100", "CIFAR", "IMNET", "INAT", "INAT19")
-SMALL = 32  # pixels: up to this side, images are padded and cropped, not resized at random
 
 
 class Digits(Dataset):
@@ -53,14 +53,16 @@ class Digits(Dataset):
         return len(self.targets)
 
 
-def build_dataset(is_train: bool, args: Any, augment: bool = True, size: int | None = None) -> tuple[Dataset, int]:
+def build_dataset(
+    is_train: bool, args: Any, augment: bool = True, preparation: Preparation | None = None
+) -> tuple[Dataset, int]:
     """The training or the validation split of `args.data_set`, and its number of classes.
 
-    augment: False prepares training images as validation images; size: as of `build_transform`. Only the requested
-    split has to exist: evaluation needs no training images. Raises DataError; reading an image may raise CorruptImage,
-    or return None if args.bad_images is "skip" (`Skipping`).
+    augment: False prepares training images as validation images; preparation: as of `build_transform`. Only the
+    requested split has to exist: evaluation needs no training images. Raises DataError; reading an image may raise
+    CorruptImage, or return None if args.bad_images is "skip" (`Skipping`).
     """
-    transform = build_transform(is_train and augment, args, size)
+    transform = build_transform(is_train and augment, args, preparation)
     if args.data_set == "DIGITS":
         dataset = Digits(is_train, transform)
     elif args.data_set in ("CIFAR10", "CIFAR100", "CIFAR"):
@@ -148,43 +150,37 @@ def _image_folder(is_train: bool, args: Any, transform: Callable) -> Dataset:
     return ClassFolders(split, transform, reads_exif(args))
 
 
-def build_transform(is_train: bool, args: Any, size: int | None = None) -> Callable[[Image.Image], Tensor]:
-    """PIL image to normalised float32 (3, S, S), S = `size`, by default args.input_size.
+def build_transform(
+    is_train: bool, args: Any, preparation: Preparation | None = None
+) -> Callable[[Image.Image], Tensor]:
+    """PIL image to normalised float32 (3, S, S). preparation: `Preparation.usual` of args.input_size by default.
 
-    Validation: bicubic resize of the shorter side to S * 256 / 224 and centre crop; up to 32 pixels, to S itself.
-    Training: timm's pipeline with args.aa, color_jitter, hflip, train_interpolation, reprob, remode and recount; up to
-    32 pixels a padded random crop replaces the random resized crop, as in DeiT. DIGITS use their own: a small rotation,
-    scaling and shift, no flip (a mirrored digit is another sign), and none of those flags. Raises DataError for a
-    policy (args.aa) that timm does not know.
+    Validation: timm's transform of the preparation. Training: timm's pipeline with args.aa, color_jitter, hflip,
+    train_interpolation (None for the preparation's), reprob, remode and recount; up to 32 pixels a padded random crop
+    replaces the random resized crop, as in DeiT. DIGITS use their own: a small rotation, scaling and shift, no flip (a
+    mirrored digit is another sign), and none of those flags. Raises DataError for a policy (args.aa) that timm does not
+    know.
     """
-    size = size or args.input_size
+    preparation = preparation or Preparation.usual(args.input_size)
     if not is_train:
-        return transforms.Compose(
-            [
-                _resize(size if size <= SMALL else size * 256 // 224),
-                transforms.CenterCrop(size),
-                *_to_normalised_tensor(),
-            ]
-        )
+        return preparation.eval_transform()
     if args.data_set == "DIGITS":
         say("DIGITS have their own augmentation: --aa, --color-jitter and --reprob have no effect on them")
+        size = preparation.size
         return transforms.Compose(
             [
                 _resize(size),
                 transforms.RandomAffine(degrees=10, scale=(0.9, 1.1), interpolation=InterpolationMode.BILINEAR),
                 transforms.RandomCrop(size, padding=max(1, size // 8)),
-                *_to_normalised_tensor(),
+                transforms.ToTensor(),
+                transforms.Normalize(preparation.mean, preparation.std),
             ]
         )
-    return _timm_transform(args, size)
+    return _timm_transform(args, preparation)
 
 
 def _resize(side: int) -> transforms.Resize:
     return transforms.Resize(side, interpolation=InterpolationMode.BICUBIC)  # images of that size pass unchanged
-
-
-def _to_normalised_tensor() -> list[Callable]:
-    return [transforms.ToTensor(), transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **hparams: Any) -> Image.Image:
@@ -196,22 +192,24 @@ for _name in ("Posterize", "PosterizeIncreasing", "PosterizeOriginal"):
     auto_augment.NAME_TO_OP[_name] = _posterize
 
 
-def _timm_transform(args: Any, size: int) -> transforms.Compose:
+def _timm_transform(args: Any, preparation: Preparation) -> transforms.Compose:
     policy = args.aa if args.aa and args.aa.lower() != "none" else None
     try:
         transform = create_transform(
-            input_size=size,
+            input_size=preparation.size,
             is_training=True,
             hflip=args.hflip,
             color_jitter=args.color_jitter or None,
             auto_augment=policy,
-            interpolation=args.train_interpolation,
+            interpolation=args.train_interpolation or preparation.interpolation,
+            mean=preparation.mean,
+            std=preparation.std,
             re_prob=args.reprob,
             re_mode=args.remode,
             re_count=args.recount,
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise DataError(f"--aa {policy}: timm knows no such policy ({error}); e.g. rand-m9-mstd0.5-inc1") from None
-    if size <= SMALL:
-        transform.transforms[:1] = [_resize(size), transforms.RandomCrop(size, padding=4)]
+    if preparation.size <= SMALL:
+        transform.transforms[:1] = [_resize(preparation.size), transforms.RandomCrop(preparation.size, padding=4)]
     return transform

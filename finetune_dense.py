@@ -22,7 +22,7 @@ from runtime.processes import start_processes
 from runtime.ranks import is_main
 from runtime.script import run_script
 from training import results, resuming
-from training.dense import Run, read_resumed, train
+from training.dense import CHECKPOINT, Run, read_resumed, train
 from training.full_model import (
     FullModel,
     is_dense,
@@ -31,6 +31,7 @@ from training.full_model import (
     read_full_model,
 )
 from training.parts import Data, drop_rate_kwargs, load_data, make_precision
+from training.preparing import settle
 from training.sources import Checkpoint, Source, Teacher
 
 
@@ -141,7 +142,10 @@ def check_args(args: argparse.Namespace) -> tuple[Run, Checkpoint | None]:
     problems.raise_if_any()
     full = problems.attempt(_full_model, args, parent)
     problems.raise_if_any()
-    data = problems.attempt(load_data, args, full.image_size, train=not args.eval)
+    resumed = None if args.eval else resuming.find(args, run_folder(args), CHECKPOINT)
+    preparation = problems.attempt(settle, args, full, parent, resumed)
+    problems.raise_if_any()
+    data = problems.attempt(load_data, args, preparation, train=not args.eval)
     problems.raise_if_any()
     full = full.with_kwargs(num_classes=data.classes)
     if parent is not None:
@@ -213,6 +217,7 @@ def sparse(args: argparse.Namespace, run: Run, folder: Path) -> dict[str, Any]:
             dim=dims.to_dim(),
             model=model.state_dict(),
             metrics=dict(acc1=top1),
+            data_config=run.data.preparation.record,
             args=resuming.saved_args(args, run.origin),
         )
     speed = "no 2:4 kernels on this device" if measured is None else f"measured latency {measured:.3f} of dense"

@@ -8,12 +8,13 @@ import json
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import options
-from engine import Precision, Progress, evaluate, train_one_epoch
+from engine import Progress, evaluate, train_one_epoch
 from latency.table import LatencyTable
 from loading.loaders import start_epoch
+from loading.preparation import Preparation
 from models import Masks
 from models.tokens import can_be_lean
 from models.vit import TokenLogits
@@ -39,6 +40,7 @@ from training.parts import (
     make_optimizer,
     make_precision,
 )
+from training.preparing import settle
 from training.sources import Source, Teacher
 
 KL_TEMPERATURE = 3.0  # published, fixed while pruning
@@ -136,6 +138,11 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
         problems.add("--start_epoch goes with --resume")
 
 
+def _settle_preparation(args: argparse.Namespace, full: FullModel, named: tuple[str, int]) -> Preparation:
+    resumed = None if args.one_shot else resuming.find(args, run_folder(args, full, *named), CHECKPOINT)
+    return settle(args, full, resumed=resumed)
+
+
 def check_args(args: argparse.Namespace) -> Setup:
     """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
     problems = Problems()
@@ -146,7 +153,8 @@ def check_args(args: argparse.Namespace) -> Setup:
     device = problems.attempt(start_processes, args)
     full = problems.attempt(read_full_model, Source.of(args), swin=True, narrower=True)
     table = problems.attempt(_load_table, args, full) if full else None
-    data = problems.attempt(load_data, args, full.image_size) if full else None
+    preparation = problems.attempt(_settle_preparation, args, full, named) if full and named else None
+    data = problems.attempt(load_data, args, preparation) if preparation else None
     if full:
         nvit_options.check_family(args, full.arch, problems)
         nvit_options.check_start(args, full.start, problems)
@@ -173,8 +181,8 @@ def check_args(args: argparse.Namespace) -> Setup:
         problems.attempt(target.check_reachable, pruner.floor())
     path = run_folder(args, full, label, cap)
     inputs = resuming.inputs_of(data, weights=model.state_dict(), table=table.data, CNN=cnn and cnn.state_dict())
-    resumed = problems.attempt(read_resumed, args, full, config, path, inputs)
-    problems.attempt(one_shot.check_analysis, args, full.arch, pruner.group_sizes, inputs)
+    resumed = problems.attempt(read_resumed, args, full, data, config, path, inputs)
+    problems.attempt(one_shot.check_analysis, args, full.arch, pruner.group_sizes, inputs, preparation)
     problems.raise_if_any()
     folder = path if args.dry_run else problems.attempt(make_folder, path)
     problems.raise_if_any()
@@ -191,13 +199,6 @@ def check_args(args: argparse.Namespace) -> Setup:
     return Setup(device, full, data, Student(model, masks), cnn, table, config, pruner, folder, resumed, inputs)
 
 
-def evaluate_dense(dense: nn.Module, args: argparse.Namespace, setup: Setup, precision: Precision) -> float:
-    """Top-1 of the dense model in percent, said."""
-    metrics = evaluate(dense, setup.data.val, precision, args.dist_eval)
-    say(f"dense model: top-1 {metrics['acc1']:.2f} on {int(metrics['samples'])} images")
-    return metrics["acc1"]
-
-
 def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> None:
     setup = check_args(args)
     if args.dry_run:
@@ -206,7 +207,9 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
     precision, report = make_precision(args, setup.device), make_report(args, setup, effort)
     images = calibration.prepare(args, setup)
     teacher = freeze(copy.deepcopy(setup.model), setup.device)
-    top1_dense = evaluate_dense(teacher, args, setup, precision)
+    metrics = evaluate(teacher, setup.data.val, precision, args.dist_eval)
+    top1_dense = metrics["acc1"]
+    say(f"dense model: top-1 {top1_dense:.2f} on {int(metrics['samples'])} images")
     if args.one_shot:
         one_shot.run_(args, setup, report, precision, top1_dense)
         return

@@ -31,6 +31,7 @@ from training import provenance, results, resuming
 from training.dense import PUBLISHED, Run, conclude, is_own, read_resumed, train
 from training.full_model import FullModel
 from training.parts import Data, load_data, make_precision
+from training.preparing import settle
 from training.sources import structural_kwargs
 
 
@@ -72,7 +73,7 @@ def prune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
     provenance.record(args, run.folder, run.device, run.data, {})
     model = run.model.to(run.device).eval()
     merging = token_merging.Merging(args.merge, args.merge_entries == "published", args.shortcut == "merged")
-    images = calibration.images_of(args, run.full) if pm_vit_options.calibrates(args) else None
+    images = calibration.images_of(args, run.data.preparation) if pm_vit_options.calibrates(args) else None
     try:
         structure = steps.structure(args, run, images)
         small = token_merging.compress(model, structure, merging, args.dense_merge)
@@ -93,6 +94,7 @@ def prune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
         dim=small.dims.to_dim(),
         model=small.state_dict(),
         metrics=dict(acc1=after),
+        data_config=run.data.preparation.record,
         args=resuming.saved_args(args, run.origin),
     )
     append_log(run.folder, dense_acc1=before, test_acc1=after, tokens=[b.tokens for b in small.dims.blocks])
@@ -164,7 +166,9 @@ def check_args(args: argparse.Namespace) -> Run:
     if args.speed_only:
         run.model = model
         return run
-    run.data = problems.attempt(load_data, args, model.full.image_size, train=not args.eval)
+    preparation = problems.attempt(settle, args, model.full, model.start)
+    problems.raise_if_any()
+    run.data = problems.attempt(load_data, args, preparation, train=not args.eval)
     problems.raise_if_any()
     run.full = model.full = model.full.with_kwargs(num_classes=run.data.classes)
     problems.attempt(model.check_classes, args, run.data.classes)

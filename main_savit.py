@@ -28,6 +28,7 @@ from runtime.seeds import rng_state
 from training import provenance, results
 from training.full_model import load_cnn_teacher
 from training.parts import load_data, make_precision
+from training.preparing import settle
 from training.sources import Teacher
 
 
@@ -225,7 +226,9 @@ def check_args(args: argparse.Namespace) -> steps.Setup:
     device = problems.attempt(start_processes, args)
     full = problems.attempt(steps.read_full, args)
     problems.raise_if_any()
-    data = problems.attempt(load_data, args, full.image_size, train=not args.pruning_pickle_from)
+    preparation = problems.attempt(settle, args, full)
+    problems.raise_if_any()
+    data = problems.attempt(load_data, args, preparation, train=not args.pruning_pickle_from)
     problems.raise_if_any()
     full = full.with_kwargs(num_classes=data.classes)
     model = problems.attempt(steps.build, full)
@@ -285,6 +288,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
         model=model.state_dict(),
         rng=rng_state(),
         metrics=dict(acc1=after),
+        data_config=setup.data.preparation.record,
         args=vars(args) | dict(initial_checkpoint=setup.full.path),
     )
     conditions = results.Conditions(args.batch_size)

@@ -16,10 +16,11 @@ from runtime.folders import make_folder
 from runtime.processes import start_processes
 from runtime.ranks import is_main
 from runtime.script import run_script
-from training import results
-from training.dense import PUBLISHED, Run, conclude, read_resumed, train
+from training import results, resuming
+from training.dense import CHECKPOINT, PUBLISHED, Run, conclude, read_resumed, train
 from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model
 from training.parts import drop_rate_kwargs, load_data
+from training.preparing import settle
 from training.sources import Checkpoint, Source, Teacher
 
 
@@ -148,7 +149,10 @@ def check_args(args: argparse.Namespace) -> Run:
     problems.raise_if_any()
     full = problems.attempt(_full_model, args, parent)
     problems.raise_if_any()
-    data = problems.attempt(load_data, args, full.image_size)
+    resumed = resuming.find(args, Path(args.output_dir), CHECKPOINT)
+    preparation = problems.attempt(settle, args, full, parent, resumed)
+    problems.raise_if_any()
+    data = problems.attempt(load_data, args, preparation)
     problems.raise_if_any()
     full = full.with_kwargs(num_classes=data.classes)
     run = Run(device, full, data, problems.attempt(_model, args, parent, data.classes), folder=Path(args.output_dir))

@@ -14,10 +14,11 @@ from runtime.folders import make_folder
 from runtime.processes import start_processes
 from runtime.ranks import is_main
 from runtime.script import run_script
-from training import results
-from training.dense import Run, conclude, read_resumed, train
+from training import results, resuming
+from training.dense import CHECKPOINT, Run, conclude, read_resumed, train
 from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model
 from training.parts import drop_rate_kwargs, load_data
+from training.preparing import settle
 from training.sources import Source, Teacher
 
 
@@ -86,7 +87,11 @@ def check_args(args: argparse.Namespace) -> Run:
     full = problems.attempt(read_full_model, Source.of(args))
     problems.raise_if_any()
     dims = problems.attempt(_dims, args, full)
-    data = problems.attempt(load_data, args, full.image_size)
+    problems.raise_if_any()
+    folder = run_folder(args, dims)
+    preparation = problems.attempt(settle, args, full, resumed=resuming.find(args, folder, CHECKPOINT))
+    problems.raise_if_any()
+    data = problems.attempt(load_data, args, preparation)
     problems.raise_if_any()
     full = full.with_kwargs(num_classes=data.classes)
     model = full.arch.build(dims, **drop_rate_kwargs(args))
@@ -94,9 +99,9 @@ def check_args(args: argparse.Namespace) -> Run:
     if args.kl_loss_coeff:
         run.teacher = problems.attempt(load_full_teacher, full, device)
     run.cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
-    run.resumed = problems.attempt(read_resumed, args, run, run_folder(args, dims))
+    run.resumed = problems.attempt(read_resumed, args, run, folder)
     problems.raise_if_any()
-    run.folder = problems.attempt(make_folder, run_folder(args, dims))
+    run.folder = problems.attempt(make_folder, folder)
     problems.raise_if_any()
     return run
 

@@ -24,6 +24,7 @@ from runtime.processes import start_processes
 from runtime.script import run_script
 from training.full_model import read_full_model
 from training.parts import drop_rate_kwargs, load_data, make_precision
+from training.preparing import settle
 from training.sources import Source
 
 WARM_UP = 3  # batches, and steps
@@ -94,7 +95,9 @@ def main(args: argparse.Namespace) -> None:
     device = problems.attempt(start_processes, args)
     full = problems.attempt(read_full_model, Source.of(args))
     problems.raise_if_any()
-    data = problems.attempt(load_data, args, full.image_size)
+    preparation = problems.attempt(settle, args, full)
+    problems.raise_if_any()
+    data = problems.attempt(load_data, args, preparation)
     problems.raise_if_any()
     full = full.with_kwargs(num_classes=data.classes)
     if args.batches < 1:

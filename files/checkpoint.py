@@ -35,7 +35,9 @@ KEYS = (
     "rng",
     "metrics",
     "args",
+    "data_config",
 )
+ADDED = {"data_config"}  # keys that older files lack
 
 
 class CheckpointError(ValueError):
@@ -141,7 +143,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def _check(header: dict[str, Any]) -> None:
     """Check what a file claims to hold before its tensors are read. Raises SchemaError."""
-    if is_ours(header) and not set(KEYS) - set(header):
+    if is_ours(header) and not set(KEYS) - ADDED - set(header):
         try:
             schema.check_checkpoint(header)
         except schema.SchemaError as error:
@@ -174,7 +176,7 @@ def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     form = dict(content["format"])
     if not isinstance(version := form.get("version", 0), int) or version > FORMAT["version"]:
         raise CheckpointError(f"checkpoint {path} was written by a newer version of this project")
-    if missing := [key for key in KEYS if key not in content]:
+    if missing := [key for key in KEYS if key not in content and key not in ADDED]:
         raise CheckpointError(f"checkpoint {path} lacks {', '.join(missing)}")
     checksum = form.pop("sha256", None)
     if set(form) != set(FORMAT) or checksum not in (None, digest(content | dict(format=form))):
@@ -182,6 +184,7 @@ def checked(content: dict[str, Any], path: str | Path) -> dict[str, Any]:
     for key in ("model", "model_ema"):
         if name := not_finite(content[key]):
             raise CheckpointError(f"checkpoint {path} cannot be used: {name} in its {key} is not finite")
+    content = dict.fromkeys(ADDED) | content
     return content | dict(args=_with_absolute_origin(content["args"], path.parent))
 
 

@@ -149,14 +149,15 @@ DICTS = (
     "rng",
     "metrics",
     "args",
+    "data_config",
 )
 
 
 def check_checkpoint(content: dict[str, Any]) -> None:
     """Check that every key of a checkpoint is None or has its type. Raises SchemaError naming what is wrong."""
     for key in DICTS:
-        if content[key] is not None and not isinstance(content[key], dict):
-            raise SchemaError(f"{key} must be a dict, not a {type(content[key]).__name__}")
+        if (value := content.get(key)) is not None and not isinstance(value, dict):
+            raise SchemaError(f"{key} must be a dict, not a {type(value).__name__}")
     _check_position(content)
     check_plain(content, "it")
     for key in ("model", "model_ema"):

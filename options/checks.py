@@ -15,10 +15,9 @@ def check_values(args: argparse.Namespace, problems: Problems) -> None:
     """Complaints about the values of flags, for every training script."""
     for name, value in vars(args).items():
         check = FLAGS[name].check if name in FLAGS else None
-        if check and value is not None:
-            for number in value if isinstance(value, list) else [value]:
-                if not check.holds(number):
-                    problems.add(f"{flag(name)} must be {check.words}, not {number}")
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if check and value is not None and (odd := [number for number in numbers if not check.holds(number)]):
+            problems.add(f"{flag(name)} must be {check.words}, not {' '.join(map(str, odd))}")
     if args.amp_dtype and not args.amp:
         problems.add("--amp-dtype goes with --amp")
     if hasattr(args, "opt") and not is_optimizer(args.opt):

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import DATA_SETS
 from loading import inat
+from options.images import add_preparation_args
 from options.parser import KeyValues, amount
 from options.ranges import ABOVE_0, FROM_0, SHARE, SHARE_BELOW_1
 
@@ -129,6 +130,7 @@ def _add_loader_args(group: Any) -> None:
         default=True,
         help="turn photographs as their EXIF orientation says",
     )
+    add_preparation_args(group)
     group.add_argument(
         "--dist-eval",
         action="store_true",

@@ -33,9 +33,10 @@ def add_augmentation_args(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--train-interpolation",
-        default="bicubic",
+        default=None,
         choices=("random", "bilinear", "bicubic"),
-        help="interpolation when training images are resized (default: %(default)s)",
+        help="how training images are resized (default: as --interpolation says)",
+        may_differ=True,  # what came of it is compared
     )
     group.add_argument(
         "--repeated-aug",

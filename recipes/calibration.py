@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from datasets import build_dataset
+from loading.preparation import Preparation
 from models import Masks, compact
 from models.compact import expand_
 from pruning.align import align_
 from pruning.refit import refit_
 from runtime.console import say
 from runtime.ranks import rank, world_size
-from training.full_model import FullModel
 
 LEAST_IMAGES = 64  # per process, of which a sixteenth judge what a width is worth
 WHEN = ("event", "end")
@@ -31,12 +31,12 @@ def check(args: Any, images: int) -> None:
         raise ValueError(f"--calib_images must be at least {LEAST_IMAGES} for each process, not {share}")
 
 
-def images_of(args: Any, full: FullModel) -> Tensor:
+def images_of(args: Any, preparation: Preparation) -> Tensor:
     """This process's share of --calib_images training images, as validation sees them: (n, 3, S, S).
 
     The seed chooses them, the same ones for any number of processes; labels are not looked at.
     """
-    dataset, _ = build_dataset(True, args, augment=False, size=full.image_size)
+    dataset, _ = build_dataset(True, args, augment=False, preparation=preparation)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
     chosen = order[rank() : args.calib_images : world_size()][: args.calib_images // world_size()]
     loader = DataLoader(
@@ -68,7 +68,7 @@ def prepare(args: Any, setup: Any) -> Tensor | None:
     """This process's calibration images where training needs them; with --align the dense model is aligned."""
     if args.one_shot or not args.pruning or not (args.align or args.compensate):
         return None
-    images = images_of(args, setup.full)
+    images = images_of(args, setup.data.preparation)
     if args.align:
         changes = align(setup.model.to(setup.device), images, args.batch_size, embedding=args.align == "all")
         say(f"aligned on {args.calib_images} images: {changes}")

@@ -20,6 +20,7 @@ from runtime.ranks import is_main
 from runtime.seeds import rng_state
 from training import results, resuming
 from training.full_model import FullModel
+from training.parts import Data
 
 CHECKPOINT = "checkpoint.pth"
 
@@ -56,18 +57,20 @@ def save(name: str, args: Any, setup: Setup, state: State) -> None:
         step=steps.steps,
         rng=rng_state(),
         metrics=state.metrics | progress["metrics"],
+        data_config=setup.data.preparation.record,
         args=resuming.saved_args(args, setup.full.path, setup.inputs),
     )
 
 
 def read_resumed(
-    args: Any, full: FullModel, config: PruningConfig, folder: Path, inputs: dict[str, str]
+    args: Any, full: FullModel, data: Data, config: PruningConfig, folder: Path, inputs: dict[str, str]
 ) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None. Raises ValueError where it does not fit the arguments."""
     content = resuming.read(
         args,
         folder,
         CHECKPOINT,
+        preparation=data.preparation,
         run="pruning",
         fitting=dict(arch=full.arch.record),
         needed="pruner",

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from engine import Precision, evaluate
 from files import checkpoint
+from loading.preparation import Preparation
 from models.arch import Arch
 from models.compact import expand_
 from models.vit import TokenLogits
@@ -64,22 +65,26 @@ def on_main(compute: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def made_from(args: Any, inputs: dict[str, str]) -> dict[str, Any]:
+def made_from(args: Any, inputs: dict[str, str], preparation: Preparation) -> dict[str, Any]:
     """What an analysis depends on: dense weights, calibration images, how widths are priced. inputs: as of a Setup."""
     known = {name: inputs[name] for name in ("weights", "training images") if name in inputs}
+    known["preparation of images"] = str(preparation)
     return known | dict(calib_images=args.calib_images, seed=args.seed, pricing=args.pricing, processes=world_size())
 
 
-def check_analysis(args: Any, arch: Arch, groups: dict[str, int], inputs: dict[str, str]) -> None:
+def check_analysis(
+    args: Any, arch: Arch, groups: dict[str, int], inputs: dict[str, str], preparation: Preparation
+) -> None:
     """Raises ValueError where --analysis names a file that is not of this model, these images and these groups."""
     if args.analysis:
-        analysis_files.check_file(args.analysis, arch, groups, made_from(args, inputs))
+        analysis_files.check_file(args.analysis, arch, groups, made_from(args, inputs, preparation))
 
 
 def make_analysis(args: Any, setup: Setup, clock: _Clock) -> Analysis:
     """Align the dense model in place and price its widths, or read both from --analysis."""
     model = setup.model.to(setup.device).eval().requires_grad_(False)
-    images, groups, grid = calibration.images_of(args, setup.full), setup.pruner.group_sizes, setup.student.masks.grid
+    images, groups = calibration.images_of(args, setup.data.preparation), setup.pruner.group_sizes
+    grid = setup.student.masks.grid
     if args.analysis:
         prices = analysis_files.read(args.analysis, model)
         clock.stop("read", args.analysis)
@@ -88,7 +93,8 @@ def make_analysis(args: Any, setup: Setup, clock: _Clock) -> Analysis:
     analysis = analyse(model, images, groups, args.batch_size, pricing=args.pricing, grid=grid)
     clock.stop("priced", f"{sum(len(curve) for block in analysis.prices.blocks for curve in block.values())} widths")
     if is_main():
-        analysis_files.write(setup.folder / analysis_files.NAME, analysis, made_from(args, setup.inputs))
+        origin = made_from(args, setup.inputs, setup.data.preparation)
+        analysis_files.write(setup.folder / analysis_files.NAME, analysis, origin)
     return analysis
 
 
@@ -140,6 +146,7 @@ def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
         step=0,
         rng=rng_state(),
         metrics=metrics,
+        data_config=setup.data.preparation.record,
         args=resuming.saved_args(args, setup.full.path),
     )
 

@@ -101,6 +101,7 @@ def save(name: str, args: Any, run: Run, state: State) -> None:
         step=progress["step"],
         rng=rng_state(),
         metrics=state.metrics | progress["metrics"],
+        data_config=run.data.preparation.record,
         args=resuming.saved_args(args, origin, run.inputs),
     )
     if run.alias and name == CHECKPOINT:
@@ -146,6 +147,7 @@ def read_resumed(args: Any, run: Run, folder: Path, resume: str | None = None) -
         args,
         folder,
         CHECKPOINT,
+        preparation=run.data.preparation,
         run="finetuning",
         fitting=fitting,
         needed="lr_scheduler",

@@ -18,6 +18,7 @@ import options
 from datasets import build_dataset
 from engine import Precision
 from loading.loaders import build_loader
+from loading.preparation import Preparation
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models.vit import TokenLogits
 from runtime.console import warn
@@ -33,21 +34,23 @@ def drop_rate_kwargs(args: Any) -> dict[str, float]:
 
 @dataclass
 class Data:
-    """Loaders, what the model needs to know of the data, and the updates of an epoch."""
+    """Loaders, what the model needs to know of the data, the updates of an epoch, and what images come out as."""
 
     train: Any
     val: Any
     classes: int
     updates: int = 0
+    preparation: Preparation | None = None
 
 
-def load_data(args: Any, size: int, train: bool = True) -> Data:
-    """Loaders of both splits (val alone where train is False), of images of `size` pixels a side. Raises ValueError."""
-    val, classes = build_dataset(False, args, size=size)
+def load_data(args: Any, preparation: Preparation, train: bool = True) -> Data:
+    """Loaders of both splits (val alone where train is False), of images prepared so. Raises ValueError."""
+    val, classes = build_dataset(False, args, preparation=preparation)
     place = dict(rank=rank(), world_size=world_size())
-    data = Data(None, build_loader(val, args, is_train=False, **place), classes)
+    data = Data(None, build_loader(val, args, is_train=False, **place), classes, preparation=preparation)
     if train:
-        data.train = build_loader(build_dataset(True, args, size=size)[0], args, is_train=True, **place)
+        train_set, _ = build_dataset(True, args, preparation=preparation)
+        data.train = build_loader(train_set, args, is_train=True, **place)
         data.updates = len(data.train) // getattr(args, "grad_accum_steps", 1)  # a script that does not train has none
         if not data.updates:
             raise ValueError(

@@ -64,6 +64,7 @@ def record(args: Any, folder: Path, device: torch.device, data: Any, inputs: dic
         processes=world_size(),
         threads=torch.get_num_threads(),
         inputs=inputs,
+        data_config=data.preparation.record,
         data={
             split: fingerprint(loader.dataset)
             for split, loader in dict(train=data.train, val=data.val).items()

@@ -15,6 +15,7 @@ from engine import Progress
 from files import checkpoint
 from files.atomic import aside, older
 from loading.fingerprint import fingerprint
+from loading.preparation import Preparation
 from models import Arch, dims_from_dict
 from runtime import elastic
 from runtime.console import say, warn
@@ -22,6 +23,7 @@ from runtime.errors import BadArguments, RunFailed
 from runtime.folders import write_text
 from runtime.ranks import is_main, rank, world_size
 from runtime.seeds import set_rng_state
+from training.preparing import read_preparation
 
 NOT_FLAGS = {"world_size", "inputs"}  # what a checkpoint holds beside the arguments, compared on its own
 PRUNED = ("pruned_checkpoint.pth", "dims.json", "summary.json")  # what a pruning run ends with
@@ -68,6 +70,17 @@ def _differences(now: dict[str, Any], before: dict[str, Any], may_differ: set[st
     return differences
 
 
+def _preparation_differences(args: Any, preparation: Preparation, content: dict[str, Any]) -> list[str]:
+    """How the preparation of images differs from that of a checkpoint, whichever flags it came from."""
+    before = read_preparation(content, "", preparation.size)
+    differences = [
+        f"{options.flag(name)} was {then}, now {now}" for name, (now, then) in preparation.differences(before).items()
+    ]
+    now = args.train_interpolation or preparation.interpolation
+    then = content["args"].get("train_interpolation") or before.interpolation
+    return differences + ([f"--train-interpolation was {then}, now {now}"] if now != then else [])
+
+
 def _newest(path: Path) -> tuple[dict[str, Any], Path]:
     """A checkpoint, or where it is missing or damaged the one before it, which is said. Raises CheckpointError."""
     try:
@@ -80,11 +93,23 @@ def _newest(path: Path) -> tuple[dict[str, Any], Path]:
         return content, before
 
 
+def find(args: Any, folder: Path, name: str, resume: str | None = None) -> Path | None:
+    """The checkpoint to resume from: what --resume names, or after a restart the run's own; None to start anew.
+
+    resume: in place of --resume.
+    """
+    own, resume = folder / name, args.resume if resume is None else resume
+    if elastic.restarts() and (own.exists() or older(own).exists()):
+        return own
+    return (own if resume == "auto" else Path(resume)) if resume else None
+
+
 def read(
     args: Any,
     folder: Path,
     name: str,
     *,
+    preparation: Preparation,
     run: str,
     fitting: dict[str, Any],
     needed: str,
@@ -92,18 +117,13 @@ def read(
     may_differ: set[str] = frozenset(),
     resume: str | None = None,
 ) -> dict[str, Any] | None:
-    """The checkpoint to go on from: what --resume names, or after a restart the newest; None to start anew.
+    """The checkpoint to resume from, read: see `find`.
 
-    run: what kind of run it must be of; fitting: what some of its keys must hold; needed: a key that it must have;
-    inputs: what the run must have been made from; resume: in place of --resume. Raises ValueError for one that does
-    not fit, or whose epoch or hyper-parameters are not the arguments'.
+    preparation: of this run's images; run: what kind of run it must be of; fitting: what some of its keys must hold;
+    needed: a key that it must have; inputs: what the run must have been made from; resume: in place of --resume. Raises
+    ValueError for one that does not fit, or whose epoch or hyper-parameters are not the arguments'.
     """
-    own, resume = folder / name, args.resume if resume is None else resume
-    if elastic.restarts() and (own.exists() or older(own).exists()):
-        path = own
-    elif resume:
-        path = own if resume == "auto" else Path(resume)
-    else:
+    if (path := find(args, folder, name, resume)) is None:
         return None
     content, path = _newest(path)
     whole = content[needed] is not None and content["epoch"] is not None
@@ -111,7 +131,8 @@ def read(
         raise ValueError(f"--resume: {path} is not a {run} run of this model")
     if args.start_epoch not in (None, content["epoch"] + 1):
         raise ValueError(f"--start_epoch is {args.start_epoch} but {path} continues with epoch {content['epoch'] + 1}")
-    if differing := _differences(saved_args(args, ""), content["args"], set(may_differ)):
+    differing = _differences(saved_args(args, ""), content["args"], set(may_differ))
+    if differing := differing + _preparation_differences(args, preparation, content):
         raise ValueError(f"--resume: {path} was made with other arguments: {'; '.join(differing)}")
     made_from = content["args"].get("inputs", {})
     if others := [name for name, digest in (inputs or {}).items() if made_from.get(name, digest) != digest]:
