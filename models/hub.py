@@ -54,16 +54,17 @@ def write_weights(folder: Path, model: Model) -> None:
 
 
 def read_folder(path: str | Path) -> dict[str, Any]:
-    """A folder's content under a checkpoint's keys arch, dims, masks, model and model_ema. Raises CheckpointError.
+    """A folder's content under a checkpoint's keys arch, dims, masks, model, model_ema and data_config.
 
     path: a folder, or hf-hub:OWNER/NAME, with @REVISION where one is meant; a copy in the Hub's cache is taken where
-    there is no network.
+    there is no network. Raises CheckpointError.
     """
     folder = _download(str(path).removeprefix(HUB)) if str(path).startswith(HUB) else Path(path)
     try:
         config = json.loads((folder / CONFIG).read_text())
         name = config["format"]["name"]
         found = dict(arch=config["arch"], dims=config["dims"], masks=None, model_ema=None)
+        found["data_config"] = config.get("preprocess")
         if name != FORMAT["name"]:
             raise CheckpointError(f"{folder / CONFIG} is of {name}, not of {FORMAT['name']}")
         return found | dict(model=load_file(folder / WEIGHTS))

@@ -89,11 +89,14 @@ def from_checkpoint(content: dict[str, Any], path: str | Path, ema: bool = False
 def load_dense(path: str | Path, device: torch.device | str = "cpu", ema: bool = False) -> Model:
     """Any checkpoint of this project as a compact model in eval mode; `model.dims` is its ViTDims or SwinDims.
 
+    `model.data_config` says how its images are prepared, as `timm.data.create_transform` takes it; None in older files.
     A pruned checkpoint is compacted first; ema takes the moving average of the weights. `path` may also be a folder
     that tools.export has written, or hf-hub:OWNER/NAME. Raises CheckpointError.
     """
     content = hub.read_folder(path) if hub.is_folder(path) else checkpoint.load_model(path)
-    return from_checkpoint(content, path, ema).to(device).eval()
+    model = from_checkpoint(content, path, ema).to(device).eval()
+    model.data_config = content.get("data_config")
+    return model
 
 
 def read_initial(path: str | Path) -> tuple[str | None, dict[str, Any], dict[str, torch.Tensor]]:

@@ -28,6 +28,7 @@ from runtime.errors import Problems, RunFailed
 from runtime.folders import make_folder
 from runtime.script import run_script
 from tools.formats import FORMATS, Call, images
+from training.preparing import read_preparation
 
 LIMIT = 1e-4  # of the relative difference that an export may have
 PLAIN = ("timm", "standalone")  # formats that know plain ViTs alone
@@ -82,6 +83,8 @@ def check_args(args: argparse.Namespace) -> tuple[Model, Path]:
         )
     if model is not None and not swin and args.format == "timm" and has_fewer_tokens(model):
         problems.add("--format timm knows widths alone, and this model also merges tokens; the other formats take it")
+    if model is not None:
+        problems.attempt(read_preparation, dict(data_config=model.data_config), args.checkpoint, 0)
     problems.raise_if_any()
     beside = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(args.checkpoint).parent
     folder = problems.attempt(make_folder, args.output or beside / f"export_{args.format.replace('-', '_')}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import util
@@ -12,12 +13,11 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import Tensor
 
-from datasets import SMALL
 from latency.runtimes import OnnxRuntime, export
+from loading.preparation import Preparation
 from models import hub, load_dense
 from models.arch import Model, is_swin
 from models.tokens import streamline_
@@ -29,16 +29,15 @@ Call = Callable[[Tensor], Tensor]  # images (B, 3, S, S) -> logits (B, classes)
 
 
 def preprocess(model: Model) -> dict[str, Any]:
-    """timm's arguments for the transform that validation images get (`datasets.build_transform`)."""
+    """timm's arguments for the transform that validation images get, as `load_dense` found them. Raises DataError."""
     channels, size = model.patch_embed.proj.in_channels, model.patch_embed.img_size
-    return dict(
-        input_size=(channels, *size),
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        crop_pct=1.0 if size[0] <= SMALL else 0.875,
-        crop_mode="center",
-    )
+    return preparation_of(model).record | dict(input_size=(channels, *size))
+
+
+def preparation_of(model: Model) -> Preparation:
+    """How images are prepared for a model, as `load_dense` found it. Raises DataError."""
+    size, record = model.patch_embed.img_size[0], getattr(model, "data_config", None)
+    return Preparation.of_record(record, size) if record else Preparation.usual(size)
 
 
 def images(model: Model, batch: int) -> Tensor:
@@ -59,7 +58,8 @@ def _write_safetensors(model: Model, folder: Path) -> None:
 def _write_standalone(model: Model, folder: Path) -> None:
     _write_safetensors(model, folder)
     title = f"{model.arch} with pruned widths: embedding {model.dims.embed}, {len(model.dims.blocks)} blocks."
-    write_text(folder / "model.py", standalone.source(title))
+    images_are = f"Images are prepared so (`transform`): {preparation_of(model)}."
+    write_text(folder / "model.py", standalone.source(f"{title}\n\n{images_are}"))
 
 
 def _classifier(model: Model) -> Model:
@@ -71,14 +71,25 @@ def _write_onnx(model: Model, folder: Path) -> None:
     _write_config(model, folder)
     with torch.inference_mode():
         export(_classifier(model), images(model, 2), folder / "model.onnx", dynamic_batch=True)
+    _add_metadata(folder / "model.onnx", data_config=json.dumps(preprocess(model)))
+
+
+def _add_metadata(path: Path, **texts: str) -> None:
+    """Add texts to what an ONNX file says of itself; weights beside the file stay there."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for key, value in texts.items():
+        model.metadata_props.add(key=key, value=value)
+    onnx.save(model, path)
 
 
 def _write_program(model: Model, folder: Path) -> None:
     _write_config(model, folder)
-    model = _classifier(model)
+    data_config, model = json.dumps(preprocess(model)), _classifier(model)
     with torch.inference_mode():
         program = torch.export.export(model, (images(model, 2),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, folder / "model.pt2")
+    torch.export.save(program, folder / "model.pt2", extra_files={"data_config.json": data_config})
 
 
 def _write_timm(model: Model, folder: Path) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from PIL import Image, UnidentifiedImageError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from models.tokens import SKIPPED, DenseTokenMerge, TokenMerge, layers
 from runtime.console import say
 from runtime.errors import BadArguments
 from runtime.script import run_script
+from tools.formats import preparation_of
 
 OUTLINE = "#202020"
 Merged = TokenMerge | DenseTokenMerge | Groups
@@ -63,7 +63,8 @@ def image_of(patches: Tensor, grid: Sequence[int]) -> Tensor:
 @torch.inference_mode()
 def groups_of(model: VisionTransformer, pixels: Tensor) -> list[Merged]:
     """What merges this image in every compressed block."""
-    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+    prepared = preparation_of(model)
+    mean, std = torch.tensor(prepared.mean), torch.tensor(prepared.std)
     groups, images = [], ((pixels - mean) / std).permute(2, 0, 1)[None]
     hooks = [
         model.blocks[i].register_forward_pre_hook(lambda block, x: groups.append(block.tokens.groups_for(x[0])))
