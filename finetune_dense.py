@@ -26,13 +26,12 @@ from training.dense import CHECKPOINT, Run, read_resumed, train
 from training.full_model import (
     FullModel,
     is_dense,
-    load_cnn_teacher,
-    load_full_teacher,
     read_full_model,
 )
 from training.parts import Data, drop_rate_kwargs, load_data, make_precision
 from training.preparing import settle
 from training.sources import Checkpoint, Source, Teacher
+from training.teachers import load_cnn, load_full
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -157,8 +156,8 @@ def check_args(args: argparse.Namespace) -> tuple[Run, Checkpoint | None]:
     run.start = parent.weights if parent and not args.scratch else None
     if not args.eval:
         if args.kl_loss_coeff:
-            run.teacher = problems.attempt(load_full_teacher, full, device)
-        run.cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
+            run.teacher = problems.attempt(load_full, full, data, device, parent)
+        run.cnn = problems.attempt(load_cnn, Teacher.of(args), data, device)
         if run.model is not None:
             run.resumed = problems.attempt(read_resumed, args, run, run_folder(args))
         problems.raise_if_any()

@@ -29,7 +29,7 @@ from runtime.folders import append_log, make_folder
 from runtime.processes import start_processes
 from runtime.script import run_script
 from training import provenance, results, resuming
-from training.full_model import FullModel, freeze, load_cnn_teacher, read_full_model
+from training.full_model import FullModel, freeze, read_full_model
 from training.keeper import Keeper
 from training.parts import (
     drop_rate_kwargs,
@@ -42,6 +42,7 @@ from training.parts import (
 )
 from training.preparing import settle
 from training.sources import Source, Teacher
+from training.teachers import load_cnn
 
 KL_TEMPERATURE = 3.0  # published, fixed while pruning
 
@@ -170,7 +171,7 @@ def check_args(args: argparse.Namespace) -> Setup:
     if args.tokens and args.one_shot and can_be_lean(full.arch.skeleton):
         full = full.with_kwargs(lean_last=True)
     model = problems.attempt(full.build, **drop_rate_kwargs(args))
-    cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
+    cnn = problems.attempt(load_cnn, Teacher.of(args), data, device)
     problems.raise_if_any()
     (config, dead), (label, cap) = config, named
     problems.attempt(table.check_covers, model.dims)

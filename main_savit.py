@@ -26,10 +26,10 @@ from runtime.ranks import is_main
 from runtime.script import run_script
 from runtime.seeds import rng_state
 from training import provenance, results
-from training.full_model import load_cnn_teacher
 from training.parts import load_data, make_precision
 from training.preparing import settle
 from training.sources import Teacher
+from training.teachers import load_cnn
 
 
 def components(text: str) -> tuple[str, ...]:
@@ -232,7 +232,7 @@ def check_args(args: argparse.Namespace) -> steps.Setup:
     problems.raise_if_any()
     full = full.with_kwargs(num_classes=data.classes)
     model = problems.attempt(steps.build, full)
-    cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
+    cnn = problems.attempt(load_cnn, Teacher.of(args), data, device)
     problems.raise_if_any()
     setup = steps.Setup(device, full, data, model, cnn)
     problems.attempt(steps.check_target, args, model)

@@ -18,10 +18,11 @@ from runtime.ranks import is_main
 from runtime.script import run_script
 from training import results, resuming
 from training.dense import CHECKPOINT, PUBLISHED, Run, conclude, read_resumed, train
-from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model
+from training.full_model import FullModel, read_full_model
 from training.parts import drop_rate_kwargs, load_data
 from training.preparing import settle
 from training.sources import Checkpoint, Source, Teacher
+from training.teachers import load_cnn, load_full
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -160,8 +161,8 @@ def check_args(args: argparse.Namespace) -> Run:
     run.teacher_tau = args.distillation_tau_full
     teacher = problems.attempt(_teacher, args, full) if args.distillation_type_full != "none" else None
     if teacher is not None and args.kl_loss_coeff:
-        run.teacher = problems.attempt(load_full_teacher, teacher, device)
-    run.cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
+        run.teacher = problems.attempt(load_full, teacher, data, device, parent)
+    run.cnn = problems.attempt(load_cnn, Teacher.of(args), data, device)
     if run.model is not None:
         run.resumed = problems.attempt(read_resumed, args, run, run.folder)
     problems.raise_if_any()

@@ -16,10 +16,11 @@ from runtime.ranks import is_main
 from runtime.script import run_script
 from training import results, resuming
 from training.dense import CHECKPOINT, Run, conclude, read_resumed, train
-from training.full_model import FullModel, load_cnn_teacher, load_full_teacher, read_full_model
+from training.full_model import FullModel, read_full_model
 from training.parts import drop_rate_kwargs, load_data
 from training.preparing import settle
 from training.sources import Source, Teacher
+from training.teachers import load_cnn, load_full
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -97,8 +98,8 @@ def check_args(args: argparse.Namespace) -> Run:
     model = full.arch.build(dims, **drop_rate_kwargs(args))
     run = Run(device, full, data, model, origin=full.path)
     if args.kl_loss_coeff:
-        run.teacher = problems.attempt(load_full_teacher, full, device)
-    run.cnn = problems.attempt(load_cnn_teacher, Teacher.of(args), data.classes, device)
+        run.teacher = problems.attempt(load_full, full, data, device)
+    run.cnn = problems.attempt(load_cnn, Teacher.of(args), data, device)
     run.resumed = problems.attempt(read_resumed, args, run, folder)
     problems.raise_if_any()
     run.folder = problems.attempt(make_folder, folder)

@@ -26,12 +26,12 @@ from training.full_model import (
     FullModel,
     freeze,
     is_dense,
-    load_cnn_teacher,
     load_full_teacher,
     read_full_model,
 )
 from training.parts import drop_rate_kwargs, make_precision
 from training.sources import Checkpoint, Source, Teacher, structural_kwargs
+from training.teachers import adapt, load_cnn, of_full_teacher
 
 ALIASES = {
     f"{name}_{size}_patch16_224": f"deit_{size}_patch16_224"
@@ -192,6 +192,9 @@ def teacher(args: Any, run: Run) -> nn.Module:
     try:
         skeleton(name)
     except ModelError:
-        return freeze(load_cnn_teacher(Teacher(name, path), run.data.classes, run.device), run.device)
+        return freeze(load_cnn(Teacher(name, path), run.data, run.device), run.device)
     full = read_full_model(Source(name, own, weights=path))
-    return load_full_teacher(full.with_kwargs(num_classes=run.data.classes), run.device)
+    found = load_full_teacher(full.with_kwargs(num_classes=run.data.classes), run.device)
+    return adapt(
+        found, f"teacher {path}", of_full_teacher(full, run.origin, run.data.preparation), run.data.preparation
+    )
