@@ -52,11 +52,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     group.add_argument("--scratch", action="store_true", help="keep the widths but not the weights (default: off)")
     group.add_argument("--eval", action="store_true", help="print top-1 and top-5 of --finetune and end")
     group.add_argument(
-        "--use-ema",
-        action="store_true",
-        help="take the moving average of --finetune's weights instead of the weights (default: off)",
-    )
-    group.add_argument(
         "--asp",
         action="store_true",
         help="also a 2:4 sparse result, ASP_checkpoint.pth; with --eval, of --finetune (default: off)",
@@ -91,7 +86,8 @@ def _full_model(args: argparse.Namespace, parent: Checkpoint | None) -> FullMode
         return read_full_model(source, swin=True)
     if args.model and args.model != parent.arch.name:
         raise ValueError(f"--model is {args.model} but {args.finetune} holds {parent.arch.name}")
-    source = source.like(parent)
+    args.initial_ema = parent.origin_ema and not source.weights  # --use-ema is of --finetune
+    source = replace(source.like(parent), ema=args.initial_ema)
     if args.kl_loss_coeff and not args.eval and not (source.weights or source.pretrained):
         pretrained = bool(parent.args.get("pretrained")) and not parent.origin
         source = replace(source, weights=parent.origin, pretrained=pretrained)
@@ -167,8 +163,8 @@ def check_args(args: argparse.Namespace) -> tuple[Run, Checkpoint | None]:
 
 
 def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
-    if args.use_ema and not args.finetune:
-        problems.add("--use-ema needs --finetune FILE_OR_FOLDER")
+    if args.use_ema and not (args.finetune or args.initial_checkpoint):
+        problems.add("--use-ema needs --finetune FILE_OR_FOLDER, or --initial-checkpoint FILE")
     if args.eval:
         if not args.finetune:
             problems.add("--eval needs --finetune FILE_OR_FOLDER")

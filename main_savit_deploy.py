@@ -103,7 +103,7 @@ def _full_model(args: argparse.Namespace, parent: Checkpoint) -> FullModel:
         raise ValueError(f"--model is {args.model} but {args.masked_model} holds {parent.arch.name}")
     source = Source.of(args).like(parent)
     if args.distillation_type_full != "none" and not (source.weights or source.pretrained):
-        source = replace(source, weights=parent.origin)
+        source = replace(source, weights=parent.origin, ema=parent.origin_ema)
     return read_full_model(source)
 
 

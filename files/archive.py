@@ -53,8 +53,8 @@ class _Storage:
     numel: int
 
 
-class _Opaque:
-    """Stands in for an instance of a class that the caller has declared safe to torch."""
+class _Namespace:
+    """Stands in for an argparse.Namespace, which training scripts store with their arguments."""
 
 
 def _count(value: Any) -> int:
@@ -93,6 +93,7 @@ KNOWN = {
     ("torch", "device"): _same,
     ("builtins", "set"): list,
     ("__builtin__", "set"): list,
+    ("argparse", "Namespace"): _Namespace,
 }
 
 
@@ -109,9 +110,6 @@ class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and 
             return DTYPES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        for allowed in torch.serialization.get_safe_globals():
-            if isinstance(allowed, type) and (allowed.__module__, allowed.__name__) == (module, name):
-                return _Opaque
         raise NeedsCode(
             f"needs unpickling of code ({module[:60]}.{name[:60]}), which could run anything: only tensors "
             "and plain values are read"
@@ -133,14 +131,14 @@ class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and 
         super().load_reduce()
 
     def load_newobj(self) -> None:
-        if self.stack[-2] is not _Opaque:
+        if self.stack[-2] is not _Namespace:
             raise NeedsCode("needs unpickling of code")
         super().load_newobj()
 
     def load_build(self) -> None:
         """Ignore the attributes that a state dict carries along."""
         self.stack.pop()
-        if not isinstance(self.stack[-1], OrderedDict | _Opaque):
+        if not isinstance(self.stack[-1], OrderedDict | _Namespace):
             raise NeedsCode("needs unpickling of code")
 
     def refuse(self) -> None:

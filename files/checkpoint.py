@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from files import archive, schema
+from files import archive, kinds, schema
 from files.atomic import write_atomically
 
 FORMAT = {"name": "vit-compression", "version": 1}
@@ -120,18 +121,28 @@ def save(path: str | Path, keep_older: bool = False, **state: Any) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The tensors and plain values of a file, as a dict on the CPU. Raises CheckpointError; never runs code."""
+    """The tensors and plain values of a torch or safetensors file, as a dict on the CPU; of a folder, of its weights.
+
+    An argparse.Namespace, which many training scripts store, comes as a SimpleNamespace. Raises CheckpointError; never
+    runs code.
+    """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise DamagedError(f"checkpoint {path} does not exist")
     try:
+        path = kinds.weights_in(path) if path.is_dir() else path
+        if kinds.is_safetensors(path):
+            return kinds.read_safetensors(path)
         header = archive.header(path)
         if not isinstance(header, dict):
-            raise CheckpointError(f"checkpoint {path} holds a {type(header).__name__}, not a dict")
+            raise CheckpointError(f"checkpoint {path} holds a {type(header).__name__.lstrip('_')}, not a dict")
         _check(header)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except archive.Damaged as error:
+        with torch.serialization.safe_globals([(types.SimpleNamespace, "argparse.Namespace")]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except kinds.NotWeights as error:
         raise DamagedError(f"checkpoint {path} {error}") from None
+    except archive.Damaged as error:
+        raise DamagedError(f"checkpoint {path} {kinds.why_unreadable(path) or error}") from None
     except (archive.ArchiveError, schema.SchemaError) as error:
         raise CheckpointError(f"checkpoint {path} {error}") from None
     except CheckpointError:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from files import checkpoint, schema
 from files.checkpoint import CheckpointError
-from models import hub
+from models import foreign, hub
 from models.arch import Arch, Model
 from models.axes import Axis
 from models.compact import compact
@@ -21,13 +23,9 @@ from models.tokens import train_matrices_
 
 
 def _fill(model: Model, state: dict[str, torch.Tensor], path: str | Path) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise CheckpointError(
-            f"the weights of {path} do not fit its architecture: {' '.join(lines[1:3])[:300]}"
-        ) from None
+    if reason := foreign.mismatch(model.state_dict(), state):
+        raise CheckpointError(f"the weights of {path} do not fit its architecture: {reason}")
+    model.load_state_dict(state)
 
 
 def _check_size(weights: dict[str, torch.Tensor], expected: int, path: str | Path) -> None:
@@ -99,41 +97,74 @@ def load_dense(path: str | Path, device: torch.device | str = "cpu", ema: bool =
     return model
 
 
-def read_initial(path: str | Path) -> tuple[str | None, dict[str, Any], dict[str, torch.Tensor]]:
-    """(timm name or None, its kwargs, state dict) of a dense starting point.
+@dataclass(frozen=True)
+class Initial:
+    """A dense starting point: timm's name or None, timm's arguments, weights, and what was done to them, as sentences.
 
-    Accepts {"arch", "kwargs", "model"}, DeiT's {"model": state dict} and a bare state dict. Raises CheckpointError.
+    classes: the names of the classes that it was trained on, where the file holds them.
     """
-    content = checkpoint.read(path)
+
+    arch: str | None
+    kwargs: dict[str, Any]
+    state: dict[str, torch.Tensor] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+
+
+def find_initial(path: str | Path, ema: bool = False) -> Initial:
+    """A dense starting point, of this project or as other programs save it: `models.foreign`. Raises CheckpointError.
+
+    ema: its moving average of the weights.
+    """
+    content, notes = checkpoint.read(path), []
     arch, kwargs = content.get("arch"), content.get("kwargs", {})
     if isinstance(arch, dict):  # a checkpoint of this project: full-width ones can start a run
         if content.get("masks") is not None:
             raise CheckpointError(f"{path} is a pruned checkpoint; give it to finetune_dense.py --finetune")
         arch, kwargs = arch.get("name"), arch.get("kwargs", {})
-    state = content.get("model", content)
-    tensors = isinstance(state, dict) and state and all(isinstance(v, torch.Tensor) for v in state.values())
-    if not tensors or not isinstance(kwargs, dict) or not isinstance(arch, str | None):
-        raise CheckpointError(f"{path} holds no state dict: expected the keys arch, kwargs and model, or model alone")
+        state = content.get("model_ema" if ema else "model")
+        if ema and state is None:
+            raise CheckpointError(f"--use-ema: {path} holds no moving average of the weights")
+        if not foreign.is_state(state):
+            raise CheckpointError(f"{path} holds no state dict under model")
+    else:
+        if "kwargs" not in content:  # other programs have names that are not timm's
+            arch = str(arch).partition(".")[0] if isinstance(arch, str) else None
+            arch = arch if arch and timm.is_model(arch) else None
+        state, notes = foreign.extract(content, str(path), ema)
+    if not isinstance(kwargs, dict) or not isinstance(arch, str | None):
+        raise CheckpointError(f"{path} describes no model: arch must be a timm name, and kwargs its arguments")
     if name := checkpoint.not_finite(state):
         raise CheckpointError(f"{path} cannot be used: {name} is not finite")
-    return arch, kwargs, state
+    args = content.get("args") if checkpoint.is_ours(content) else None
+    return Initial(arch, kwargs, state, notes, list((args or {}).get("class_names") or []))
+
+
+def read_initial(path: str | Path) -> tuple[str | None, dict[str, Any], dict[str, torch.Tensor]]:
+    """(timm name or None, its kwargs, state dict) of a dense starting point: `find_initial`."""
+    initial = find_initial(path)
+    return initial.arch, initial.kwargs, initial.state
 
 
 def check_initial(arch: Arch, state: dict[str, torch.Tensor], path: str | Path) -> None:
     """Raises CheckpointError where the model that was named is larger than the weights, classifiers aside."""
-    named = arch.skeleton.named_parameters()
-    expected = sum(p.numel() for name, p in named if not name.startswith("head"))
-    _check_size(state, expected, path)
+    skeleton = arch.skeleton
+    expected = sum(p.numel() for name, p in skeleton.named_parameters() if not name.startswith("head"))
+    try:
+        _check_size(state, expected, path)
+    except CheckpointError as error:
+        own = {name: t for name, t in skeleton.state_dict().items() if not name.startswith("head")}
+        raise CheckpointError(f"{error}; {foreign.mismatch(own, state)}") from None
 
 
 def load_initial_(model: Model, state: dict[str, torch.Tensor], path: str | Path) -> list[str]:
-    """Load a dense state dict into a full-width model; returns the classifier weights left fresh: other classes.
+    """Load a dense state dict into a full-width model; returns the classifier weights left fresh: none, or others.
 
     Raises CheckpointError when anything but the classifier does not fit.
     """
     own = model.state_dict()
-    fresh = [k for k in state if k.startswith("head") and k in own and own[k].shape != state[k].shape]
-    _fill(model, {k: own[k] if k in fresh else v for k, v in state.items()}, path)
+    fresh = [k for k in own if k.startswith("head") and (k not in state or own[k].shape != state[k].shape)]
+    _fill(model, state | {k: own[k] for k in fresh}, path)
     return fresh
 
 

@@ -20,12 +20,10 @@ from timm.models.swin_transformer import (
     SwinTransformer,
     SwinTransformerBlock,
     WindowAttention,
-    checkpoint_filter_fn,
     get_relative_position_index,
 )
 from torch import Tensor, nn
 
-from files.checkpoint import CheckpointError
 from models.attention import by_kernel
 from models.dims import MOST_BLOCKS, BlockDims
 from models.parents import ModelError
@@ -185,18 +183,6 @@ def check_fits(arch: str, parent: SwinTransformer, dims: SwinDims) -> None:
     if depths[0] != depths[1]:
         raise ModelError(f"{arch} has stages of {depths[0]} blocks, the dims have {depths[1]}")
     raise ModelError(f"the dims are of {arch} at another image size: blocks of {given[0][0]} tokens, not {own[0][0]}")
-
-
-def as_timm_names(state: dict[str, Tensor], parent: SwinTransformer, path: str) -> dict[str, Tensor]:
-    """A dense state dict under timm's names, from these or from those of the published weights (microsoft).
-
-    path: where it was read, for messages. Raises CheckpointError.
-    """
-    try:
-        return checkpoint_filter_fn(state, parent)
-    except (AttributeError, RuntimeError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CheckpointError(f"the weights of {path} do not fit a Swin Transformer: {reason}") from None
 
 
 def stem_of(parent: SwinTransformer, embed: int) -> nn.Module:

@@ -44,9 +44,14 @@ def add_model_args(parser: argparse.ArgumentParser, drops: bool = True) -> None:
         "--initial-checkpoint",
         metavar="FILE",
         default="",
-        help="dense weights of the full-size model, with its arch and kwargs where the file has them; "
-        "replaces --pretrained (default: none)",
+        help="dense weights of the full-size model, with its arch and kwargs where the file has them. "
+        "docs/formats.md says which files are read. Replaces --pretrained (default: none)",
         path=True,
+    )
+    group.add_argument(
+        "--use-ema",
+        action="store_true",
+        help="take the moving average of those weights, which the file must hold (default: off)",
     )
     group.add_argument(
         "--pretrained",

@@ -39,12 +39,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read(path: str) -> dict[str, Any]:
-    """Tensors and plain values; of classes, argparse.Namespace alone, which published checkpoints hold."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return checkpoint.read(path)
-
-
 def to_timm(state: dict[str, Tensor], patch: int) -> tuple[dict[str, Tensor], float]:
     """(timm's names and shapes, the largest distance of a token mask from 1).
 
@@ -132,7 +126,7 @@ def convert(content: dict[str, Any], path: str) -> tuple[dict[str, Any], float]:
 
 def main(args: argparse.Namespace) -> None:
     try:
-        keys, off = convert(read(args.published), args.published)
+        keys, off = convert(checkpoint.read(args.published), args.published)
         from_checkpoint(dict.fromkeys(checkpoint.KEYS) | keys, args.published)  # it must load
     except ValueError as error:
         raise BadArguments([str(error)]) from None

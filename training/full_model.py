@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from models import Arch
-from models.pretrained import check_initial, load_initial_, read_initial
-from models.swin import as_timm_names
+from models.foreign import adapt, kind, mismatch, some
+from models.pretrained import Initial, check_initial, find_initial, load_initial_
 from models.swin_dims import Dims
 from models.vit import TokenLogits
 from runtime.console import say
@@ -24,7 +24,9 @@ from training.sources import Checkpoint, Source, Teacher, structural_kwargs
 class FullModel:
     """The full-size model that a run is about: its architecture (with its classes once the data is known) and weights.
 
-    start: the checkpoint of a narrower model that the run starts from; `path` is then where the dense weights are.
+    start: the checkpoint of a narrower model that the run starts from; `path` is then where the dense weights are;
+    class_names: of the images that the weights were trained on, where the file holds them; ema: whether the weights
+    are a moving average.
     """
 
     arch: Arch
@@ -32,6 +34,8 @@ class FullModel:
     state: dict[str, Tensor] | None = field(default=None, repr=False)
     pretrained: bool = False
     start: Checkpoint | None = None
+    class_names: tuple[str, ...] = ()
+    ema: bool = False
 
     def with_kwargs(self, **kwargs: Any) -> FullModel:
         """The same with other arguments of timm."""
@@ -54,14 +58,15 @@ class FullModel:
     def build(self, **drop_rates: float) -> nn.Module:
         """The model with its weights, or freshly initialised where it has none. Raises ValueError."""
         if self.start is not None:
-            return self.start.build(**drop_rates)
+            return self.start.build(self.ema, **drop_rates)
         if self.state is None and self.pretrained:
             return self._download(drop_rates)
         if self.state is not None:
             check_initial(self.arch, self.state, self.path)
         model = self.arch.build(**drop_rates)
         if self.state is not None and (fresh := load_initial_(model, self.state, self.path)):
-            say(f"classifier of {self.path} is for other classes: {', '.join(fresh)} start fresh")
+            lacks = "has no classifier" if fresh[0] not in self.state else "has a classifier for other classes"
+            say(f"{self.path} {lacks}: {', '.join(fresh)} start fresh")
         return model
 
     def _download(self, drop_rates: dict[str, float]) -> nn.Module:
@@ -77,8 +82,14 @@ class FullModel:
         """Raises ValueError when the weights are for other classes than the data: the head would be random."""
         classes, known = self.classes, timm.get_pretrained_cfg_value(self.arch.name, "num_classes")
         if self.state is not None:
+            heads = [name for name in self.arch.skeleton.state_dict() if name.startswith("head")]
+            if self.start is None and (lacking := [name for name in heads if name not in self.state]):
+                raise ValueError(
+                    f"{self.path} has no classifier ({some(lacking)}): first train the full model on the data "
+                    "(finetune_dense.py --initial-checkpoint FILE --kl_loss_coeff 0)"
+                )
             head = "head.fc.weight" if self.arch.is_swin else "head.weight"
-            known = len(self.state.get(head, range(classes)))  # without: cannot be loaded
+            known = len(self.state.get(head, range(classes)))
         if known != classes:
             raise ValueError(
                 f"the dense weights know {known} classes, the data has {classes}: first train the "
@@ -117,15 +128,17 @@ def read_full_model(source: Source, swin: bool = False, narrower: bool = False) 
 
     swin: whether it may be a Swin Transformer; narrower: whether the weights may be of a model that was pruned already.
     """
-    name, kwargs, state, path = None, {}, None, ""
+    initial, path = Initial(None, {}, None), ""
     start = Checkpoint.find(source.weights) if narrower else None
     if start and start.is_full:
         start = None
     if start:
-        name, kwargs, state, path = start.arch.name, start.arch.kwargs, start.weights, start.origin
+        initial = Initial(start.arch.name, start.arch.kwargs, start.weights, classes=start.class_names)
+        path = start.origin
     elif source.weights:
-        name, kwargs, state = read_initial(source.weights)
+        initial = find_initial(source.weights, source.ema)
         path = str(Path(source.weights).resolve())
+    name, kwargs, state, notes = initial.arch, initial.kwargs, initial.state, initial.notes
     if source.model and name and source.model != name:
         raise ValueError(f"--model is {source.model} but {source.weights} holds {name}")
     name = source.model or name or source.default
@@ -135,9 +148,11 @@ def read_full_model(source: Source, swin: bool = False, narrower: bool = False) 
         if kwargs.get(key, value) != value:
             raise ValueError(f"--model-kwargs {key}={value} but {source.weights} has {key}={kwargs[key]}")
     arch = _with_size(Arch.of(name, **structural_kwargs(kwargs | source.kwargs)), source.size, fixed=bool(start))
-    if state is not None and arch.is_swin and not start:
-        state = as_timm_names(state, arch.skeleton, path)
-    return FullModel(arch, path, state, source.pretrained, start)
+    if state is not None and not start:
+        state, more = adapt(state, arch.skeleton, arch.name, path)
+        for note in notes + more:
+            say(note)
+    return FullModel(arch, path, state, source.pretrained, start, tuple(initial.classes), source.ema)
 
 
 def is_dense(full: FullModel, dims: Dims) -> bool:
@@ -155,18 +170,30 @@ def load_cnn_teacher(source: Teacher | None, classes: int, device: torch.device)
     if source is None:
         return None
     try:
-        if not source.path:
-            teacher = timm.create_model(source.model, pretrained=True)
-        else:
-            _, _, state = read_initial(source.path)
-            teacher = timm.create_model(source.model, num_classes=len(state[_classifier(source.model)]))
-            teacher.load_state_dict(state)
+        teacher = _local_cnn(source) if source.path else timm.create_model(source.model, pretrained=True)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:500] if source.path else first_line(error)
         hint = "" if source.path else "; give a local file with --teacher-path FILE"
-        raise ValueError(f"CNN teacher {source.model}: {first_line(error)}{hint}") from None
+        raise ValueError(f"CNN teacher {source.model}: {reason}{hint}") from None
     if teacher.num_classes != classes:
         raise ValueError(f"CNN teacher {source.model} knows {teacher.num_classes} classes, the data has {classes}")
     return teacher.to(device).eval().requires_grad_(False)
+
+
+def _local_cnn(source: Teacher) -> nn.Module:
+    """A CNN of timm's with the weights of a file. Raises ValueError."""
+    initial = find_initial(source.path)
+    state, more = adapt(initial.state, timm.create_model(source.model), source.model, source.path)
+    for note in initial.notes + more:
+        say(note)
+    classifier = _classifier(source.model)
+    if classifier not in state:
+        raise ValueError(f"{source.path} has no classifier ({classifier}), so it cannot teach{kind(state)}")
+    teacher = timm.create_model(source.model, num_classes=len(state[classifier]))
+    if reason := mismatch(teacher.state_dict(), state):
+        raise ValueError(f"the weights of {source.path} do not fit it: {reason}")
+    teacher.load_state_dict(state)
+    return teacher
 
 
 def load_full_teacher(full: FullModel, device: torch.device) -> nn.Module:

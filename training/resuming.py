@@ -25,7 +25,12 @@ from runtime.ranks import is_main, rank, world_size
 from runtime.seeds import set_rng_state
 from training.preparing import read_preparation
 
-NOT_FLAGS = {"world_size", "inputs"}  # what a checkpoint holds beside the arguments, compared on its own
+NOT_FLAGS = {
+    "world_size",
+    "inputs",
+    "class_names",
+    "initial_ema",
+}  # what a checkpoint holds beside the arguments, compared on its own
 PRUNED = ("pruned_checkpoint.pth", "dims.json", "summary.json")  # what a pruning run ends with
 TUNED = ("ft_best.pth", "ASP_checkpoint.pth")  # and dense training, which adds to the summary it finds
 SUMMARY = ("dims.json", "summary.json")
@@ -40,7 +45,9 @@ def saved_args(args: Any, origin: str, inputs: dict[str, str] | None = None) -> 
     """
     left_out = {name for name, flag in options.FLAGS.items() if flag.path} | {"resume", "start_epoch"}
     kept = {name: value for name, value in vars(args).items() if name not in left_out}
-    return kept | dict(initial_checkpoint=origin, world_size=world_size(), inputs=inputs or {})
+    ema = getattr(args, "initial_ema", getattr(args, "use_ema", False))
+    beside = dict(initial_checkpoint=origin, initial_ema=ema, world_size=world_size(), inputs=inputs or {})
+    return kept | beside
 
 
 def inputs_of(data: Any, **states: Any) -> dict[str, str]:

@@ -22,7 +22,8 @@ def structural_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 class Source:
     """A full-size model: timm's name and kwargs, the images' size, and a file of weights or timm's own.
 
-    model, size: None as `weights` have them; default: the model where neither names one.
+    model, size: None as `weights` have them; default: the model where neither names one; ema: the weights' moving
+    average.
     """
 
     model: str | None
@@ -30,12 +31,15 @@ class Source:
     size: int | None = None
     weights: str = ""
     pretrained: bool = False
+    ema: bool = False
     default: str = "deit_base_distilled_patch16_224"
 
     @classmethod
     def of(cls, args: Any) -> Source:
-        """What --model, --model-kwargs, --input-size, --initial-checkpoint and --pretrained say."""
-        return cls(args.model, args.model_kwargs, args.input_size, args.initial_checkpoint, args.pretrained)
+        """What --model, --model-kwargs, --input-size, --initial-checkpoint, --pretrained and --use-ema say."""
+        return cls(
+            args.model, args.model_kwargs, args.input_size, args.initial_checkpoint, args.pretrained, args.use_ema
+        )
 
     def like(self, start: Checkpoint) -> Source:
         """For the full-size model that a checkpoint was made from; the kwargs add to its own."""
@@ -101,6 +105,16 @@ class Checkpoint:
     def origin(self) -> str:
         """Path of the dense weights that it was made from, '' where that is not known."""
         return self.args.get("initial_checkpoint", "")
+
+    @property
+    def origin_ema(self) -> bool:
+        """Whether it was made from the moving average of those weights."""
+        return bool(self.args.get("initial_ema"))
+
+    @property
+    def class_names(self) -> list[str]:
+        """Of the images that it was trained on, [] where that is not known."""
+        return list(self.args.get("class_names") or [])
 
     @property
     def is_pruned(self) -> bool:

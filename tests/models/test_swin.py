@@ -30,7 +30,7 @@ from models import (
     params,
     skeleton,
 )
-from models.swin import as_timm_names
+from models.foreign import adapt
 from models.vit import LayerNorm
 from pruning.saliency import Saliency
 from pruning.shrink import Student
@@ -166,7 +166,7 @@ def test_weights_under_the_published_names_load(randomise):
         for k, v in model.state_dict().items()
     }
     state |= {"layers.0.blocks.1.attn_mask": torch.zeros(1), "layers.0.blocks.0.attn.relative_position_index": None}
-    found = as_timm_names(state, skeleton(ARCH, **SMALL), "weights.pth")
+    found, _ = adapt(state, skeleton(ARCH, **SMALL), ARCH, "weights.pth")
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[k], v) for k, v in model.state_dict().items())
 

@@ -57,6 +57,7 @@ def test_flags_become_values():
         input_size=None,
         initial_checkpoint="",
         pretrained=False,
+        use_ema=False,
         distillation_type="none",
         teacher_model="resnet18",
         teacher_path="cnn.pth",
