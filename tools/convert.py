@@ -18,6 +18,7 @@ from torch import Tensor
 
 import options
 from files import checkpoint
+from loading.preparation import Preparation
 from models import ViTDims, build_vit, params, skeleton
 from models.dims import DimsError
 from models.pretrained import from_checkpoint
@@ -118,10 +119,11 @@ def convert(content: dict[str, Any], path: str) -> tuple[dict[str, Any], float]:
     """(the keys of a checkpoint of this project, what NViT's token masks were off by). Raises ValueError."""
     keys, off = (of_pm_vit(content, path), 0.0) if "channels" in content else of_nvit(content, path)
     dims, epoch = keys["dims"], content.get("epoch")
+    size = skeleton(keys["arch"]["name"], **keys["arch"]["kwargs"]).patch_embed.img_size[0]
     keys |= dict(
         dims=dims.to_dict(), dim=dims.to_dim(), epoch=epoch if isinstance(epoch, int) else None, metrics={}, args={}
     )
-    return keys, off
+    return keys | dict(data_config=Preparation.usual(size).record), off  # published code prepares images as DeiT's does
 
 
 def main(args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jobs import run
 from torch import nn
 
+from loading.preparation import Preparation
 from models import ViTDims, build_vit, load_dense
 from runtime.errors import BadArguments
 from tools import convert
@@ -58,6 +59,7 @@ def test_a_converted_checkpoint_is_the_same_function(ours, tmp_path, capsys):
     images = torch.randn(2, 3, 224, 224)
     converted = load_dense(tmp_path / "ours.pth")
     assert converted.dims.to_dim() == DIM and torch.equal(converted(images), ours(images))
+    assert converted.data_config == Preparation.usual(224).record
 
 
 @torch.no_grad()
