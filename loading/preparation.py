@@ -16,6 +16,7 @@ from loading.images import DataError
 SMALL = 32  # pixels: up to this side, images are not cropped for evaluation, and padded and cropped for training
 INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "box", "hamming", "nearest")
 CROP_MODES = ("center", "squash", "border")
+LEAST_STD = 0.001  # of pixels in [0, 1]
 MOST_CROP = 2.0  # timm has models of up to 1.15
 FLAGS = ("mean", "std", "crop_pct", "interpolation")  # that override a part of it
 
@@ -57,8 +58,8 @@ class Preparation:
             crop_pct = _number(crop_pct)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"data_config is incomplete ({type(error).__name__}: {error})") from None
-        if any(len(values) != 3 for values in channels.values()) or min(channels["std"]) <= 0:
-            raise DataError("data_config must hold three means and three standard deviations above 0")
+        if any(len(values) != 3 for values in channels.values()) or min(channels["std"]) < LEAST_STD:
+            raise DataError(f"data_config must hold three means and three standard deviations from {LEAST_STD} up")
         if not 0 < crop_pct <= MOST_CROP or crop_mode not in CROP_MODES or interpolation not in INTERPOLATIONS:
             parts = ", ".join(str(part)[:20] for part in (crop_pct, crop_mode, interpolation))
             raise DataError(f"data_config has a crop or an interpolation that is not known: {parts}")

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from loading.preparation import INTERPOLATIONS
-from options.ranges import SHARE, SHARE_ABOVE_0
+from options.ranges import SHARE, SHARE_ABOVE_0, STD
 
 
 class PerChannel(argparse.Action):
@@ -45,7 +45,7 @@ def add_preparation_args(group: Any) -> None:
         action=PerChannel,
         default=None,
         help=f"what pixels are then divided by, in the same form {own}",
-        check=SHARE_ABOVE_0,
+        check=STD,
         may_differ=True,
     )
     group.add_argument(

@@ -16,6 +16,7 @@ class Range(NamedTuple):
 
 ABOVE_0 = Range("above 0", lambda x: 0 < x < math.inf)
 FROM_0 = Range("from 0 up", lambda x: 0 <= x < math.inf)
+STD = Range("from 0.001 to 1", lambda x: 1e-3 <= x <= 1)  # of pixels in [0, 1]
 SHARE = Range("in [0, 1]", lambda x: 0 <= x <= 1)
 SHARE_ABOVE_0 = Range("in (0, 1]", lambda x: 0 < x <= 1)
 SHARE_BELOW_1 = Range("in [0, 1)", lambda x: 0 <= x < 1)
