@@ -1,10 +1,13 @@
-"""torch.hub entry: torch.hub.load(repo, "vit_from_checkpoint", path)."""
+"""torch.hub entries: torch.hub.load("OWNER/REPO", "prune")(model, images, latency=0.5), and others."""
 
 from torch import nn
 
 from models.pretrained import load_dense
+from recipes.api import analyse as _analyse
+from recipes.api import measure_table as _measure_table
+from recipes.api import prune as _prune
 
-dependencies = ["torch", "timm"]
+dependencies = ["torch", "timm", "numpy", "scipy", "safetensors", "PIL", "tqdm"]
 
 
 def vit_from_checkpoint(path: str, device: str = "cpu") -> nn.Module:
@@ -13,3 +16,18 @@ def vit_from_checkpoint(path: str, device: str = "cpu") -> nn.Module:
     path: a checkpoint, a folder that tools.export has written, or hf-hub:OWNER/NAME. Raises CheckpointError.
     """
     return load_dense(path, device)
+
+
+def prune():
+    """The function `recipes.api.prune`: a compact copy of a model that takes at most a share of its latency."""
+    return _prune
+
+
+def analyse():
+    """The function `recipes.api.analyse`: one analysis of a model, from which every size follows."""
+    return _analyse
+
+
+def measure_table():
+    """The function `recipes.api.measure_table`: a coarse latency table of a model on this device."""
+    return _measure_table

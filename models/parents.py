@@ -24,7 +24,7 @@ class ModelError(ValueError):
     """A model name or structure that this project cannot build; the message says why and what would do."""
 
 
-def _why_not_plain(model: nn.Module) -> str | None:
+def why_not_plain(model: nn.Module) -> str | None:
     """What keeps a timm model from being pruned by width here, or None."""
     if not len(model.blocks):
         return "it has no blocks"
@@ -64,7 +64,7 @@ def _skeleton(arch: str, kwargs_json: str) -> VisionTransformer:
             model = timm.create_model(arch, **json.loads(kwargs_json))
     except (TypeError, AssertionError, RuntimeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise ModelError(f"timm cannot build {arch} with {kwargs_json}: {error}") from error
-    if reason := _why_not_plain(model):
+    if reason := why_not_plain(model):
         raise ModelError(f"{arch} is not a plain Vision Transformer: {reason}")
     return model
 

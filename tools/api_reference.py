@@ -13,12 +13,13 @@ import hubconf
 import latency
 import models
 import options
+from recipes import api
 from runtime.console import say
 from runtime.folders import write_text
 from runtime.script import run_script
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = {models: models.__all__, latency: latency.__all__, hubconf: ["vit_from_checkpoint"]}
+PUBLIC = {models: models.__all__, latency: latency.__all__, hubconf: ["vit_from_checkpoint"], api: api.__all__}
 _QUOTED = re.compile(r"(: |-> )'([^']*)'")  # annotations, as strings
 HEADING = """# API reference
 

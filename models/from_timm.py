@@ -1,0 +1,106 @@
+"""A timm model that exists already, as one of this project's: the same function, with widths that can be pruned."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Mlp
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from models.arch import Arch
+from models.parents import ModelError, why_not_plain
+
+PLAIN, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"  # where timm does not say which it is
+AGREE = 1e-4  # relative difference of outputs, in float32
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Without DataParallel, DistributedDataParallel and torch.compile."""
+    while inner := getattr(model, "_orig_mod", None) or (
+        model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else None
+    ):
+        model = inner
+    return model
+
+
+def _arguments(model: VisionTransformer) -> dict[str, Any]:
+    """timm's arguments that a model was built with, read from its modules."""
+    block, stem = model.blocks[0], model.patch_embed
+    size, patch = list(stem.img_size), list(stem.patch_size)
+    known = dict(
+        img_size=size[0] if size[0] == size[1] else size,
+        patch_size=patch[0] if patch[0] == patch[1] else patch,
+        in_chans=stem.proj.in_channels,
+        num_classes=model.num_classes,
+        embed_dim=model.embed_dim,
+        depth=len(model.blocks),
+        num_heads=block.attn.num_heads,
+        mlp_ratio=block.mlp.fc1.out_features / model.embed_dim if isinstance(block.mlp, Mlp) else None,
+        qkv_bias=block.attn.qkv.bias is not None,
+        proj_bias=block.attn.proj.bias is not None,
+        qk_norm=isinstance(block.attn.q_norm, nn.LayerNorm),
+        init_values=1e-5 if hasattr(block.ls1, "gamma") else None,  # the values are among the weights
+        global_pool=model.global_pool,
+    )
+    if not isinstance(model, VisionTransformerDistilled):
+        known |= dict(
+            class_token=model.cls_token is not None,
+            reg_tokens=getattr(model, "num_reg_tokens", 0),
+            no_embed_class=model.no_embed_class,
+            pos_embed="none" if model.pos_embed is None else "learn",
+            pre_norm=isinstance(model.norm_pre, nn.LayerNorm),
+            fc_norm=isinstance(model.fc_norm, nn.LayerNorm),
+            final_norm=isinstance(model.norm, nn.LayerNorm) or isinstance(model.fc_norm, nn.LayerNorm),
+        )
+    return known
+
+
+def arch_of(model: VisionTransformer) -> Arch:
+    """The architecture of a timm model. Raises ModelError where it is no plain Vision Transformer."""
+    if not isinstance(model, VisionTransformer):
+        raise ModelError(f"a {type(model).__name__} is not a plain Vision Transformer of timm")
+    if reason := why_not_plain(model):
+        raise ModelError(f"the model is not a plain Vision Transformer: {reason}")
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name = cfg.get("architecture") or ""
+    if not timm.is_model(name):
+        name = DISTILLED if isinstance(model, VisionTransformerDistilled) else PLAIN
+    own = _arguments(model)
+    usual = _arguments(Arch(name).skeleton)
+    other = {key: value for key, value in own.items() if value != usual[key]}
+    if "global_pool" in other and "fc_norm" in own:  # whose default follows the pooling
+        other["fc_norm"] = own["fc_norm"]
+    return Arch.of(name, **other)
+
+
+@torch.no_grad()
+def take(model: nn.Module) -> VisionTransformer:
+    """A copy of a timm model as one of this project's, in eval mode, on its device. Raises ModelError.
+
+    A model of this project is copied as it is.
+    """
+    model = unwrap(model)
+    if hasattr(model, "dims") and hasattr(model, "arch_kwargs"):
+        return copy.deepcopy(model).eval()
+    arch = arch_of(model)
+    ours = arch.build()
+    try:
+        ours.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"{arch.name}: a model of this structure cannot be rebuilt: {reason}") from None
+    reference = next(model.parameters())
+    ours = ours.to(reference.device, reference.dtype).eval()
+    stem, mode = ours.patch_embed, model.training
+    images = torch.randn(2, stem.proj.in_channels, *stem.img_size, generator=torch.Generator().manual_seed(0))
+    expected = model.eval()(images.to(reference))
+    model.train(mode)
+    error = float((ours(images.to(reference)) - expected).norm() / expected.norm().clamp_min(1e-12))
+    if not error <= (AGREE if reference.dtype in (torch.float32, torch.float64) else 0.05):
+        raise ModelError(f"{arch.name}: the model was changed after it was built; rebuilt, it differs by {error:.1e}")
+    return ours
