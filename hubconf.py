@@ -1,8 +1,12 @@
 """torch.hub entries: torch.hub.load("OWNER/REPO", "prune")(model, images, latency=0.5), and others."""
 
+from collections.abc import Callable
+
 from torch import nn
 
+from latency.table import LatencyTable
 from models.pretrained import load_dense
+from recipes.api import Study
 from recipes.api import analyse as _analyse
 from recipes.api import measure_table as _measure_table
 from recipes.api import prune as _prune
@@ -18,16 +22,16 @@ def vit_from_checkpoint(path: str, device: str = "cpu") -> nn.Module:
     return load_dense(path, device)
 
 
-def prune():
+def prune() -> Callable[..., nn.Module]:
     """The function `recipes.api.prune`: a compact copy of a model that takes at most a share of its latency."""
     return _prune
 
 
-def analyse():
+def analyse() -> Callable[..., Study]:
     """The function `recipes.api.analyse`: one analysis of a model, from which every size follows."""
     return _analyse
 
 
-def measure_table():
+def measure_table() -> Callable[..., LatencyTable]:
     """The function `recipes.api.measure_table`: a coarse latency table of a model on this device."""
     return _measure_table
