@@ -7,7 +7,16 @@ import re
 import pytest
 import torch
 
-from benchmarks import attention_routes, checkpoint_overhead, handmade, one_shot_cost, pruning_overhead, savit, tokens
+from benchmarks import (
+    attention_routes,
+    checkpoint_overhead,
+    depth_scaling,
+    handmade,
+    one_shot_cost,
+    pruning_overhead,
+    savit,
+    tokens,
+)
 from benchmarks import latency as latency_targets
 from latency.table import LatencyTable
 from models import ViTDims, build_vit
@@ -90,6 +99,12 @@ def test_one_shot_cost_prints_its_stages(capsys, monkeypatch, tiny):
     one_shot_cost.main(one_shot_cost.get_args_parser().parse_args(["--images", "32"]))
     printed = re.findall(r"^(.+): \d+\.\d s$", capsys.readouterr().out, re.M)
     assert printed == ["align", "price every width", "allocate", "refit", "in all"]
+
+
+def test_depth_scaling_prints_a_row_a_depth(capsys):
+    words = ["--depths", "1", "3", "--embed-dim", "32", "--images", "16", "--rounds", "1"]
+    medians = depth_scaling.main(depth_scaling.get_args_parser().parse_args(words))
+    assert len(medians) == 2 and re.findall(r"^(\d+)  +\d+ ", capsys.readouterr().out, re.M) == ["1", "3"]
 
 
 def test_checkpoint_overhead_prints_the_share(tmp_path, capsys):
