@@ -101,7 +101,7 @@ MUTATIONS = [
         "cuts priced without LayerScale",
         "pruning/cuts.py",
         {"gradient = gradient * self.branch.gamma": "pass"},
-        ("tests/pruning/test_pricing.py::test_prices_are_those_that_are_measured",),
+        ("tests/pruning/test_pricing.py::test_layer_scale_is_priced",),
     ),
     Mutation(
         "whole branches not measured",

@@ -57,6 +57,21 @@ def test_prices_are_those_that_are_measured(aligned):
     assert np.abs(a - b).max() < np.log(4)
 
 
+def test_layer_scale_is_priced(tiny, randomise):
+    """Of a model that is not aligned: alignment makes LayerScale 1 where it rotates the stream."""
+    torch.manual_seed(0)
+    model = (
+        randomise(build_vit(**tiny | dict(arch="vit_tiny_patch16_224", init_values=0.1))).eval().requires_grad_(False)
+    )
+    for block in model.blocks:
+        block.ls1.gamma.fill_(0.1), block.ls2.gamma.fill_(3.0)
+    images, groups = torch.randn(IMAGES, 3, 16, 16), PruningConfig().group_sizes(model.dims)
+    found, expected = price(model, images, groups, 64).blocks, measure_prices(model, images, groups, 64).blocks
+    for mine, theirs in zip(found, expected, strict=True):
+        for axis, width in (("v", 4), ("mlp", 64)):
+            assert 0.4 < mine[axis][width] / theirs[axis][width] < 2.5
+
+
 def test_a_price_is_half_the_mean_square_of_what_the_outputs_change(tiny, randomise, monkeypatch):
     """The last block's MLP, for features that all weigh the same: the square of the derivative along the cut."""
     model = randomise(build_vit(**tiny)).eval().requires_grad_(False)
