@@ -71,12 +71,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def run_folder(args: argparse.Namespace, full: FullModel, label: str, cap: int) -> Path:
     """As published: the arguments that matter are in the name."""
-    data_set = args.data_set.replace("/", "_")
     if args.one_shot:
-        aim = "_".join(["target", *map(str, one_shot_options.targets(args))]) if args.latency_target else ""
-        name = f"one_shot_{data_set}_{full.arch.name}_calib_{args.calib_images}_{aim or f'drop_{args.max_drop:g}'}"
-        name += f"_tokens_{args.tokens}" if args.tokens else ""
-        return Path(args.output_dir) / (name + (f"_pricing_{args.pricing}" if args.pricing != "gradient" else ""))
+        return Path(args.output_dir) / one_shot_options.folder_name(args, full.arch.name)
+    data_set = args.data_set.replace("/", "_")
     name = f"global_prune_{data_set}_{full.arch.name}_lr{args.lr}_{label}_{cap}"
     if args.latency_target is not None:
         name += f"_lat_{args.latency_regularization}_target_{args.latency_target}"

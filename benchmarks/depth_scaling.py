@@ -21,7 +21,7 @@ from runtime.device import device_name
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 24, 40], help="blocks (default: %(default)s)")
+    parser.add_argument("--depths", type=int, nargs="+", default=[6, 12, 24, 40], help="blocks (default: 6 12 24 40)")
     parser.add_argument("--embed-dim", type=int, default=128, help="width of the model (default: %(default)s)")
     parser.add_argument("--images", type=int, default=128, help="calibration images (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per call (default: %(default)s)")

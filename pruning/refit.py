@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -21,6 +22,7 @@ from pruning.moments import Moments, correct_
 from pruning.objective import PREDICTIONS, Objective, judge
 from pruning.streams import Branch
 
+T = TypeVar("T")
 HELD = 10  # every tenth image is held out of the fits at first: it chooses their ridges
 JUDGED = 16  # one calibration image in so many is in no fit: it judges the result
 
@@ -83,6 +85,11 @@ def _refit_branch(
     s.pruned = [z + small.write(m) for z, m in zip(s.pruned, mixed, strict=True)]
 
 
+def unseen_of(images: Sequence[T]) -> Sequence[T]:
+    """Of calibration images, or of their places, those that no fit sees: the last sixteenth."""
+    return images[len(images) - max(1, len(images) // JUDGED) :]
+
+
 @torch.no_grad()
 def refit_(
     dense: VisionTransformer,
@@ -100,7 +107,7 @@ def refit_(
     `images`, which then takes no part in the fit.
     """
     if unseen is None:
-        images, unseen = images.tensor_split([len(images) - max(1, len(images) // JUDGED)])
+        images, unseen = images[: -len(unseen_of(images))], unseen_of(images)
     s = _Streams.of(dense, pruned, images, batch)
     kept = masks.keep["embed"].nonzero().flatten()
     for i, (big, small) in enumerate(zip(dense.blocks, pruned.blocks, strict=True)):

@@ -7,7 +7,7 @@ study = analyse(model, images); small = study.prune(latency=0.3); study.curve([0
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from pruning.config import PruningConfig
 from pruning.objective import PREDICTIONS, TOKENS, Features
 from pruning.one_shot import Analysis, Choice
 from pruning.one_shot import analyse as analyse_aligned
+from pruning.recovery import recover_
+from pruning.refit import unseen_of
 
 __all__ = ["Size", "Study", "analyse", "load", "measure_table", "prune", "save"]
 
@@ -65,11 +67,15 @@ class Study:
             raise ValueError(f"latency must be in (0, 1], a share of the dense model's, not {latency}")
         return self.analysis.choose(self.table, latency)
 
-    def prune(self, latency: float, measured: bool = False) -> nn.Module:
+    def prune(
+        self, latency: float, measured: bool = False, recover_minutes: float = 0.0, hflip: float = 0.5
+    ) -> nn.Module:
         """A compact model at most `latency` times as slow as the dense one, in eval mode; `.divergence` says how far
         its outputs are on images that no fit has seen.
 
-        measured: as measured on the table's device, not as predicted. Raises ValueError where no widths are as quick.
+        measured: as measured on the table's device, not as predicted. recover_minutes: distil the dense outputs on the
+        calibration images for so long, each mirrored with probability `hflip`. Raises ValueError where no widths are as
+        quick.
         """
         choice = self._choose(latency)
         if measured:
@@ -77,7 +83,18 @@ class Study:
         pruned = self.analysis.cut(choice.dims)
         self.progress(f"pruned to {self.ratio(choice.dims):.3f} of the latency: divergence {pruned.divergence:.1e}")
         pruned.model.divergence = pruned.divergence
+        if recover_minutes:
+            pruned.model.divergence = self._recover(pruned.model, recover_minutes, hflip)
         return pruned.model.requires_grad_(True)
+
+    def _recover(self, small: nn.Module, minutes: float, hflip: float) -> float:
+        analysis = self.analysis
+        unseen = unseen_of(analysis.images)
+        batches = random_batches(analysis.images[: -len(unseen)], analysis.batch, hflip)
+        seconds = 60 * minutes
+        return recover_(
+            small, analysis.dense, batches, seconds, unseen, analysis.batch, analysis.objective, progress=self.progress
+        ).after
 
     def curve(self, latencies: Iterable[float]) -> list[Size]:
         """What each of the latencies would give; nothing is refitted."""
@@ -159,14 +176,23 @@ def analyse(
     return Study(analysis, table, say)
 
 
-def prune(model: nn.Module, images: Any, latency: float = 0.5, *, measured: bool = False, **kwargs: Any) -> nn.Module:
+def prune(
+    model: nn.Module,
+    images: Any,
+    latency: float = 0.5,
+    *,
+    measured: bool = False,
+    recover_minutes: float = 0.0,
+    hflip: float = 0.5,
+    **kwargs: Any,
+) -> nn.Module:
     """A compact copy of a model that takes at most `latency` times as long, without labels or training.
 
     Arguments and errors as of `analyse` and `Study.prune`.
     """
     if not 0 < latency <= 1:
         raise ValueError(f"latency must be in (0, 1], a share of the dense model's, not {latency}")
-    return analyse(model, images, **kwargs).prune(latency, measured)
+    return analyse(model, images, **kwargs).prune(latency, measured, recover_minutes, hflip)
 
 
 @torch.no_grad()
@@ -204,6 +230,15 @@ def save(model: Model, folder: str | os.PathLike) -> Path:
     hub.write_config(folder, hub.config_of(model))
     hub.write_weights(folder, model)
     return folder
+
+
+def random_batches(images: Tensor, batch: int, hflip: float) -> Iterator[Tensor]:
+    """Endless random batches of images (n, 3, H, W), each image mirrored with probability `hflip`."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        for places in torch.randperm(len(images), generator=generator).split(batch):
+            mirrored = torch.rand(len(places), 1, 1, 1, generator=generator) < hflip
+            yield torch.where(mirrored, images[places].flip(-1), images[places])
 
 
 def collect_images(images: Any, model: nn.Module, most: int) -> Tensor:

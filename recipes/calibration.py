@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from loading.preparation import Preparation
 from models import Masks, compact
 from models.compact import expand_
 from pruning.align import align_
-from pruning.refit import refit_
+from pruning.refit import refit_, unseen_of
 from runtime.console import say
 from runtime.ranks import rank, world_size
 
@@ -31,16 +32,43 @@ def check(args: Any, images: int) -> None:
         raise ValueError(f"--calib_images must be at least {LEAST_IMAGES} for each process, not {share}")
 
 
+def _share(args: Any, count: int, of: int) -> list[int]:
+    """Places among `count` training images of the calibration images of process `of`."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))
+    return order[of : args.calib_images : world_size()][: args.calib_images // world_size()].tolist()
+
+
+def batches_of(args: Any, preparation: Preparation) -> Iterator[Tensor]:
+    """Endless batches of this process's training images, some mirrored (--hflip), without labels: (B, 3, S, S).
+
+    The calibration images that judge a refit (`pruning.refit.unseen_of`) are not among them, on any process.
+    """
+    dataset, _ = build_dataset(True, args, augment=False, preparation=preparation)
+    places = range(len(dataset))
+    kept = {*places} - {i for r in range(world_size()) for i in unseen_of(_share(args, len(dataset), r))}
+    generator = torch.Generator().manual_seed(args.seed * world_size() + rank())
+    loader = DataLoader(
+        Subset(dataset, sorted(kept)[rank() :: world_size()]),
+        batch_size=args.batch_size,
+        shuffle=True,
+        drop_last=len(kept) >= args.batch_size * world_size(),
+        num_workers=args.num_workers,
+        generator=generator,
+    )
+    while True:
+        for images, _ in loader:
+            mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < args.hflip
+            yield torch.where(mirrored, images.flip(-1), images)
+
+
 def images_of(args: Any, preparation: Preparation) -> Tensor:
     """This process's share of --calib_images training images, as validation sees them: (n, 3, S, S).
 
     The seed chooses them, the same ones for any number of processes; labels are not looked at.
     """
     dataset, _ = build_dataset(True, args, augment=False, preparation=preparation)
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(args.seed))
-    chosen = order[rank() : args.calib_images : world_size()][: args.calib_images // world_size()]
     loader = DataLoader(
-        Subset(dataset, chosen.tolist()),
+        Subset(dataset, _share(args, len(dataset), rank())),
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         generator=torch.Generator(),

@@ -17,6 +17,8 @@ from models.arch import Arch
 from models.compact import expand_
 from models.vit import TokenLogits
 from pruning.one_shot import Analysis, Choice, NotReached, analyse
+from pruning.recovery import recover_
+from pruning.refit import unseen_of
 from pruning.shrink import Student
 from recipes import analysis_files, calibration, pareto
 from recipes.nvit import Setup
@@ -114,6 +116,20 @@ def prune(
     """The model at the chosen widths, refitted and evaluated."""
     small, masks, divergence = analysis.cut(choice.dims)
     clock.stop("refitted", f"divergence {divergence:.2e} {analysis.objective.unit} on images that no fit has seen")
+    recovered = {}
+    if args.recover_minutes:
+        done = recover_(
+            small,
+            analysis.dense,
+            calibration.batches_of(args, setup.data.preparation),
+            60 * args.recover_minutes,
+            unseen_of(analysis.images),
+            args.batch_size,
+            analysis.objective,
+            progress=say,
+        )
+        recovered = dict(divergence_recovered=done.after, updates=done.updates)
+        clock.stop("recovered", f"divergence {done.after:.2e} {analysis.objective.unit} after {done.updates} updates")
     model = copy.deepcopy(analysis.dense)
     expand_(model, masks, small)
     pruner = copy.copy(setup.pruner)
@@ -126,6 +142,7 @@ def prune(
         divergence=divergence,
         seconds=clock.seconds,
         latency=pruner.ratio,
+        **recovered,
     )
     return Result(setup, line, metrics, target)
 

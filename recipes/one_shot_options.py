@@ -6,7 +6,7 @@ from typing import Any
 
 import options
 from loading import shards
-from options.ranges import ABOVE_0
+from options.ranges import ABOVE_0, FROM_0
 from pruning.one_shot import PRICING
 from runtime.errors import Problems
 
@@ -41,6 +41,15 @@ def add_one_shot_args(parser: Any) -> None:
         help="instead of --latency_target: find the quickest model that loses at most this many points of top-1 on the "
         "validation images (default: none)",
         check=ABOVE_0,
+    )
+    group.add_argument(
+        "--recover_minutes",
+        metavar="MIN",
+        type=float,
+        default=0.0,
+        help="after every refit, distil the dense model's outputs on unlabelled training images for this long; the "
+        "best state on held-out images wins (default: 0, off)",
+        check=FROM_0,
     )
     group.add_argument(
         "--pricing",
@@ -79,9 +88,18 @@ def check_without(args: Any, problems: Problems) -> None:
     """Complaints about flags that only --one_shot takes, where it is not given."""
     if isinstance(args.latency_target, list):
         problems.add("--latency_target takes several values with --one_shot only")
-    for name in ("max_drop", "analysis"):
+    for name in ("max_drop", "analysis", "recover_minutes"):
         if getattr(args, name):
             problems.add(f"--{name} goes with --one_shot")
+
+
+def folder_name(args: Any, model: str) -> str:
+    """Of a run's folder: the arguments that matter are in it."""
+    aim = "_".join(["target", *map(str, targets(args))]) if args.latency_target else f"drop_{args.max_drop:g}"
+    name = f"one_shot_{args.data_set.replace('/', '_')}_{model}_calib_{args.calib_images}_{aim}"
+    name += f"_tokens_{args.tokens}" if args.tokens else ""
+    name += f"_recover_{args.recover_minutes:g}" if args.recover_minutes else ""
+    return name + (f"_pricing_{args.pricing}" if args.pricing != "gradient" else "")
 
 
 def targets(args: Any) -> list[float]:

@@ -71,6 +71,12 @@ def test_a_model_without_a_classifier_keeps_its_features(table):
     assert small.divergence < 0.3  # of the variance of all tokens
 
 
+def test_recovery_brings_it_nearer(model, table):
+    study = api.analyse(model, IMAGES, table=table)
+    plain, recovered = study.prune(0.3), study.prune(0.3, recover_minutes=0.03, hflip=0.0)
+    assert recovered.dims == plain.dims and 0 < recovered.divergence <= plain.divergence
+
+
 def test_a_linear_output_restores_the_width(table):
     torch.manual_seed(0)
     backbone = timm.create_model("vit_small_patch14_dinov2", num_classes=0, **SIZE).eval()

@@ -222,6 +222,16 @@ def test_a_file_that_is_no_analysis_is_refused(pruned, flags, tmp_path):
         run(main_full_global_latency, *flags, "--analysis", pruned / "summary.json", "--output_dir", tmp_path)
 
 
+def test_recovery_goes_behind_the_refit(pruned, flags, tmp_path, capsys):
+    more = ["--latency_target", "0.3", "--recover_minutes", "0.03", "--hflip", "0", "--output_dir", tmp_path]
+    run(main_full_global_latency, *flags, "--analysis", pruned / "analysis.safetensors", *more)
+    (folder,) = tmp_path.glob("one_shot_*_recover_0.03")
+    (line,) = (json.loads(line) for line in (folder / "log.txt").read_text().splitlines())
+    assert line["divergence_recovered"] <= line["divergence"] and line["updates"] > 0
+    assert list(line["seconds"]) == ["read", "allocated", "refitted", "recovered"]
+    assert "recovery after 2 s" in capsys.readouterr().out
+
+
 def test_the_quickest_model_within_a_drop(pruned, flags, tmp_path):
     without = [flag for flag in flags if flag not in ("--latency_target", 0.6)]
     more = ["--max_drop", "3", "--analysis", pruned / "analysis.safetensors", "--output_dir", tmp_path]
