@@ -56,9 +56,10 @@ class TokenSaliency(EventMean):
             self._seen.append({})
 
     def _note(self, block: int, tensor: Tensor) -> None:
-        if torch.is_grad_enabled():
+        noted = self._seen[-1].setdefault(block, []) if torch.is_grad_enabled() else None
+        if noted is not None and len(noted) < 2:  # gradient checkpointing runs a block again in the backward pass
             tensor.retain_grad()
-            self._seen[-1].setdefault(block, []).append(tensor)
+            noted.append(tensor)
 
     def _places(self, block: int) -> tuple[Tensor, ...]:
         """(survivors, the nearest of them, patches each stands for) of a block, looked up when the masks change."""

@@ -175,11 +175,14 @@ class PruningSteps:
 
     def _shrink(self) -> None:
         """Go on with the compact student of all that is left. Raises RunFailed."""
+        gone = self.pruner.removed  # of what the cap allows: narrower masks no longer know
         saliency, keep = self.saliency.state_dict(), torch.cat(list(self.student.masks.keep.values()))
         try:
             self.student.shrink()
         except ValueError as error:
             raise RunFailed(f"--shrink_interval: {error}") from None
+        if self.pruner.cap is not None:
+            self.pruner.cap -= gone
         self.saliency = self._make_saliency()
         self.saliency.load_state_dict(saliency | {name: saliency[name][keep] for name in ("accumulated", "average")})
 

@@ -9,6 +9,7 @@ from test_distributed import EXACT, distance, launch, launcher
 
 import main_full_global_latency
 from models import load_dense
+from runtime.errors import RunFailed
 
 ALL = [
     "--selection",
@@ -76,6 +77,19 @@ def test_shrinking_changes_nothing_but_the_time(prune, tmp_path, more):
     assert distance(small["model"].values(), masked["model"].values()) < 1e-4
     debug = [sorted((only(tmp_path / name, "global_*") / "debug").glob("*dimension*")) for name in ("masked", "small")]
     assert [p.read_text() for p in debug[0]] == [p.read_text() for p in debug[1]] and len(debug[0]) > 2
+
+
+@pytest.mark.parametrize("interrupt", [0, 8])
+def test_the_count_of_prune_dict_holds_over_shrinking(prune, tmp_path, monkeypatch, interrupt):
+    """A compact student no longer shows what has gone: the count does not begin again, nor after a resume."""
+    flags = [*prune, "--latency_target", "0.1", "--prune_dict", '{"Global": 40}', "--shrink_interval", "1"]
+    flags += ["--latency_regularization", "1e-4", "--epochs", "30", "--output_dir", tmp_path]
+    if interrupt:
+        interrupted(monkeypatch, main_full_global_latency, flags, interrupt)
+        flags += ["--resume"]
+    with pytest.raises(RunFailed, match="nothing more may be removed"):
+        run(main_full_global_latency, *flags)
+    assert 24 < sum(int((~keep).sum()) for keep in checkpoint_of(tmp_path, "checkpoint.pth")["masks"].values()) <= 40
 
 
 @pytest.mark.slow

@@ -229,6 +229,18 @@ def test_pruned_with_widths_resumed_and_finetuned(job, tmp_path, monkeypatch):
     assert not torch.equal(tokens.merge, small.blocks[i].tokens.merge)  # M trains, on its support
 
 
+def test_recomputed_blocks_are_scored_once(job, tmp_path):
+    """--grad-checkpointing runs a block again in the backward pass: the scores are those of the first time."""
+    flags = [*job, "--latency_target", "0.5", "--latency_regularization", "1", "--drop-path", "0", "--epochs", "2"]
+    for name, more in (("kept", []), ("recomputed", ["--grad-checkpointing"])):
+        run(main_full_global_latency, *flags, *more, "--output_dir", tmp_path / name)
+    kept, recomputed = (
+        torch.load(only(tmp_path / name, "global_*") / "pruned_checkpoint.pth", weights_only=True)
+        for name in ("kept", "recomputed")
+    )
+    assert same(kept["masks"], recomputed["masks"]) and kept["dims"] == recomputed["dims"]
+
+
 def test_one_shot_with_tokens(job, tmp_path):
     flags = [f for f in job if f not in ("--latency_regularization", "1e-4")]
     run(
