@@ -18,7 +18,7 @@ import cloudpickle
 import submitit
 
 import options
-from runtime.errors import BadArguments
+from runtime.errors import BadArguments, RunFailed
 from runtime.script import run_script
 
 SCRIPTS = (
@@ -109,6 +109,18 @@ class Job:
         return submitit.helpers.DelayedSubmission(again)
 
 
+def _wait_for(job: submitit.Job) -> None:
+    """Raises RunFailed, with the last line that the job printed, where it fails."""
+    try:
+        job.results()
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError):
+        said = (job.stderr() or "").strip().splitlines() or ["it printed nothing"]
+        last = next((line for line in reversed(said) if line.startswith("error: ")), said[-1])
+        raise RunFailed(
+            f"job {job.job_id} failed, logs in {job.paths.folder}: {last.removeprefix('error: ')}"
+        ) from None
+
+
 def main(args: argparse.Namespace) -> None:
     parser = importlib.import_module(Path(args.script).stem).get_args_parser()
     parser.parse_args(args.arguments)  # a typo is noticed here, not in the queue
@@ -131,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
     job = executor.submit(Job(args.script, args.arguments))
     print(f"job {job.job_id} submitted, logs in {job.paths.folder}", flush=True)
     if executor.cluster != "slurm":
-        job.results()  # local ones end with this process
+        _wait_for(job)  # local ones end with this process
 
 
 if __name__ == "__main__":

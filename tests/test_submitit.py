@@ -44,6 +44,16 @@ def test_it_is_submitted_from_any_folder(runs, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_job_that_fails_is_named_in_one_line(tmp_path):
+    flags = ["--cluster", "local", "--ngpus", "1", "finetune_dense.py", "--finetune", "nothing.pth", "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "run_with_submitit.py"), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    number = only(tmp_path / "submitit", "*").name
+    line = f"error: job {number} failed, logs in {tmp_path}/submitit/{number}: checkpoint nothing.pth does not exist"
+    assert (done.returncode, done.stderr.splitlines()) == (1, [line])
+
+
+@pytest.mark.slow
 def test_two_processes_of_a_local_job_equal_torchrun(runs, tmp_path):
     flags, folders = [*TUNE, "--epochs", "1", "--batch-size", "32"], [tmp_path / name for name in ("job", "torchrun")]
     commands = [
