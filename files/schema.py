@@ -29,6 +29,12 @@ class SchemaError(ValueError):
     """A file with unexpected content; the message names what is wrong."""
 
 
+def find_own(path: str | Path) -> str | Path:
+    """A path as it is; where nothing is there, this project's own file of that relative path, if it has one."""
+    own = Path(__file__).resolve().parents[1] / path
+    return own if own.exists() and not Path(path).exists() else path
+
+
 def read_json(path: str | Path, values: int = MAX_VALUES) -> Any:
     """Read a JSON file of at most `values` values. Raises SchemaError, which names the file."""
     try:

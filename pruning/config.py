@@ -13,7 +13,6 @@ from models.masks import Masks
 from models.swin_dims import Dims
 from pruning.saliency import Saliency
 
-ROOT = Path(__file__).resolve().parents[1]
 AXES = ("embed", "heads", "qk", "v", "mlp")
 TOKENS = dict(tokens=8)  # patches of a group, where a config does not say
 PUBLISHED_METHODS = {2: "magnitude", 22: "taylor_elementwise", 23: "taylor_sq"}
@@ -87,10 +86,8 @@ def load_config(path: str | Path) -> tuple[PruningConfig, list[str]]:
     A file with a numeric `method` is a published one: its group sizes were 16/2/8/8/16 whatever it says. A relative
     path that does not exist may be one of this project's own files. Raises ConfigError.
     """
-    if not Path(path).exists() and (own := ROOT / path).exists():
-        path = own
     try:
-        data = schema.read_json(path)
+        data = schema.read_json(schema.find_own(path))
     except schema.SchemaError as error:
         raise ConfigError(f"pruning config {error}") from None
     try:

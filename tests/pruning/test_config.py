@@ -59,3 +59,14 @@ def test_what_is_refused_names_the_file_and_the_fault(tmp_path, content, message
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.json"):
         load_config(tmp_path / "none.json")
+
+
+def test_the_default_is_found_from_any_folder(tmp_path, monkeypatch):
+    """Scripts are started from other folders too; a file that is there comes first."""
+    name = "pruning_configs/group8_m23_m09.json"
+    here = load_config(name)
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name) == here
+    (tmp_path / "pruning_configs").mkdir()
+    (tmp_path / name).write_text('{"criterion": "magnitude"}')
+    assert load_config(name)[0].criterion == "magnitude"
