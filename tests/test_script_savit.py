@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from jobs import run
+from jobs import equal, interrupted, run
 from safetensors.torch import load_file
 from torch import nn
 
@@ -92,6 +92,41 @@ def runs(tmp_path_factory):
         "soft",
     )
     return root
+
+
+@pytest.mark.parametrize("named", ["published", "old", "auto", "damaged"])
+def test_finetuning_goes_on_from_either_name(runs, tmp_path, monkeypatch, named, capsys):
+    """The published script's, and that of runs from before there was a second name; the one before a damaged one."""
+    flags = [*DATA, "--masked_model", runs / "with" / "pruned_checkpoint.pth", "--lr", "1e-3", "--output_dir", tmp_path]
+    flags += ["--epochs", "2", "--recovery-interval", "3"]
+    interrupted(monkeypatch, main_savit_deploy, [*flags, "--resume="], 30)
+    published = tmp_path / "checkpoint.pth"
+    assert published.is_symlink() and checkpoint.load(published)["epoch"] == 0
+    if named in ("old", "auto"):
+        published.unlink()
+    if named == "damaged":
+        published.write_bytes(published.read_bytes()[:-100])
+    resume = dict(old=f"={tmp_path / 'ft_checkpoint.pth'}", auto="").get(named, f"={published}")
+    run(main_savit_deploy, *flags, f"--resume{resume}")
+    assert "resumed: continuing with epoch 1" in capsys.readouterr().out and published.is_symlink()
+    run(main_savit_deploy, *flags, "--output_dir", tmp_path / "whole")
+    equal(tmp_path, tmp_path / "whole", "checkpoint.pth")
+
+
+def test_a_finished_run_that_is_resumed_elsewhere_has_its_checkpoint_there(runs, tmp_path):
+    flags = ["--masked_model", runs / "with" / "pruned_checkpoint.pth", "--epochs", "1", "--lr", "1e-3", *DATA]
+    flags += ["--distillation-type-full", "soft", "--output_dir", tmp_path]
+    run(main_savit_deploy, *flags, "--resume", runs / "tuned" / "ft_checkpoint.pth")
+    equal(runs / "tuned", tmp_path, "checkpoint.pth")
+
+
+def test_anothers_checkpoint_of_the_published_name_is_kept(runs, tmp_path):
+    """A pruning run's, in the same folder."""
+    (tmp_path / "checkpoint.pth").write_text("another run's")
+    masked = ["--masked_model", runs / "with" / "pruned_checkpoint.pth"]
+    run(main_savit_deploy, *DATA, *masked, "--epochs", "1", "--output_dir", tmp_path)
+    assert (tmp_path / "checkpoint.previous.pth").read_text() == "another run's"
+    assert checkpoint.load(tmp_path / "checkpoint.pth")["epoch"] == 0
 
 
 def files(folder):

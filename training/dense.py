@@ -248,6 +248,8 @@ def train(args: Any, run: Run) -> dict[str, Any]:
                     log_interval=args.log_interval,
                 )
             _end_epoch(args, run, state, keeper, curves, stats)
+    if not (run.folder / CHECKPOINT).exists():  # resumed from another folder's last epoch
+        keeper.write()
     curves.end(vars(args), state.metrics)
     return state.metrics
 
