@@ -31,10 +31,10 @@ NOT_FLAGS = {
     "class_names",
     "initial_ema",
 }  # what a checkpoint holds beside the arguments, compared on its own
-PRUNED = ("pruned_checkpoint.pth", "dims.json", "summary.json")  # what a pruning run ends with
+PRUNED = ("pruned_checkpoint.pth", "dims.json", "summary.json", "debug", "logs")  # what a pruning run ends with
 TUNED = ("ft_best.pth", "ASP_checkpoint.pth")  # and dense training, which adds to the summary it finds
 SUMMARY = ("dims.json", "summary.json")
-RECORDS = ("log.txt", "args.json", "run.json", "debug", "logs")
+RECORDS = ("log.txt", "args.json", "run.json")
 EVENTS = "events.out.tfevents.*"
 
 
@@ -233,11 +233,12 @@ def start_anew(folder: Path, name: str, results: Sequence[str] = TUNED) -> None:
     if before.exists() and not newest.exists():
         before.replace(newest)
     before.unlink(missing_ok=True)
-    if any((folder / own).exists() for own in (name, *results)):
+    if any((folder / own).is_file() for own in (name, *results)):
         set_aside(folder, (name, *results, *SUMMARY, *RECORDS))
-    elif any((folder / other).exists() for other in (*PRUNED, *TUNED)):
+    elif any((folder / other).is_file() for other in (*PRUNED, *TUNED)):
         set_aside(folder, RECORDS)
-    for left in (folder / "log.txt", *folder.glob("debug/debugOutput_*"), *folder.glob(EVENTS)):
+    debug = folder.glob("debug/debugOutput_*") if "debug" in results else ()
+    for left in (folder / "log.txt", *debug, *folder.glob(EVENTS)):
         left.unlink(missing_ok=True)
 
 

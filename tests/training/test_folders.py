@@ -9,7 +9,7 @@ from training import resuming
 FINISHED = dict(
     prune=("checkpoint.pth", resuming.PRUNED),
     savit=("pruned_checkpoint.pth", (*resuming.PRUNED, "importance.json")),
-    tune=("ft_checkpoint.pth", (*resuming.TUNED, *resuming.SUMMARY)),
+    tune=("ft_checkpoint.pth", resuming.TUNED),
 )
 LOGS = ("log.txt", "args.json", "run.json", "debug/debugOutput_pruning_00000001.txt", "logs/savit.log")
 CURVES = "events.out.tfevents.1.host.2.0"
@@ -28,13 +28,17 @@ def texts(folder):
 @pytest.mark.parametrize("kind", FINISHED)
 def test_every_seed_of_several_is_kept(tmp_path, kind, capsys):
     name, results = FINISHED[kind]
+    files = {name, *results, *resuming.SUMMARY, *resuming.RECORDS, *(LOGS if kind != "tune" else ())} - {
+        "debug",
+        "logs",
+    }
     for seed in "0123":
         resuming.start_anew(tmp_path, name, results)
         assert not (tmp_path / name).exists() and not (tmp_path / "log.txt").exists()
-        write_run(tmp_path, {name, *results, *LOGS, CURVES}, seed)
+        write_run(tmp_path, {*files, CURVES}, seed)
     found = texts(tmp_path)
     for mark, seed in (("", "3"), (".previous", "0"), (".previous2", "1"), (".previous3", "2")):
-        for path in {name, *results, *LOGS}:
+        for path in files:
             stem, dot, suffix = path.partition("/") if "/" in path else path.rpartition(".")
             assert found.pop(f"{stem}{mark}{dot}{suffix}") == seed
         assert found.pop(f"curves{mark}/{CURVES}" if mark else CURVES) == seed
@@ -45,9 +49,10 @@ def test_every_seed_of_several_is_kept(tmp_path, kind, capsys):
 
 def test_a_run_leaves_what_it_starts_from(tmp_path):
     """Pruned and finetuned in one folder: the pruned checkpoint and the summary that finetuning adds to stay."""
-    write_run(tmp_path, {*resuming.PRUNED, "importance.json", *LOGS}, "pruned")
+    pruned = {*resuming.PRUNED, "importance.json"} - {"debug", "logs"}
+    write_run(tmp_path, {*pruned, *LOGS}, "pruned")
     resuming.start_anew(tmp_path, "ft_checkpoint.pth")
-    kept = {*resuming.PRUNED, "importance.json", "args.previous.json", "log.previous.txt", "run.previous.json"}
+    kept = {*pruned, *LOGS[3:], "args.previous.json", "log.previous.txt", "run.previous.json"}
     assert kept <= texts(tmp_path).keys() and not {"args.json", "log.txt"} & texts(tmp_path).keys()
 
 
