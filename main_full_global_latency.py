@@ -12,7 +12,6 @@ from torch import Tensor
 
 import options
 from engine import Progress, evaluate, train_one_epoch
-from files.schema import find_own
 from latency.table import LatencyTable
 from loading.loaders import start_epoch
 from loading.preparation import Preparation
@@ -99,7 +98,7 @@ def _prune_dict(text: str) -> tuple[str, int]:
 
 
 def _load_table(args: argparse.Namespace, full: FullModel) -> LatencyTable:
-    table = LatencyTable.load(find_own(args.latency_look_up_table))
+    table = LatencyTable.load(args.latency_look_up_table)
     table.check_covers(full.dims)
     if not args.tokens or full.arch.is_swin:
         return table

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from files.atomic import write_compact_json
+from files.schema import find_own
 from latency.grid import MAX_LEAVES, Grid, LatencyTableError
 from latency.stage import StageTable, block_rows, stage_of_parts
 from models.dims import BlockDims
@@ -107,7 +108,8 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LatencyTable:
-        """The table in a file. Raises LatencyTableError, whatever is wrong with it."""
+        """The table in a file, or of this project's own. Raises LatencyTableError, whatever is wrong with it."""
+        path = find_own(path)
         try:
             if (size := os.path.getsize(path)) > MAX_BYTES:
                 raise LatencyTableError(f"{path}: {size:,} bytes; a latency table has at most {MAX_BYTES:,}")

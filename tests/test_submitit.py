@@ -48,7 +48,7 @@ def test_a_job_that_fails_is_named_in_one_line(tmp_path):
     flags = ["--cluster", "local", "--ngpus", "1", "finetune_dense.py", "--finetune", "nothing.pth", "--device", "cpu"]
     command = [sys.executable, str(ROOT / "run_with_submitit.py"), *flags]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    number = only(tmp_path / "submitit", "*").name
+    number = only(tmp_path / "submitit", "[0-9]*").name
     line = f"error: job {number} failed, logs in {tmp_path}/submitit/{number}: checkpoint nothing.pth does not exist"
     assert (done.returncode, done.stderr.splitlines()) == (1, [line])
 
