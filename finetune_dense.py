@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from runtime.processes import start_processes
 from runtime.ranks import is_main
 from runtime.script import run_script
 from training import results, resuming
+from training.class_names import are_others, check_class_names
 from training.dense import CHECKPOINT, Run, read_resumed, train
 from training.full_model import (
     FullModel,
@@ -96,13 +98,21 @@ def _full_model(args: argparse.Namespace, parent: Checkpoint | None) -> FullMode
 
 def is_other_data(args: argparse.Namespace, parent: Checkpoint, data: Data) -> bool:
     """Whether the model was pruned on other data than it is finetuned on now, as far as names and classes tell."""
-    return parent.classes != data.classes or parent.args.get("data_set", args.data_set) != args.data_set
+    other = parent.classes != data.classes or are_others(parent.class_names, data.names)
+    return other or parent.args.get("data_set", args.data_set) != args.data_set
 
 
 def _check_classes(args: argparse.Namespace, parent: Checkpoint, data: Data) -> None:
     if parent.classes != data.classes and (args.eval or args.kl_loss_coeff):
         hint = "" if args.eval else "; for a new classifier use --kl_loss_coeff 0: the full model lacks these classes"
         raise ValueError(f"{args.finetune} has {parent.classes} classes, the data has {data.classes}{hint}")
+    if not has_new_classes(args, parent.class_names, data):
+        check_class_names(parent.class_names, data.names, args.finetune)
+
+
+def has_new_classes(args: argparse.Namespace, known: Sequence[str], data: Data) -> bool:
+    """Whether a model of other classes, as many as the data's, gets a new classifier: where nothing else teaches it."""
+    return not (args.eval or args.kl_loss_coeff) and are_others(known, data.names)
 
 
 def _model(args: argparse.Namespace, full: FullModel, parent: Checkpoint | None) -> nn.Module:
@@ -117,8 +127,9 @@ def _model(args: argparse.Namespace, full: FullModel, parent: Checkpoint | None)
                 tokens.load_state_dict(pruned.blocks[i].tokens.state_dict())
         return model
     model = parent.build(ema=args.use_ema, **drops)
-    if model.num_classes != (classes := full.classes):
-        say(f"new classifier: {args.finetune} knows {model.num_classes} classes, the data has {classes}")
+    if (other := are_others(parent.class_names, full.data_names)) or model.num_classes != full.classes:
+        classes, what = full.classes, "other" if other else model.num_classes
+        say(f"new classifier: {args.finetune} knows {what} classes, the data has {classes}")
         model.reset_classifier(classes)
         model.arch_kwargs = model.arch_kwargs | dict(num_classes=classes)
     return model
@@ -142,9 +153,13 @@ def check_args(args: argparse.Namespace) -> tuple[Run, Checkpoint | None]:
     problems.raise_if_any()
     data = problems.attempt(load_data, args, preparation, train=not args.eval)
     problems.raise_if_any()
-    full = full.with_kwargs(num_classes=data.classes)
+    full = full.for_data(data)
     if parent is not None:
         problems.attempt(_check_classes, args, parent, data)
+    elif full.state is not None and not args.scratch and has_new_classes(args, full.class_names, data):
+        full = full.for_other_classes()
+    elif not args.scratch:
+        problems.attempt(full.check_names)
     problems.raise_if_any()
     run = Run(device, full, data, problems.attempt(_model, args, full, parent))
     run.origin = full.path or (parent.origin if parent else "")
@@ -213,7 +228,7 @@ def sparse(args: argparse.Namespace, run: Run, folder: Path) -> dict[str, Any]:
             model=model.state_dict(),
             metrics=dict(acc1=top1),
             data_config=run.data.preparation.record,
-            args=resuming.saved_args(args, run.origin),
+            args=resuming.saved_args(args, run.origin, names=run.data.names),
         )
     speed = "no 2:4 kernels on this device" if measured is None else f"measured latency {measured:.3f} of dense"
     say(f"{folder / 'ASP_checkpoint.pth'}: 2:4 sparse, top-1 {top1:.2f}, {speed}")

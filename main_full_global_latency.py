@@ -161,7 +161,7 @@ def check_args(args: argparse.Namespace) -> Setup:
     if data and (args.one_shot or args.align or args.compensate):
         problems.attempt(calibration.check, args, len(data.train.dataset))
     problems.raise_if_any()
-    full = full.with_kwargs(num_classes=data.classes)
+    full = full.for_data(data)
     problems.attempt(full.check_classifier)
     if args.tokens == "content":
         full = full.with_kwargs(content_merge=True)

@@ -95,7 +95,7 @@ def prune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
         model=small.state_dict(),
         metrics=dict(acc1=after),
         data_config=run.data.preparation.record,
-        args=resuming.saved_args(args, run.origin),
+        args=resuming.saved_args(args, run.origin, names=run.data.names),
     )
     append_log(run.folder, dense_acc1=before, test_acc1=after, tokens=[b.tokens for b in small.dims.blocks])
     counts = " ".join(str(b.tokens) for b in small.dims.blocks)
@@ -170,7 +170,7 @@ def check_args(args: argparse.Namespace) -> Run:
     problems.raise_if_any()
     run.data = problems.attempt(load_data, args, preparation, train=not args.eval)
     problems.raise_if_any()
-    run.full = model.full = model.full.with_kwargs(num_classes=run.data.classes)
+    run.full = model.full = model.full.for_data(run.data)
     problems.attempt(model.check_classes, args, run.data.classes)
     if args.prune and pm_vit_options.calibrates(args):
         problems.attempt(shards.check_indexed, args, "--compensate" if args.compensate else "--prune_mode probe")

@@ -230,7 +230,7 @@ def check_args(args: argparse.Namespace) -> steps.Setup:
     problems.raise_if_any()
     data = problems.attempt(load_data, args, preparation, train=not args.pruning_pickle_from)
     problems.raise_if_any()
-    full = full.with_kwargs(num_classes=data.classes)
+    full = full.for_data(data)
     model = problems.attempt(steps.build, full)
     cnn = problems.attempt(load_cnn, Teacher.of(args), data, device)
     problems.raise_if_any()
@@ -289,7 +289,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
         rng=rng_state(),
         metrics=dict(acc1=after),
         data_config=setup.data.preparation.record,
-        args=vars(args) | dict(initial_checkpoint=setup.full.path),
+        args=vars(args) | dict(initial_checkpoint=setup.full.path, class_names=list(setup.data.names)),
     )
     conditions = results.Conditions(args.batch_size)
     report = results.Report(setup.folder, setup.full, setup.device, conditions, effort)

@@ -17,6 +17,7 @@ from runtime.processes import start_processes
 from runtime.ranks import is_main
 from runtime.script import run_script
 from training import results, resuming
+from training.class_names import check_class_names
 from training.dense import CHECKPOINT, PUBLISHED, Run, conclude, read_resumed, train
 from training.full_model import FullModel, read_full_model
 from training.parts import drop_rate_kwargs, load_data
@@ -155,7 +156,8 @@ def check_args(args: argparse.Namespace) -> Run:
     problems.raise_if_any()
     data = problems.attempt(load_data, args, preparation)
     problems.raise_if_any()
-    full = full.with_kwargs(num_classes=data.classes)
+    full = full.for_data(data)
+    problems.attempt(check_class_names, parent.class_names, data.names, args.masked_model)
     run = Run(device, full, data, problems.attempt(_model, args, parent, data.classes), folder=Path(args.output_dir))
     run.origin, run.start, run.alias = parent.origin, parent.weights, PUBLISHED
     run.teacher_tau = args.distillation_tau_full

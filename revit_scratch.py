@@ -94,7 +94,7 @@ def check_args(args: argparse.Namespace) -> Run:
     problems.raise_if_any()
     data = problems.attempt(load_data, args, preparation)
     problems.raise_if_any()
-    full = full.with_kwargs(num_classes=data.classes)
+    full = full.for_data(data)
     model = full.arch.build(dims, **drop_rate_kwargs(args))
     run = Run(device, full, data, model, origin=full.path)
     if args.kl_loss_coeff:

@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     problems.raise_if_any()
     data = problems.attempt(load_data, args, preparation)
     problems.raise_if_any()
-    full = full.with_kwargs(num_classes=data.classes)
+    full = full.for_data(data)
     if args.batches < 1:
         raise BadArguments([f"--batches must be at least 1, not {args.batches}"])
     images, targets = (t.to(device) for t in next(iter(data.train)))

@@ -58,7 +58,7 @@ def save(name: str, args: Any, setup: Setup, state: State) -> None:
         rng=rng_state(),
         metrics=state.metrics | progress["metrics"],
         data_config=setup.data.preparation.record,
-        args=resuming.saved_args(args, setup.full.path, setup.inputs),
+        args=resuming.saved_args(args, setup.full.path, setup.inputs, setup.data.names),
     )
 
 
@@ -70,7 +70,7 @@ def read_resumed(
         args,
         folder,
         CHECKPOINT,
-        preparation=data.preparation,
+        data=data,
         run="pruning",
         fitting=dict(arch=full.arch.record),
         needed="pruner",

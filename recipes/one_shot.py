@@ -164,7 +164,7 @@ def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
         rng=rng_state(),
         metrics=metrics,
         data_config=setup.data.preparation.record,
-        args=resuming.saved_args(args, setup.full.path),
+        args=resuming.saved_args(args, setup.full.path, names=setup.data.names),
     )
 
 

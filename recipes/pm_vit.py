@@ -21,6 +21,7 @@ from models.pretrained import read_initial
 from models.vit import TokenLogits
 from pruning import pm_vit, token_merging
 from pruning.token_counts import choose_counts
+from training.class_names import check_class_names
 from training.dense import Run
 from training.full_model import (
     FullModel,
@@ -57,6 +58,7 @@ class Model:
             return self.full.check_classifier()
         if self.start.classes != classes:
             raise ValueError(f"{args.resume} has {self.start.classes} classes, the data has {classes}")
+        check_class_names(self.start.class_names, self.full.data_names, args.resume)
 
     @property
     def weights(self) -> dict[str, Tensor] | None:
@@ -194,7 +196,7 @@ def teacher(args: Any, run: Run) -> nn.Module:
     except ModelError:
         return freeze(load_cnn(Teacher(name, path), run.data, run.device), run.device)
     full = read_full_model(Source(name, own, weights=path))
-    found = load_full_teacher(full.with_kwargs(num_classes=run.data.classes), run.device)
+    found = load_full_teacher(full.for_data(run.data), run.device)
     return adapt(
         found, f"teacher {path}", of_full_teacher(full, run.origin, run.data.preparation), run.data.preparation
     )

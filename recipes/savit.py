@@ -52,6 +52,7 @@ def build(full: FullModel) -> nn.Module:
     model = full.build().requires_grad_(False).eval()
     if model.num_classes != (classes := full.classes):
         raise ValueError(f"{full.start.path} has {model.num_classes} classes, the data has {classes}")
+    full.check_names()
     return model
 
 

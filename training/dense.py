@@ -102,7 +102,7 @@ def save(name: str, args: Any, run: Run, state: State) -> None:
         rng=rng_state(),
         metrics=state.metrics | progress["metrics"],
         data_config=run.data.preparation.record,
-        args=resuming.saved_args(args, origin, run.inputs),
+        args=resuming.saved_args(args, origin, run.inputs, run.data.names),
     )
     if run.alias and name == CHECKPOINT:
         name_also(run.folder / name, run.alias)
@@ -147,7 +147,7 @@ def read_resumed(args: Any, run: Run, folder: Path, resume: str | None = None) -
         args,
         folder,
         CHECKPOINT,
-        preparation=run.data.preparation,
+        data=run.data,
         run="finetuning",
         fitting=fitting,
         needed="lr_scheduler",

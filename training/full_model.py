@@ -17,6 +17,7 @@ from models.swin_dims import Dims
 from models.vit import TokenLogits
 from runtime.console import say
 from runtime.errors import first_line
+from training.class_names import check_class_names
 from training.sources import Checkpoint, Source, Teacher, structural_kwargs
 
 
@@ -25,8 +26,8 @@ class FullModel:
     """The full-size model that a run is about: its architecture (with its classes once the data is known) and weights.
 
     start: the checkpoint of a narrower model that the run starts from; `path` is then where the dense weights are;
-    class_names: of the images that the weights were trained on, where the file holds them; ema: whether the weights
-    are a moving average.
+    class_names: of the images that the weights were trained on, where the file holds them; data_names: of the run's
+    own images; ema: whether the weights are a moving average.
     """
 
     arch: Arch
@@ -35,7 +36,18 @@ class FullModel:
     pretrained: bool = False
     start: Checkpoint | None = None
     class_names: tuple[str, ...] = ()
+    data_names: tuple[str, ...] = ()
     ema: bool = False
+
+    def for_data(self, data: Any) -> FullModel:
+        """With a classifier for the classes of the data."""
+        return replace(self.with_kwargs(num_classes=data.classes), data_names=data.names)
+
+    def for_other_classes(self) -> FullModel:
+        """Without its classifier, which is for other classes: a fresh one is trained."""
+        say(f"new classifier: {self.path} knows other classes of this number")
+        state = {name: value for name, value in self.state.items() if not name.startswith("head")}
+        return replace(self, state=state, class_names=())
 
     def with_kwargs(self, **kwargs: Any) -> FullModel:
         """The same with other arguments of timm."""
@@ -95,6 +107,11 @@ class FullModel:
                 f"the dense weights know {known} classes, the data has {classes}: first train the "
                 "full model on the data (finetune_dense.py --initial-checkpoint FILE --kl_loss_coeff 0)"
             )
+        self.check_names()
+
+    def check_names(self) -> None:
+        """Raises ValueError when the weights know other classes than the data has, or in another order."""
+        check_class_names(self.class_names, self.data_names, self.start.path if self.start else self.path)
 
     @property
     def has_weights(self) -> bool:
@@ -152,7 +169,7 @@ def read_full_model(source: Source, swin: bool = False, narrower: bool = False) 
         state, more = adapt(state, arch.skeleton, arch.name, path)
         for note in notes + more:
             say(note)
-    return FullModel(arch, path, state, source.pretrained, start, tuple(initial.classes), source.ema)
+    return FullModel(arch, path, state, source.pretrained, start, tuple(initial.classes), ema=source.ema)
 
 
 def is_dense(full: FullModel, dims: Dims) -> bool:

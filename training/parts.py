@@ -23,6 +23,7 @@ from losses import DistillationLoss, NViTLoss, base_criterion
 from models.vit import TokenLogits
 from runtime.console import warn
 from runtime.ranks import rank, world_size
+from training.class_names import class_names_of
 
 FALLS_TO_MIN_LR = ("cosine", "tanh", "poly")
 
@@ -34,13 +35,17 @@ def drop_rate_kwargs(args: Any) -> dict[str, float]:
 
 @dataclass
 class Data:
-    """Loaders, what the model needs to know of the data, the updates of an epoch, and what images come out as."""
+    """Loaders, what the model needs to know of the data, the updates of an epoch, and what images come out as.
+
+    names: of the classes.
+    """
 
     train: Any
     val: Any
     classes: int
     updates: int = 0
     preparation: Preparation | None = None
+    names: tuple[str, ...] = ()
 
 
 def load_data(args: Any, preparation: Preparation, train: bool = True) -> Data:
@@ -48,6 +53,7 @@ def load_data(args: Any, preparation: Preparation, train: bool = True) -> Data:
     val, classes = build_dataset(False, args, preparation=preparation)
     place = dict(rank=rank(), world_size=world_size())
     data = Data(None, build_loader(val, args, is_train=False, **place), classes, preparation=preparation)
+    data.names = tuple(class_names_of(val))
     if train:
         train_set, _ = build_dataset(True, args, preparation=preparation)
         data.train = build_loader(train_set, args, is_train=True, **place)

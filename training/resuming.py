@@ -23,6 +23,7 @@ from runtime.errors import BadArguments, RunFailed
 from runtime.folders import write_text
 from runtime.ranks import is_main, rank, world_size
 from runtime.seeds import set_rng_state
+from training.class_names import check_class_names
 from training.preparing import read_preparation
 
 NOT_FLAGS = {
@@ -38,16 +39,18 @@ RECORDS = ("log.txt", "args.json", "run.json")
 EVENTS = "events.out.tfevents.*"
 
 
-def saved_args(args: Any, origin: str, inputs: dict[str, str] | None = None) -> dict[str, Any]:
+def saved_args(
+    args: Any, origin: str, inputs: dict[str, str] | None = None, names: Sequence[str] = ()
+) -> dict[str, Any]:
     """The arguments as a checkpoint holds them: what is computed, not where things lie or how the run was resumed.
 
-    origin: path of the dense weights; inputs: see `inputs_of`.
+    origin: path of the dense weights; inputs: see `inputs_of`; names: of the classes.
     """
     left_out = {name for name, flag in options.FLAGS.items() if flag.path} | {"resume", "start_epoch"}
     kept = {name: value for name, value in vars(args).items() if name not in left_out}
     ema = getattr(args, "initial_ema", getattr(args, "use_ema", False))
     beside = dict(initial_checkpoint=origin, initial_ema=ema, world_size=world_size(), inputs=inputs or {})
-    return kept | beside
+    return kept | beside | dict(class_names=list(names))
 
 
 def inputs_of(data: Any, **states: Any) -> dict[str, str]:
@@ -116,7 +119,7 @@ def read(
     folder: Path,
     name: str,
     *,
-    preparation: Preparation,
+    data: Any,
     run: str,
     fitting: dict[str, Any],
     needed: str,
@@ -126,7 +129,7 @@ def read(
 ) -> dict[str, Any] | None:
     """The checkpoint to resume from, read: see `find`.
 
-    preparation: of this run's images; run: what kind of run it must be of; fitting: what some of its keys must hold;
+    data: this run's; run: what kind of run it must be of; fitting: what some of its keys must hold;
     needed: a key that it must have; inputs: what the run must have been made from; resume: in place of --resume. Raises
     ValueError for one that does not fit, or whose epoch or hyper-parameters are not the arguments'.
     """
@@ -139,8 +142,9 @@ def read(
     if args.start_epoch not in (None, content["epoch"] + 1):
         raise ValueError(f"--start_epoch is {args.start_epoch} but {path} continues with epoch {content['epoch'] + 1}")
     differing = _differences(saved_args(args, ""), content["args"], set(may_differ))
-    if differing := differing + _preparation_differences(args, preparation, content):
+    if differing := differing + _preparation_differences(args, data.preparation, content):
         raise ValueError(f"--resume: {path} was made with other arguments: {'; '.join(differing)}")
+    check_class_names(content["args"].get("class_names") or [], data.names, f"--resume: {path}")
     made_from = content["args"].get("inputs", {})
     if others := [name for name, digest in (inputs or {}).items() if made_from.get(name, digest) != digest]:
         raise ValueError(f"--resume: {path} was made from other {', '.join(others)} than this run has")

@@ -109,7 +109,7 @@ class Checkpoint:
     @property
     def origin_ema(self) -> bool:
         """Whether it was made from the moving average of those weights."""
-        return bool(self.args.get("initial_ema"))
+        return bool(self.args.get("initial_ema", self.args.get("use_ema")))
 
     @property
     def class_names(self) -> list[str]:
