@@ -19,6 +19,7 @@ import torch
 
 MAX_PICKLE = 64_000_000  # bytes of structure, beside the tensors; a DeiT-B with its optimizer has 200,000
 MAX_RECORDS = 200_000
+LIBRARIES = {"timm", "torch", "torchvision", "transformers", "models"}  # whose classes are models
 LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 DTYPES = dict(
     FloatStorage=torch.float32,
@@ -110,9 +111,10 @@ class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and 
             return DTYPES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        hint = "; save the model's state_dict() in place of the model" if module.split(".")[0] in LIBRARIES else ""
         raise NeedsCode(
             f"needs unpickling of code ({module[:60]}.{name[:60]}), which could run anything: only tensors "
-            "and plain values are read"
+            f"and plain values are read{hint}"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:

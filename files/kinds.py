@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -20,6 +21,16 @@ BEGINNINGS = (
     (b"\x93NUMPY", "is a NumPy array: only torch and safetensors files are read"),
     (b"{", "is JSON: give the file with the weights that it belongs to"),
 )
+MEMBERS = (  # parts of names in a zip file
+    ("/code/", "is a TorchScript program, not weights: save the model's state_dict()"),
+    (".npy", "is a NumPy archive, of JAX perhaps: only torch and safetensors files are read"),
+    ("archive_format", "is an exported program, not weights: save the model's state_dict()"),
+)
+ENDINGS = {
+    ".safetensors": "is a damaged safetensors file",
+    ".onnx": "is an ONNX model: only torch and safetensors files are read",
+    ".tflite": "is a TFLite model: only torch and safetensors files are read",
+}
 
 
 class NotWeights(ValueError):
@@ -45,8 +56,8 @@ def weights_in(folder: Path) -> Path:
     """The file with the weights in a folder as Hugging Face and timm write it. Raises NotWeights."""
     if path := next((folder / name for name in WEIGHTS if (folder / name).is_file()), None):
         return path
-    if parts := sorted(folder.glob("*.index.json")):
-        raise NotWeights(f"holds weights in several files ({parts[0].name}): save them as one")
+    if parts := [name for name in WEIGHTS if (folder / f"{name}.index.json").is_file()]:
+        raise NotWeights(f"holds weights in several files ({parts[0]}.index.json): save them as one")
     files = sorted(p.name for p in folder.iterdir() if p.suffix in (".pth", ".pt", ".ckpt", ".bin", ".safetensors"))
     hint = f", one of {', '.join(files[:5])}" if files else ""
     raise NotWeights(f"is a folder: name the file{hint}")
@@ -58,6 +69,8 @@ def why_unreadable(path: Path) -> str:
         begin = file.read(64).lstrip()
     if not begin:
         return "is empty"
-    if path.suffix == ".safetensors":
-        return "is a damaged safetensors file"
-    return next((what for mark, what in BEGINNINGS if begin.startswith(mark)), "")
+    if zipfile.is_zipfile(path):
+        names = zipfile.ZipFile(path).namelist()
+        return next((what for mark, what in MEMBERS if any(mark in name for name in names)), "")
+    known = next((what for mark, what in BEGINNINGS if begin.startswith(mark)), "")
+    return known or ENDINGS.get(path.suffix.lower(), "")

@@ -23,7 +23,8 @@ from latency.kernels import attention_kernels
 from latency.measure import DTYPES, Timing, compile_mode, interleaved, ratio
 from latency.whole import build_random
 from models import Arch
-from models.pretrained import from_checkpoint, read_dims, read_initial
+from models.foreign import adapt
+from models.pretrained import find_initial, from_checkpoint, load_initial_, read_dims
 from runtime.console import say, table
 from runtime.device import device_name
 from runtime.errors import Problems, RunFailed
@@ -68,11 +69,13 @@ def load(name: str) -> nn.Module:
     content = checkpoint.read(name)
     if "format" in content:
         return from_checkpoint(checkpoint.load(name), name).eval()
-    arch, kwargs, state = read_initial(name)
-    if not arch:
+    initial = find_initial(name)
+    if not initial.arch:
         raise ValueError(f"{name} does not say its architecture; it needs the keys arch, kwargs and model")
-    model = Arch.of(arch, **kwargs).build()
-    model.load_state_dict(state)
+    arch = Arch.of(initial.arch, **initial.kwargs)
+    state, _ = adapt(initial.state, arch.skeleton, arch.name, name)
+    model = arch.build()
+    load_initial_(model, state, name)
     return model.eval()
 
 

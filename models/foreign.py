@@ -23,7 +23,7 @@ State = dict[str, Tensor]
 AVERAGES = ("state_dict_ema", "model_ema", "teacher")  # keys of moving averages; DINO's teacher is one of the student
 PLACES = ("state_dict", "model", "model_state_dict", "teacher", "student")  # keys of weights, the likelier first
 STEMS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")  # timm's, and transformers'
-WRAPPERS = {"module", "_orig_mod", "model", "backbone", "net", "network", "encoder", "student", "teacher"}
+WRAPPERS = {"module", "_orig_mod", "model", "backbone", "net", "network", "student", "teacher"}
 LEFT_OVER = re.compile(r"(mask_token|n_averaged|decoder.*|pooler\..*|pre_logits\..*|head\.(mlp|last_layer)\..*)")
 EMA = re.compile(r"(^|[._])ema([._]|$)")
 TOKENS = ("cls_token", "dist_token", "reg_token")
@@ -46,7 +46,7 @@ TRANSFORMERS = (  # names of ViT, DeiT and DINOv2, and timm's (of DINOv2: its au
     (r"^distillation_classifier\.", "head_dist."),
 )
 KINDS = (  # a pattern of names that cannot be read here, and whose they are
-    (r"encoder\.layers\.encoder_layer_\d+\.", "torchvision's names of a ViT"),
+    (r"encoder_layer_\d+\.", "torchvision's names of a ViT"),
     (r"transformer\.resblocks\.", "CLIP's names"),
     (r"encoder\.layers\.\d+\.blocks\.", "Hugging Face's names of a Swin Transformer"),
     (r"(^|\.)encoder\.layer\.\d+\.", "Hugging Face's names"),
@@ -91,10 +91,11 @@ def _place(content: dict[str, Any], path: str, ema: bool) -> tuple[str, State]:
     known = [key for key in PLACES if key in keys]
     if known or len(keys) == 1:
         return (key := (known or keys)[0]), content[key]
-    held = f"it holds several: {', '.join(keys)}" if keys else f"it holds {', '.join(map(str, [*content][:6]))}"
+    names = ", ".join(map(str, [*content][:6]))
+    held = f"it holds several: {', '.join(keys)}" if keys else f"it holds {names or 'nothing'}"
     raise CheckpointError(
         f"{path} holds no state dict: expected the keys arch, kwargs and model, or model or state_dict alone, "
-        f"or tensors by name; {held or 'it is empty'}"
+        f"or tensors by name; {held}"
     )
 
 
@@ -171,7 +172,9 @@ def adapt(state: State, model: nn.Module, name: str, path: str) -> tuple[State, 
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"the weights of {path} do not fit {name}: {reason}{kind(before)}") from None
     for key, what in (("pos_embed", "position embedding"), (STEMS[0], "patch embedding")):
-        if key in state and key in before and state[key].shape[1:] != before[key].shape[1:] and before[key].dim() > 2:
+        moved = key == "pos_embed" and "register_tokens" in before  # DINOv2's class token has taken its position
+        was, now = (t[key].shape[1:] if key in t and t[key].dim() > 2 else () for t in (before, state))
+        if was and now and was != now and not (moved and was[0] == now[0] + 1):
             notes.append(f"{path}: {what} resampled from {_size(before[key])} to {_size(state[key])}")
     own = model.state_dict()
     left = [k for k in state if k not in own and LEFT_OVER.fullmatch(k)]
@@ -228,6 +231,11 @@ def kind(state: State) -> str:
     return f"; the file's model has embedding {stem.shape[0]}, {depth} blocks, patches of {stem.shape[-1]}{pooled}"
 
 
+def _plural(what: str, count: int) -> str:
+    first, space, rest = what.partition(" ") if what.startswith(("name ", "tensor ")) else (what, "", "")
+    return f"{first}{'s' * (count != 1)}{space}{rest}"
+
+
 def mismatch(own: State, state: State) -> str:
     """Why a state dict does not fit a model's, '' where it does: how many names and shapes, and three of each."""
     lacking = [k for k in own if k not in state]
@@ -237,6 +245,12 @@ def mismatch(own: State, state: State) -> str:
         for k, v in state.items()
         if k in own and own[k].shape != v.shape
     ]
-    lists = (("missing names: ", lacking), ("names without a place: ", odd), ("other shapes: ", shapes))
-    parts = [f"{len(names):,} {what}{some(names)}" for what, names in lists if names]
+    whole = [k for k, v in state.items() if k in own and own[k].is_floating_point() > v.is_floating_point()]
+    lists = (
+        ("missing name", lacking),
+        ("name without a place", odd),
+        ("other shape", shapes),
+        ("tensor of whole numbers, as if quantised", whole),
+    )
+    parts = [f"{len(names):,} {_plural(what, len(names))}: {some(names)}" for what, names in lists if names]
     return "; ".join(parts) + kind(state) if parts else ""

@@ -129,8 +129,7 @@ def find_initial(path: str | Path, ema: bool = False) -> Initial:
             raise CheckpointError(f"{path} holds no state dict under model")
     else:
         if "kwargs" not in content:  # other programs have names that are not timm's
-            arch = str(arch).partition(".")[0] if isinstance(arch, str) else None
-            arch = arch if arch and timm.is_model(arch) else None
+            arch = arch if isinstance(arch, str) and timm.is_model(arch) else None
         state, notes = foreign.extract(content, str(path), ema)
     if not isinstance(kwargs, dict) or not isinstance(arch, str | None):
         raise CheckpointError(f"{path} describes no model: arch must be a timm name, and kwargs its arguments")

@@ -1,8 +1,8 @@
-"""Import a published NViT or Prune-and-Merge checkpoint: python -m tools.convert PUBLISHED.pth OUTPUT.pth
+"""Import weights: python -m tools.convert PUBLISHED.pth OUTPUT.pth
 
-Reads the dense layout of NViT's code (`dim`, and separate Q, K, V layers) or the token matrices of Prune and Merge's
-(`channels`), and writes a checkpoint of this project, which `models.load_dense`, finetune_dense.py and everything else
-take.
+Reads the dense layout of NViT's code (`dim`, and separate Q, K, V layers), the token matrices of Prune and Merge's
+(`channels`), or dense weights as timm, Hugging Face and others save them (--model says of which model). Writes a
+checkpoint of this project, which `models.load_dense`, finetune_dense.py and everything else take.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from timm.models import clean_state_dict
 from torch import Tensor
 
 import options
@@ -25,6 +26,9 @@ from models.pretrained import from_checkpoint
 from runtime.console import say, say_next, warn
 from runtime.errors import BadArguments
 from runtime.script import run_script
+from training.full_model import read_full_model
+from training.preparing import of_weights
+from training.sources import Source
 
 ARCH = "deit_base_distilled_patch16_224"  # the only one that the published code has
 DIM_KEYS = ("EMB", "head", "QK", "V", "MLP")
@@ -35,8 +39,22 @@ _LAYER = re.compile(r"(blocks\.\d+\.attn\.)([QKV])\.(weight|bias)")
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = options.new_parser(__doc__, "example: python -m tools.convert published.pth nvit_b.pth", "tools.convert")
-    parser.add_argument("published", metavar="PUBLISHED.pth", help="checkpoint of the published code")
+    parser.add_argument("published", metavar="FILE", help="checkpoint of the published code, or dense weights")
     parser.add_argument("output", metavar="OUTPUT.pth", help="where the converted checkpoint is written")
+    parser.add_argument(
+        "--model", metavar="NAME", default=None, help="timm name of dense weights' model (default: the file's)"
+    )
+    parser.add_argument(
+        "--model-kwargs",
+        metavar="K=V",
+        nargs="+",
+        action=options.KeyValues,
+        default={},
+        help="timm arguments of that model, e.g. img_size=32 patch_size=4 (default: none)",
+    )
+    parser.add_argument(
+        "--use-ema", action="store_true", help="take the moving average of dense weights (default: off)"
+    )
     return parser
 
 
@@ -72,7 +90,8 @@ def of_nvit(content: dict[str, Any], path: str) -> tuple[dict[str, Any], float]:
     if not isinstance(dim, dict) or any(key not in dim for key in DIM_KEYS) or not isinstance(state, dict):
         raise ValueError(
             f"{path} is no checkpoint of the published NViT or Prune-and-Merge code: it needs the keys "
-            f"model and dim, and {', '.join(DIM_KEYS)} in dim, or model and channels"
+            f"model and dim, and {', '.join(DIM_KEYS)} in dim, or model and channels; for dense weights give "
+            "--model NAME"
         )
     classes = len(state["head.bias"]) if "head.bias" in state else 1000
     parent = build_vit(ARCH, num_classes=classes)
@@ -115,20 +134,45 @@ def of_pm_vit(content: dict[str, Any], path: str) -> dict[str, Any]:
     return dict(arch=dict(name=arch, kwargs=kwargs), dims=dims, model=model)
 
 
+def of_dense(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of a checkpoint of this project, without a classifier where the weights have none. Raises ValueError."""
+    full = read_full_model(Source(args.model, args.model_kwargs, weights=args.published, ema=args.use_ema))
+    classes = len(full.state.get("head.weight", ()))
+    full = full.with_kwargs(num_classes=classes)
+    if classes:
+        full.check_classifier()
+    else:
+        say(f"{args.published} has no classifier: converted as a model without one")
+    model = full.build()
+    prepared = of_weights(full).record
+    return dict(arch=full.arch.record, dims=model.dims, model=model.state_dict(), data_config=prepared)
+
+
 def convert(content: dict[str, Any], path: str) -> tuple[dict[str, Any], float]:
     """(the keys of a checkpoint of this project, what NViT's token masks were off by). Raises ValueError."""
-    keys, off = (of_pm_vit(content, path), 0.0) if "channels" in content else of_nvit(content, path)
-    dims, epoch = keys["dims"], content.get("epoch")
-    size = skeleton(keys["arch"]["name"], **keys["arch"]["kwargs"]).patch_embed.img_size[0]
-    keys |= dict(
-        dims=dims.to_dict(), dim=dims.to_dim(), epoch=epoch if isinstance(epoch, int) else None, metrics={}, args={}
-    )
-    return keys | dict(data_config=Preparation.usual(size).record), off  # published code prepares images as DeiT's does
+    if isinstance(content.get("model"), dict):
+        content = content | dict(model=clean_state_dict(content["model"]))
+    return (of_pm_vit(content, path), 0.0) if "channels" in content else of_nvit(content, path)
+
+
+def complete(keys: dict[str, Any], epoch: Any) -> dict[str, Any]:
+    """With what every checkpoint has."""
+    dims = keys["dims"]
+    epoch = epoch if isinstance(epoch, int) else None
+    if "data_config" not in keys:  # published code prepares images as DeiT's does
+        size = skeleton(keys["arch"]["name"], **keys["arch"]["kwargs"]).patch_embed.img_size[0]
+        keys = keys | dict(data_config=Preparation.usual(size).record)
+    return keys | dict(dims=dims.to_dict(), dim=dims.to_dim(), epoch=epoch, metrics={}, args={})
 
 
 def main(args: argparse.Namespace) -> None:
     try:
-        keys, off = convert(checkpoint.read(args.published), args.published)
+        content, off = checkpoint.read(args.published), 0.0
+        if {"dim", "channels"} & set(content) or not (args.model or isinstance(content.get("arch"), str)):
+            keys, off = convert(content, args.published)
+        else:
+            keys = of_dense(args)
+        keys = complete(keys, content.get("epoch"))
         from_checkpoint(dict.fromkeys(checkpoint.KEYS) | keys, args.published)  # it must load
     except ValueError as error:
         raise BadArguments([str(error)]) from None

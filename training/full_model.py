@@ -156,7 +156,7 @@ def read_full_model(source: Source, swin: bool = False, narrower: bool = False) 
         initial = find_initial(source.weights, source.ema)
         path = str(Path(source.weights).resolve())
     name, kwargs, state, notes = initial.arch, initial.kwargs, initial.state, initial.notes
-    if source.model and name and source.model != name:
+    if source.model and name and source.model.partition(".")[0] != name.partition(".")[0]:  # tags may differ
         raise ValueError(f"--model is {source.model} but {source.weights} holds {name}")
     name = source.model or name or source.default
     if not swin:

@@ -1,8 +1,11 @@
 """Dense weights as other programs save them give the same logits; what cannot be read is said in one line."""
 
 import argparse
+import gzip
 import re
+import zipfile
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -255,3 +258,36 @@ def test_adapting_leaves_what_it_is_given(model):
     before = dict(state)
     adapted, notes = adapt(state, model, ARCH, "x.pth")
     assert state.keys() == before.keys() == adapted.keys() and notes == []
+
+
+def test_files_that_are_no_weights_say_what_they_are(model, tmp_path):
+    contents = {
+        "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        "page.pth": (b"<!DOCTYPE html><html>", "is a web page"),
+        "x.pth.gz": (gzip.compress(b"weights"), "is compressed with gzip"),
+        "x.onnx": (b"\x08\x07pytorch", "is an ONNX model"),
+        "x.index.json": (b"{}", "is JSON"),
+    }
+    for name, (content, words) in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=words):
+            find_initial(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as script:
+        script.writestr("script/code/__torch__.py", "def forward(): pass")
+    np.savez(tmp_path / "jax.npz", a=np.ones(3))
+    torch.save(model, tmp_path / "whole.pth")
+    words = {"script.pt": "TorchScript", "jax.npz": "NumPy archive", "whole.pth": r"save the model's state_dict\(\)"}
+    for name, part in words.items():
+        with pytest.raises(CheckpointError, match=part):
+            find_initial(tmp_path / name)
+    with pytest.raises(CheckpointError, match="is a folder: name the file, one of script.pt, whole.pth"):
+        find_initial(tmp_path)
+    (tmp_path / "model.safetensors.index.json").touch()
+    with pytest.raises(CheckpointError, match="holds weights in several files"):
+        find_initial(tmp_path)
+
+
+def test_quantised_weights_are_refused(model, tmp_path):
+    state = {name: (100 * value).to(torch.int8) for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="32 tensors of whole numbers, as if quantised: cls_token"):
+        full_model(saved(tmp_path / "x.pth", state)).build()

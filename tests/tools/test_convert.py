@@ -112,3 +112,33 @@ def test_what_is_not_one_is_refused(content, message, tmp_path):
     with pytest.raises(BadArguments, match=message):
         run(convert, tmp_path / "published.pth", tmp_path / "ours.pth")
     assert not (tmp_path / "ours.pth").exists()
+
+
+TINY = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=16", "patch_size=4", "embed_dim=32", "depth=2"]
+HEADS = ["num_heads=4"]
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_dense_weights_become_a_checkpoint(headless, randomise, tmp_path, capsys):
+    kwargs = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=0 if headless else 10)
+    model = randomise(timm.create_model("vit_tiny_patch16_224", **kwargs)).eval()
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save(dict(state_dict=state), tmp_path / "x.pth")
+    run(convert, tmp_path / "x.pth", tmp_path / "ours.pth", *TINY, *HEADS)
+    assert ("has no classifier: converted as a model without one" in capsys.readouterr().out) == headless
+    converted, images = load_dense(tmp_path / "ours.pth"), torch.randn(2, 3, 16, 16)
+    assert torch.equal(converted(images), model(images)) and converted.num_classes == kwargs["num_classes"]
+
+
+def test_published_weights_under_prefixes(ours, tmp_path):
+    state = {f"module.{name}": value for name, value in published_state(ours).items()}
+    torch.save(dict(model=state, dim=DIM), tmp_path / "published.pth")
+    run(convert, tmp_path / "published.pth", tmp_path / "ours.pth")
+    images = torch.randn(1, 3, 224, 224)
+    assert torch.equal(load_dense(tmp_path / "ours.pth")(images), ours(images))
+
+
+def test_dense_weights_without_a_model(tmp_path):
+    torch.save(timm.create_model("vit_tiny_patch16_224", depth=1).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(BadArguments, match="for dense weights give --model NAME"):
+        run(convert, tmp_path / "x.pth", tmp_path / "ours.pth")
