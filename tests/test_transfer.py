@@ -56,7 +56,7 @@ def test_a_pruned_model_gets_a_new_classifier(runs, source, folder, tmp_path, ca
     "flags, message",
     [
         (["--eval"], "has 10 classes, the data has 3$"),
-        (["--kl_loss_coeff", "1000", "--original_loss_coeff", "1"], "new classifier, --kl_loss_coeff 0"),
+        (["--kl_loss_coeff", "1000", "--original_loss_coeff", "1"], "for a new classifier use --kl_loss_coeff 0"),
     ],
 )
 def test_where_a_new_classifier_makes_no_sense(runs, folder, flags, message):
