@@ -94,6 +94,8 @@ def take(model: nn.Module) -> VisionTransformer:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"{arch.name}: a model of this structure cannot be rebuilt: {reason}") from None
+    if cfg := getattr(model, "pretrained_cfg", None):
+        ours.pretrained_cfg = ours.default_cfg = cfg  # of these weights: how their images are prepared
     reference = next(model.parameters())
     ours = ours.to(reference.device, reference.dtype).eval()
     stem, mode = ours.patch_embed, model.training

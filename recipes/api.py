@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_transform, resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from latency.table import LatencyTable
 from latency.whole import measure_ratios
 from loading.folders import EXTENSIONS
 from loading.images import open_image
+from loading.preparation import Preparation
 from models import hub
 from models.arch import Arch, Model
 from models.dims import ViTDims
@@ -280,6 +280,5 @@ def _from_folder(folder: Path, model: nn.Module, most: int) -> Tensor:
         raise ValueError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))[:most].tolist()
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    transform = create_transform(**resolve_data_config(dict(input_size=size), pretrained_cfg=cfg), is_training=False)
+    transform = Preparation.of_timm(cfg, model.patch_embed.img_size[0]).eval_transform()
     return torch.stack([transform(open_image(str(paths[i]))[0]) for i in order])

@@ -280,7 +280,8 @@ def test_files_that_are_no_weights_say_what_they_are(model, tmp_path):
     for name, part in words.items():
         with pytest.raises(CheckpointError, match=part):
             find_initial(tmp_path / name)
-    with pytest.raises(CheckpointError, match="is a folder: name the file, one of lfs.safetensors, page.pth, script.pt, whole.pth"):
+    listed = "lfs.safetensors, page.pth, script.pt, whole.pth"
+    with pytest.raises(CheckpointError, match=f"is a folder: name the file, one of {listed}"):
         find_initial(tmp_path)
     (tmp_path / "model.safetensors.index.json").touch()
     with pytest.raises(CheckpointError, match="holds weights in several files"):

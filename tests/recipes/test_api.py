@@ -63,6 +63,15 @@ def test_images_may_be_batches_or_a_folder(model, table, tmp_path):
     assert study.analysis.images.shape == (70, 3, 16, 16)
 
 
+def test_images_of_a_folder_are_prepared_as_the_weights_expect(table, tmp_path):
+    """ViT's mean and standard deviation are 0.5: black is -1."""
+    for i in range(64):
+        Image.new("RGB", (20, 24)).save(tmp_path / f"{i}.png")
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=5, **SIZE)
+    images = api.analyse(theirs, tmp_path, table=table).analysis.images
+    torch.testing.assert_close(images, torch.full_like(images, -1.0))
+
+
 def test_a_model_without_a_classifier_keeps_its_features(table):
     torch.manual_seed(0)
     backbone = timm.create_model("vit_small_patch14_dinov2", num_classes=0, **SIZE)
