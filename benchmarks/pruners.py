@@ -26,7 +26,7 @@ from pruning.config import AXES as WIDTHS
 from pruning.config import PruningConfig
 from pruning.gate_saliency import GateSaliency
 from pruning.global_latency import GlobalPruner
-from pruning.pricing import price
+from pruning.one_shot import PRICING
 from pruning.refit import refit_
 from pruning.saliency import EventMean, Saliency
 from pruning.value import ValuePruner
@@ -62,6 +62,7 @@ PEERS = {
 }
 ONE_SHOT = {
     "one-shot": {},
+    "one-shot-measured-prices": dict(pricing="measured"),
     "one-shot-not-refitted": dict(refit=False),
     "one-shot-tokens": dict(tokens=True),
     "one-shot-tokens-alone": dict(tokens=True, widths=False),
@@ -204,7 +205,7 @@ class Gradient:
         return small
 
 
-def merging_of(tokens: bool = False, content: bool = False, **_: bool) -> dict[str, bool]:
+def merging_of(tokens: bool = False, content: bool = False, **_: Any) -> dict[str, bool]:
     """The arguments of a model whose tokens a row of ONE_SHOT compresses."""
     return {name: True for name, used in dict(content_merge=content, lean_last=tokens).items() if used}
 
@@ -221,6 +222,7 @@ class OneShot:
         widths: bool = True,
         tokens: bool = False,
         content: bool = False,
+        pricing: str = "gradient",
     ) -> None:
         self.bench, self.refit = bench, refit
         self.dense = bench.model(**merging_of(tokens, content)).requires_grad_(False)
@@ -229,7 +231,7 @@ class OneShot:
         masks = Masks(self.dense.dims, grid=self.grid)
         self.groups = PruningConfig().group_sizes(masks, left_alone=() if widths else WIDTHS)
         align_(self.dense, self.images.split(BATCH))
-        self.prices = price(self.dense, self.images, self.groups, BATCH)
+        self.prices = PRICING[pricing](self.dense, self.images, self.groups, BATCH)
 
     def __call__(self, target: float) -> nn.Module:
         (dims, _), *_ = allocate(self.bench.table, self.dense.dims, self.groups, *self.prices, target)

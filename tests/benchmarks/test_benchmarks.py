@@ -18,8 +18,10 @@ from benchmarks import (
     tokens,
 )
 from benchmarks import latency as latency_targets
+from benchmarks.prices import compare
 from latency.table import LatencyTable
 from models import ViTDims, build_vit
+from pruning.probe import Prices
 
 
 def test_pruning_overhead_prints_ratios(capsys):
@@ -99,6 +101,13 @@ def test_one_shot_cost_prints_its_stages(capsys, monkeypatch, tiny):
     one_shot_cost.main(one_shot_cost.get_args_parser().parse_args(["--images", "32"]))
     printed = re.findall(r"^(.+): \d+\.\d s$", capsys.readouterr().out, re.M)
     assert printed == ["align", "price every width", "allocate", "refit", "in all"]
+
+
+def test_prices_are_compared_where_both_have_one():
+    found = Prices([dict(mlp={0: 2.0, 8: 0.2, 16: 0.0})], {4: 1.0, 8: 0.0})
+    expected = Prices([dict(mlp={0: 1.0, 8: 0.1, 16: 0.0})], {4: 0.5, 2: 3.0, 8: 0.0})
+    count, correlation, quantiles = compare(found, expected)
+    assert count == 3 and correlation == pytest.approx(1.0) and quantiles == pytest.approx([2.0] * 5)
 
 
 def test_depth_scaling_prints_a_row_a_depth(capsys):
