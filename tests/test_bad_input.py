@@ -272,6 +272,8 @@ def test_a_corrupt_image_stops_the_run_with_its_name(place, tmp_path, image_fold
             "cpu",
             "--output_dir",
             str(tmp_path / "out"),
+            "--lr",
+            "0.1",
             "--epochs",
             "1",
             "--kl_loss_coeff",
