@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ import options
 from latency.bench import Bench
 from latency.fit import choose_models, correct, fit
 from latency.measure import DTYPES, compile_mode
+from latency.quick import describe
 from latency.runtimes import RuntimeBench, RuntimeFailed
 from latency.samples import NOISY, Progress, sample_all
 from latency.swin_bench import SwinBench
@@ -98,24 +98,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace, arch: Arch, grid: dict) -> dict[str, Any]:
     """What the measurements depend on: the table's `_meta`, and what an interrupted run must share to be continued."""
-    tokens, where = [stage.blocks[0].tokens for stage in arch.dims.stages], runtime_of(args)
-    return dict(
-        model=arch.name,
-        model_kwargs=arch.kwargs,
-        batch=args.batch_size,
-        img_size=list(arch.skeleton.patch_embed.img_size),
-        tokens=tokens if arch.is_swin else tokens[0],
-        dtype=args.dtype,
-        device=where.device if where else device_name(args.device),
-        runtime=where.name if where else "torch",
-        threads=torch.get_num_threads(),
-        compile=compile_mode(args.device) if args.compile else None,
-        torch=torch.__version__,
-        timm=timm.__version__,
-        rounds=args.rounds,
-        grid=grid,
-        unit="seconds per block",
-    )
+    where = runtime_of(args)
+    device = where.device if where else device_name(args.device)
+    usual = describe(arch, grid, args.batch_size, args.dtype, device, args.rounds)
+    compiled = compile_mode(args.device) if args.compile else None
+    return usual | dict(runtime=where.name if where else "torch", compile=compiled)
 
 
 def warn_of_noise(spreads: dict[str, float]) -> None:

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -25,39 +26,33 @@ POINTS = dict(embed=4, heads=3, qk=3, v=3, mlp=5)
 ROUNDS, BUILDS, MODELS = 3, 2, 5
 
 
-def measure_table(
-    arch: Arch,
-    batch_size: int,
-    device: str = "cpu",
-    dtype: str = "fp32",
-    tokens: Sequence[int] = (),
-    points: dict[str, int] | None = None,
-) -> LatencyTable:
-    """A table of a plain ViT's blocks, measured now in torch. tokens: further token counts of blocks.
-
-    points: how many of each axis, instead of POINTS. As `latency.build_table`, with fewer points and rounds.
-    """
-    dims = arch.dims
-    grid = grid_of(POINTS | (points or {}), dims, arch.left_alone)
-    if tokens:
-        grid["tokens"] = sorted({*tokens, dims.blocks[0].tokens})
-    meta = dict(
+def describe(arch: Arch, grid: dict[str, Any], batch_size: int, dtype: str, device: str, rounds: int) -> dict[str, Any]:
+    """The `_meta` of a table that is measured in torch: what its measurements depend on. device: its name."""
+    tokens = [stage.blocks[0].tokens for stage in arch.dims.stages]
+    return dict(
         model=arch.name,
         model_kwargs=arch.kwargs,
         batch=batch_size,
         img_size=list(arch.skeleton.patch_embed.img_size),
-        tokens=dims.blocks[0].tokens,
+        tokens=tokens if arch.is_swin else tokens[0],
         dtype=dtype,
-        device=device_name(device),
+        device=device,
         runtime="torch",
         threads=torch.get_num_threads(),
         compile=None,
         torch=torch.__version__,
         timm=timm.__version__,
-        rounds=ROUNDS,
+        rounds=rounds,
         grid=grid,
         unit="seconds per block",
     )
+
+
+def measure_table(arch: Arch, batch_size: int, device: str = "cpu", dtype: str = "fp32") -> LatencyTable:
+    """A table of a plain ViT's blocks, measured now in torch: as `latency.build_table`, of fewer points and rounds."""
+    dims = arch.dims
+    grid = grid_of(POINTS, dims, arch.left_alone)
+    meta = describe(arch, grid, batch_size, dtype, device_name(device), ROUNDS)
 
     def measure(chosen: Sequence[Dims]) -> tuple[np.ndarray, float]:
         return measure_ratios(arch, chosen, batch_size, torch.device(device), dtype, rounds=5, builds=BUILDS)
