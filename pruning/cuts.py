@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ from models.axes import Axis
 from models.vit import Block
 from pruning import streams
 from pruning.moments import PLAIN_RIDGE, Moments, compensate, correct
-from pruning.probe import widths_to_probe
+from pruning.probe import narrow_queries, widths_to_probe
 from pruning.streams import Branch
 
 
@@ -47,7 +46,8 @@ class Cuts:
             change = (-weight).index_add(1, kept, fitted)
             cuts.linear[axis, width] = change.float(), None if bias is None else (moved - bias).float()
 
-        if branch.last is block.attn.proj:
+        is_attention = last is block.attn.proj
+        if is_attention:
             H, d = block.attn.num_heads, block.attn.qk
             units = torch.arange(H * d, device=weight.device).view(H, d)
             for heads in widths_to_probe(H, groups["heads"]):
@@ -55,24 +55,18 @@ class Cuts:
             for v in widths_to_probe(d, groups["v"]):
                 keep("v", v, units[:, :v].flatten())
             for qk in widths_to_probe(d, groups["qk"]):
-                narrow = copy.copy(block.attn)
-                narrow.qk = qk
-                kept = torch.cat(
-                    [units[:, :qk].flatten(), H * d + units[:, :qk].flatten(), 2 * H * d + units.flatten()]
-                )
+                kept, mix = narrow_queries(block.attn, qk)
                 pairs = Moments(last.in_features, last.out_features, weight.device)
                 for first, values in zip(firsts, mixed, strict=True):
-                    pairs.add(narrow.mix(first[..., kept])[:, read], last(values)[:, read])
+                    pairs.add(mix(first[..., kept])[:, read], last(values)[:, read])
                 fitted, moved = correct(weight, bias, pairs.all_reduce(), PLAIN_RIDGE)
-                cuts.remixed["qk", qk] = kept, narrow.mix, fitted.float(), None if bias is None else moved.float()
+                cuts.remixed["qk", qk] = kept, mix, fitted.float(), None if bias is None else moved.float()
         else:
             units = torch.arange(block.dims.mlp, device=weight.device)
             for width in widths_to_probe(len(units), groups["mlp"]):
                 keep("mlp", width, units[:width])
-        cuts.linear["heads" if branch.last is block.attn.proj else "mlp", 0] = (
-            -last.weight,
-            None if bias is None else -last.bias,
-        )
+        gone = -last.weight, None if bias is None else -last.bias
+        cuts.linear["heads" if is_attention else "mlp", 0] = gone
         stream[:] = [x + branch.write(values) for x, values in zip(stream, mixed, strict=True)]
         return cuts
 

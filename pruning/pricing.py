@@ -36,11 +36,8 @@ from pruning.objective import PREDICTIONS, Objective, mean_divergence
 from pruning.probe import Curve, Prices, widths_to_probe
 from pruning.refit import refit_
 
-FITTED, JUDGED, BRANCH_JUDGED = (
-    4,
-    4,
-    16,
-)  # one calibration image in so many compensates cuts; judges them; judges branches
+FITTED, JUDGED = 4, 4  # one calibration image in so many compensates the cuts, judges them
+BRANCH_JUDGED = 16  # and one in so many judges whole branches
 PROBES = 2  # backward passes for every judging image
 MEASURED = 12  # whole branches, at most
 FRACTIONS_EMBED = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)

@@ -47,6 +47,16 @@ def widths_to_probe(full: int, group: int, fractions: tuple[float, ...] = FRACTI
     return sorted({max(1, round(full * f / group)) * group for f in fractions} - {full})
 
 
+def narrow_queries(attention: Attention, qk: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The rows of qkv that are left with the first `qk` channels of queries and keys, and what then mixes them."""
+    H, d = attention.num_heads, attention.qk
+    units = torch.arange(H * d, device=attention.qkv.weight.device).view(H, d)
+    narrow = copy.copy(attention)
+    narrow.qk = qk
+    first = units[:, :qk].flatten()
+    return torch.cat([first, H * d + first, 2 * H * d + units.flatten()]), narrow.mix
+
+
 class _Probe:
     """One branch of block `index`: its inputs and outputs over images to fit and to judge by, and its probes.
 
@@ -111,10 +121,7 @@ def _attention_curves(probe: _Probe, attention: Attention, groups: dict[str, int
     for v in widths_to_probe(d, groups["v"]):
         curves["v"][v] = probe.without_inputs(units[:, :v].flatten())
     for qk in widths_to_probe(d, groups["qk"]):
-        narrow = copy.copy(attention)
-        narrow.qk = qk
-        kept = torch.cat([units[:, :qk].flatten(), H * d + units[:, :qk].flatten(), 2 * H * d + units.flatten()])
-        curves["qk"][qk] = probe.without_rows(kept, narrow.mix)
+        curves["qk"][qk] = probe.without_rows(*narrow_queries(attention, qk))
     return curves
 
 
