@@ -33,6 +33,7 @@ from pruning.moments import all_reduced
 from pruning.refit import refit_
 from pruning.saliency import Saliency
 from runtime.device import device_name
+from runtime.processes import BACKENDS
 
 ARCH = "deit_base_distilled_patch16_224"
 TINY = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3)
@@ -87,7 +88,7 @@ class Case:
 
 def collective(case: Case) -> None:
     """1: a tensor on the CPU in a collective, as one-shot pruning's closed loop has it."""
-    backend = "nccl" if case.device.type == "cuda" else "gloo"
+    backend = BACKENDS[case.device.type]
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         print(f"all_reduced(CPU tensor) under {backend}: {float(all_reduced(torch.tensor(0.5)))}")

@@ -56,7 +56,7 @@ def saliency(arch: str, kwargs: dict, device: torch.device) -> dict[str, torch.T
         model.zero_grad(set_to_none=True)
         torch.nn.functional.cross_entropy(model(images), labels).backward()
         scores.step()
-    return scores.close_window()
+    return {axis: score.cpu() for axis, score in scores.close_window().items()}  # selection is many small steps
 
 
 def choose(

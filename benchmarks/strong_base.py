@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import tarfile
 import time
 from pathlib import Path
@@ -99,7 +100,7 @@ def learning_rate(highest: float, share: float) -> float:
     if share < SHARES["warm_up"]:
         return highest * share / SHARES["warm_up"]
     rest = (share - SHARES["warm_up"]) / (1 - SHARES["warm_up"])
-    return highest * (1e-3 + (1 - 1e-3) * 0.5 * (1 + np.cos(np.pi * min(rest, 1.0))))
+    return highest * (1e-3 + (1 - 1e-3) * 0.5 * (1 + math.cos(math.pi * min(rest, 1.0))))
 
 
 class Training:

@@ -95,8 +95,8 @@ def warm_up(call: Callable[[], object], device: torch.device, calls: int) -> flo
 
 @contextmanager
 def _ready(model: nn.Module, dtype: str):
-    """The model in eval mode and in `dtype`: itself for fp32, else a copy. Its own mode is restored."""
-    if dtype != "fp32":
+    """The model in eval mode and in `dtype`: itself where it is so already, else a copy. Its own mode is restored."""
+    if any(p.is_floating_point() and p.dtype != DTYPES[dtype] for p in model.parameters()):
         yield copy.deepcopy(model).to(DTYPES[dtype]).eval()
         return
     training = model.training

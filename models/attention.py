@@ -3,7 +3,8 @@
 Kernels want q, k and v of one width. The routes, all the same function to rounding:
 
 fused     torch's scaled_dot_product_attention as called;
-padded    the same with zeros appended to the narrower of q/k and v, and up to a multiple of 8 on a GPU;
+padded    the same with zeros appended to the narrower of q/k and v, and up to a multiple of 8 on a GPU, where what
+          does not start at a multiple of 16 bytes is copied to where it does;
 explicit  two matrix products and a softmax, a few images at a time so that their scores stay in the cache.
 
 The rule of `choose_route` comes from `python -m benchmarks.attention_routes`; the figures are in benchmarks/RESULTS.md.
@@ -19,14 +20,16 @@ from torch import Tensor
 ROUTES = ("fused", "padded", "explicit")
 SCORES_BYTES = 2 << 20  # of one chunk of images on the explicit route
 AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # matrix instructions of recent Intel CPUs
-TENSOR_CORES = 8  # widths that a GPU's kernels take without a slow path are multiples of this
+TENSOR_CORES = 8  # widths and strides that a GPU's kernels take are multiples of this
 
 
 def choose_route(qk: int, v: int, device: torch.device, dtype: torch.dtype) -> str:
     """The fastest exact route where no gradient is needed; with one, explicit gives way to padded.
 
     A CPU's fused kernel is the quickest at equal widths in fp32; unequal ones it takes slowly, and padded it computes
-    the zeros too. In bf16 it is slow without Intel's AMX; in fp16 matrix products by themselves are slower still.
+    the zeros too. In bf16 it is slow without Intel's AMX; in fp16 matrix products by themselves are slower still. A
+    GPU's kernels take unequal widths as they are, if both are multiples of 8; others are slow, or refused where a row
+    of the fused product is no multiple of 16 bytes.
     """
     if device.type == "cpu":
         if dtype == torch.float16:
@@ -34,7 +37,7 @@ def choose_route(qk: int, v: int, device: torch.device, dtype: torch.dtype) -> s
         if dtype == torch.bfloat16:
             return ("fused" if qk == v else "padded") if AMX else "explicit"
         return "fused" if qk == v else "explicit"
-    return "fused" if qk == v and qk % TENSOR_CORES == 0 else "padded"
+    return "fused" if qk % TENSOR_CORES == 0 and v % TENSOR_CORES == 0 else "padded"
 
 
 def attend(
@@ -69,10 +72,17 @@ def by_kernel(
     """
     width = v.shape[-1]
     if padded:
-        multiple = 1 if q.device.type == "cpu" else TENSOR_CORES
+        on_cpu = q.device.type == "cpu"
+        multiple = 1 if on_cpu else TENSOR_CORES
         common = -(-max(q.shape[-1], width) // multiple) * multiple
         q, k, v = (F.pad(t, (0, common - t.shape[-1])) if t.shape[-1] < common else t for t in (q, k, v))
+        q, k, v = (t if on_cpu or is_aligned(t) else t.contiguous() for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)[..., :width]
+
+
+def is_aligned(t: Tensor) -> bool:
+    """Whether every row of t starts where a GPU's kernels can read it, as rows of a fused q, k, v need not."""
+    return t.stride(-1) == 1 and all(n % TENSOR_CORES == 0 for n in (t.storage_offset(), *t.stride()[:-1]))
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

@@ -227,7 +227,7 @@ def build_swin(arch: str, dims: SwinDims | None = None, **kwargs: Any) -> SwinTr
         info["num_chs"] = embeds[i]
     model.norm, model.head = tail_of(parent, embeds[-1])
     model.embed_dim, model.num_features = embeds[0], embeds[-1]
-    model.head_hidden_size = model.head.num_features
+    model.head_hidden_size = embeds[-1] * model.head.global_pool.feat_mult()
     model.init_weights(needs_reset=False)
     if pretrained:
         model.load_state_dict(timm.create_model(arch, pretrained=True, **_timm(kwargs)).state_dict())

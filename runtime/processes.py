@@ -15,6 +15,8 @@ from runtime.errors import RunFailed, first_line
 from runtime.run import current
 from runtime.seeds import seed_everything
 
+BACKENDS = dict(cpu="gloo", cuda="cpu:gloo,cuda:nccl")  # tensors of either device may be reduced
+
 
 def init_distributed(device: str, timeout: float) -> torch.device:
     """Join the process group that torchrun (or launch --use_env) describes, if there is one.
@@ -33,7 +35,7 @@ def init_distributed(device: str, timeout: float) -> torch.device:
         torch.cuda.set_device(device)
     limit = datetime.timedelta(seconds=timeout + 60)  # the heartbeat times out first, since it can name the rank
     try:
-        current.join(_meet("nccl" if device.type == "cuda" else "gloo", timeout, limit))
+        current.join(_meet(BACKENDS[device.type], timeout, limit))
     except RuntimeError as error:
         raise RunFailed(f"the processes could not connect to each other: {error}") from None
     return device

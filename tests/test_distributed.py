@@ -18,7 +18,7 @@ import finetune_dense
 import main_full_global_latency
 from runtime.elastic import Heartbeat
 from runtime.errors import RunFailed
-from runtime.processes import init_distributed
+from runtime.processes import BACKENDS, init_distributed
 
 ROOT = Path(__file__).parent.parent
 EXACT = ["--drop-path", "0", "--no-repeated-aug"]  # with those, the ranks see together what one process sees
@@ -135,6 +135,12 @@ def test_distributed_evaluation_counts_every_sample_once(runs, capfd):
     published = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", "--use_env"]
     shared = launch([*published, "finetune_dense.py"], [*flags, "--dist-eval"]).stdout.strip().splitlines()[-1]
     assert "360 images" in alone and alone.split("loss")[0] == shared.split("loss")[0]
+
+
+def test_gpus_reduce_tensors_of_either_device():
+    """Some sums are kept on the CPU; NCCL alone has no backend for them."""
+    chosen = torch.distributed.BackendConfig(torch.distributed.Backend(BACKENDS["cuda"])).get_device_backend_map()
+    assert {device: str(backend) for device, backend in chosen.items()} == dict(cpu="gloo", cuda="nccl")
 
 
 def test_more_processes_than_gpus(monkeypatch):

@@ -53,6 +53,18 @@ def test_models_take_turns_in_eval_and_inference_mode(dtype, expected):
     assert all(m.training and m.layer.weight.dtype == torch.float32 for m in models.values())
 
 
+def test_what_has_the_type_already_is_not_copied():
+    """2:4 sparse layers cannot be."""
+
+    class Single(Recorder):
+        def __deepcopy__(self, memo):
+            raise NotImplementedError
+
+    log = []
+    interleaved(dict(A=Single("A", log).bfloat16()), torch.randn(2, 4), rounds=1, min_seconds=1e-9, dtype="bf16")
+    assert {entry[3] for entry in log} == {torch.bfloat16}
+
+
 def test_repeats_fill_the_shortest_sample():
     log = []
     interleaved(dict(A=Recorder("A", log)), torch.randn(2, 4), rounds=1, min_seconds=0.02)

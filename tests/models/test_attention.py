@@ -52,8 +52,18 @@ def test_the_rule(monkeypatch):
         assert choose_route(64, 64, CPU, torch.float32) == "fused"
         assert choose_route(32, 64, CPU, torch.float32) == "explicit"
         assert choose_route(32, 64, CPU, torch.float16) == "fused"
-    assert [choose_route(qk, v, CUDA, torch.bfloat16) for qk, v in ((64, 64), (32, 64), (20, 20))] == [
-        "fused",
-        "padded",
-        "padded",
-    ]
+    widths = (64, 64), (32, 64), (20, 20), (32, 20)
+    assert [choose_route(*pair, CUDA, torch.bfloat16) for pair in widths] == ["fused", "fused", "padded", "padded"]
+
+
+@pytest.mark.parametrize("heads, qk, v", [(3, 8, 5), (3, 5, 8), (1, 4, 4), (3, 8, 8), (2, 24, 16)])
+def test_what_a_gpu_kernel_gets_is_aligned(heads, qk, v, monkeypatch):
+    """Rows at multiples of 8 numbers: q and k need no padding at (8, 5), but their rows lie 63 numbers apart."""
+    tensors, got = [t.to("meta") for t in qkv(2, heads, 7, qk, v, torch.bfloat16)], []
+    assert all(map(attention.is_aligned, tensors)) == (qk % 8 == v % 8 == 0)
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", lambda *a, **k: got.extend(a) or kernel(*a, **k))
+    out = attend(*tensors, 0.3)
+    assert out.shape == (2, 7, heads * v)
+    for t in got:
+        assert t.data_ptr() % 16 == 0 and t.storage_offset() % 8 == 0 and not any(n % 8 for n in t.stride()[:-1])
