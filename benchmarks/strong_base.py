@@ -33,7 +33,7 @@ from runtime.device import device_name
 
 ARCH = "deit_tiny_distilled_patch16_224"
 MEAN, STD = (torch.tensor(x).view(1, 3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-GROUP = 200  # images that share an operation of RandAugment
+GROUP = 500  # images that share an operation of RandAugment
 SHARES = dict(warm_up=0.04, unmixed=0.1)  # of the time
 SAVE_SECONDS = 60.0
 
@@ -123,7 +123,7 @@ class Training:
         self.forward = torch.compile(self.model) if args.compile else self.model
         self.mixed = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=10)
         self.unmixed = Mixup(0.0, 0.0, prob=0.0, label_smoothing=0.1, num_classes=10)
-        self.seconds, self.epoch, self.updates = 0.0, 0, 0
+        self.seconds, self.epoch, self.updates, self.augmenting = 0.0, 0, 0, 0.0
 
     @property
     def share(self) -> float:
@@ -137,6 +137,9 @@ class Training:
         begin, spent, batch = time.monotonic(), self.seconds, self.args.batch_size
         order = torch.randperm(len(images), device=self.device)
         images, labels = augment_epoch(images, order, augment), labels[order]
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.augmenting = time.monotonic() - begin
         self.model.train()
         for start in range(0, len(images) - batch + 1, batch):
             self.seconds = spent + time.monotonic() - begin
@@ -193,7 +196,8 @@ def main(args: argparse.Namespace) -> None:
             reported = training.seconds
             save(training.state_dict(), state_file)
             score = top1(training.average.module, *val)
-            print(f"epoch {training.epoch}, {training.seconds:.0f} s: top-1 {score:.2f}", flush=True)
+            print(f"epoch {training.epoch}, {training.seconds:.0f} s: top-1 {score:.2f}", end=", ")
+            print(f"augmenting an epoch {training.augmenting:.1f} s", flush=True)
     state = {name: value.float().cpu() for name, value in training.average.module.state_dict().items()}
     content = dict(arch=ARCH, kwargs=training.kwargs, model=state, top1=score, epoch=training.epoch)
     save(content, args.output)

@@ -70,6 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="of interleaved measurements (default: %(default)s)")
     parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES), help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--compile", action="store_true", help="`speed` under torch.compile (default: eager)")
     parser.add_argument("--initial-checkpoint", help="dense weights")
     parser.add_argument("--bench", type=Path, help="folder of equal_footing.py")
     parser.add_argument("--rows", type=Path, help="results, one row a line")
@@ -122,14 +123,19 @@ def speed(args: argparse.Namespace) -> None:
     """A line per model and keep rate."""
     device = torch.device(args.device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"batch {args.batch_size}, {args.dtype}, eager, {device_name(device).removesuffix(threads)}{threads}")
+    how = "compiled" if args.compile else "eager"
+    print(f"batch {args.batch_size}, {args.dtype}, {how}, {device_name(device).removesuffix(threads)}{threads}")
     for arch in args.models:
         images = random_images(Arch.of(arch), args.batch_size, device)
         models = {f"{k:g}": with_structure(arch, k, device) for k in args.keep_rates}
         models |= {"0.6 as products": with_structure(arch, 0.6, device, route="products")}
         models |= {f"{k:g} by content": by_content(arch, k, device) for k in args.keep_rates}
         timings = interleaved(
-            dict(dense=build_random(Arch.of(arch), None, device)) | models, images, args.rounds, dtype=args.dtype
+            dict(dense=build_random(Arch.of(arch), None, device)) | models,
+            images,
+            args.rounds,
+            dtype=args.dtype,
+            compiled=args.compile,
         )
         lines = []
         for name in models:
