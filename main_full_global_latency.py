@@ -20,7 +20,7 @@ from models.tokens import can_be_lean
 from models.vit import TokenLogits
 from pruning.config import load_config
 from pruning.shrink import Student
-from recipes import calibration, dry_run, nvit_options, one_shot, one_shot_options
+from recipes import calibration, dry_run, nvit_options, one_shot, one_shot_options, tables
 from recipes.nvit import PruningSteps, Setup, make_pruner
 from recipes.nvit_files import CHECKPOINT, State, conclude, make_report, read_resumed, restore, save
 from runtime.console import say, warn
@@ -60,7 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_optimizer_args(parser)
     options.add_distillation_args(parser)
     options.add_tau_arg(parser, "of soft CNN distillation; the full model's KL is at 3, as published")
-    options.add_run_args(parser, "where the run's folder is made; required")
+    options.add_run_args(parser, "where the run's folder is made (default: %(default)s)", output_dir="runs")
     options.add_resume_args(parser, CHECKPOINT)
     nvit_options.add_pruning_args(parser)
     one_shot_options.add_one_shot_args(parser)
@@ -97,24 +97,6 @@ def _prune_dict(text: str) -> tuple[str, int]:
     return label, cap
 
 
-def _load_table(args: argparse.Namespace, full: FullModel) -> LatencyTable:
-    table = LatencyTable.load(args.latency_look_up_table)
-    table.check_covers(full.dims)
-    if not args.tokens or full.arch.is_swin:
-        return table
-    if not table.tokens:
-        raise ValueError(
-            f"--tokens: {table.name} knows one token count alone: build it with python -m "
-            "latency.build_table … --tokens N N …"
-        )
-    if args.tokens != (way := "content" if (table.meta.get("model_kwargs") or {}).get("content_merge") else "place"):
-        raise ValueError(
-            f"--tokens {args.tokens}: {table.name} was measured with tokens merged by {way}: build one "
-            f"with python -m latency.build_table … --tokens N N … --merge {args.tokens}"
-        )
-    return table
-
-
 def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
     if 0 < args.prune_per_iter < args.group_size:
         problems.add(f"--prune_per_iter {args.prune_per_iter} is less than one group of --group_size {args.group_size}")
@@ -131,7 +113,7 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
             "so that its KL ranks nothing"
         )
     if not args.output_dir:
-        problems.add("--output_dir is required")
+        problems.add("--output_dir names no folder")
     if args.start_epoch and not args.resume:
         problems.add("--start_epoch goes with --resume")
 
@@ -139,6 +121,23 @@ def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
 def _settle_preparation(args: argparse.Namespace, full: FullModel, named: tuple[str, int]) -> Preparation:
     resumed = None if args.one_shot else resuming.find(args, run_folder(args, full, *named), CHECKPOINT)
     return settle(args, full, resumed=resumed)
+
+
+def _say_first(
+    args: argparse.Namespace, full: FullModel, table: LatencyTable, dead: list[str], differences: list[str]
+) -> None:
+    """What a user should know before anything is computed. differences: of the table's conditions from the run's."""
+    if dead:
+        warn(f"{args.pruning_config}: as in the published code, these keys have no effect: {', '.join(dead)}")
+    for difference in differences:
+        warn(difference)
+    for axis, reason in full.arch.left_alone.items():
+        say(f"{full.arch.name}: {axis} is left alone: {reason}")
+    if (cleaned := table.monotone_report()).raised:
+        say(
+            f"latency table: {cleaned.raised} of {cleaned.values} values lie below that of a narrower layer, by up to "
+            f"{cleaned.largest_change:.1%}; selection counts such a step as free"
+        )
 
 
 def check_args(args: argparse.Namespace) -> Setup:
@@ -150,7 +149,7 @@ def check_args(args: argparse.Namespace) -> Setup:
     config = problems.attempt(load_config, args.pruning_config)
     device = problems.attempt(start_processes, args)
     full = problems.attempt(read_full_model, Source.of(args), swin=True, narrower=True)
-    table = problems.attempt(_load_table, args, full) if full else None
+    table = problems.attempt(tables.load, args, full) if full else None
     preparation = problems.attempt(_settle_preparation, args, full, named) if full and named else None
     data = problems.attempt(load_data, args, preparation) if preparation else None
     if full:
@@ -160,6 +159,8 @@ def check_args(args: argparse.Namespace) -> Setup:
         problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
     if data and (args.one_shot or args.align or args.compensate):
         problems.attempt(calibration.check, args, len(data.train.dataset))
+    if device and table:
+        tables.check(args, table, device, make_precision(args, device).dtype, problems)
     problems.raise_if_any()
     full = full.for_data(data)
     problems.attempt(full.check_classifier)
@@ -171,29 +172,25 @@ def check_args(args: argparse.Namespace) -> Setup:
     cnn = problems.attempt(load_cnn, Teacher.of(args), data, device)
     problems.raise_if_any()
     (config, dead), (label, cap) = config, named
+    path, dtype = run_folder(args, full, label, cap), make_precision(args, device).dtype
+    if table is None:
+        resumed = resuming.find(args, path, CHECKPOINT)
+        table = tables.find(args, full, device, dtype, resumed and resumed.parent)
     problems.attempt(table.check_covers, model.dims)
     problems.raise_if_any()
     masks = Masks(model.dims, device, model.patch_embed.grid_size if args.tokens else None)
     pruner = make_pruner(args, full, masks, table, config, cap)
     for target in () if args.one_shot else pruner.targets:  # one-shot goes below the floors of the groups
         problems.attempt(target.check_reachable, pruner.floor())
-    path = run_folder(args, full, label, cap)
     inputs = resuming.inputs_of(data, weights=model.state_dict(), table=table.data, CNN=cnn and cnn.state_dict())
     resumed = problems.attempt(read_resumed, args, full, data, config, path, inputs)
     problems.attempt(one_shot.check_analysis, args, full.arch, pruner.group_sizes, inputs, preparation)
     problems.raise_if_any()
     folder = path if args.dry_run else problems.attempt(make_folder, path)
     problems.raise_if_any()
-    if dead:
-        warn(f"{args.pruning_config}: as in the published code, these keys have no effect: {', '.join(dead)}")
-    results.warn_of_other_conditions(table, device, make_precision(args, device).dtype)
-    for axis, reason in full.arch.left_alone.items():
-        say(f"{full.arch.name}: {axis} is left alone: {reason}")
-    if (cleaned := table.monotone_report()).raised:
-        say(
-            f"latency table: {cleaned.raised} of {cleaned.values} values lie below that of a narrower layer, by up to "
-            f"{cleaned.largest_change:.1%}; selection counts such a step as free"
-        )
+    if not args.dry_run:
+        tables.keep(args, table, folder)
+    _say_first(args, full, table, dead, results.other_conditions(table, device, dtype))
     return Setup(device, full, data, Student(model, masks), cnn, table, config, pruner, folder, resumed, inputs)
 
 

@@ -16,13 +16,16 @@ from latency.bench import Bench
 from latency.fit import choose_models, correct, fit
 from latency.points import grid_of
 from latency.samples import Progress, sample_all
-from latency.table import LatencyTable
+from latency.swin_bench import SwinBench
+from latency.table import STAGE, LatencyTable
 from latency.whole import measure_ratios
 from models.arch import Arch
 from models.swin_dims import Dims
 from runtime.device import device_name
 
 POINTS = dict(embed=4, heads=3, qk=3, v=3, mlp=5)
+POINTS_MORE = dict(embed=3, heads=3, qk=2, v=2, mlp=4)  # where there are stages, or several token counts
+TOKEN_SHARES = (0.125, 0.5)  # of the patches, beside all of them
 ROUNDS, BUILDS, MODELS = 3, 2, 5
 
 
@@ -48,19 +51,37 @@ def describe(arch: Arch, grid: dict[str, Any], batch_size: int, dtype: str, devi
     )
 
 
-def measure_table(arch: Arch, batch_size: int, device: str = "cpu", dtype: str = "fp32") -> LatencyTable:
-    """A table of a plain ViT's blocks, measured now in torch: as `latency.build_table`, of fewer points and rounds."""
+def choose_grid(arch: Arch, by_tokens: bool = False) -> dict[str, Any]:
+    """The coarse points of every axis, of a Swin Transformer by stage. by_tokens: at several token counts, too."""
+    if arch.is_swin:
+        return {f"{STAGE}{i}": grid_of(POINTS_MORE, stage, arch.left_alone) for i, stage in enumerate(arch.dims.stages)}
     dims = arch.dims
-    grid = grid_of(POINTS, dims, arch.left_alone)
-    meta = describe(arch, grid, batch_size, dtype, device_name(device), ROUNDS)
+    grid = grid_of(POINTS_MORE if by_tokens else POINTS, dims, arch.left_alone)
+    if not by_tokens:
+        return grid
+    own, prefix = dims.blocks[0].tokens, arch.prefix
+    return grid | dict(tokens=sorted({*(prefix + max(1, round(s * (own - prefix))) for s in TOKEN_SHARES), own}))
+
+
+def describe_coarse(arch: Arch, batch_size: int, device: str, dtype: str, by_tokens: bool = False) -> dict[str, Any]:
+    """What the measurements of `measure_table` depend on: the beginning of its `_meta`."""
+    return describe(arch, choose_grid(arch, by_tokens), batch_size, dtype, device_name(device), ROUNDS)
+
+
+def measure_table(
+    arch: Arch, batch_size: int, device: str = "cpu", dtype: str = "fp32", by_tokens: bool = False
+) -> LatencyTable:
+    """A table of a model's blocks, measured now in torch: as `latency.build_table`, of fewer points and rounds."""
+    meta = describe_coarse(arch, batch_size, device, dtype, by_tokens)
 
     def measure(chosen: Sequence[Dims]) -> tuple[np.ndarray, float]:
         return measure_ratios(arch, chosen, batch_size, torch.device(device), dtype, rounds=5, builds=BUILDS)
 
+    bench = (SwinBench if arch.is_swin else Bench)(arch, meta["grid"], batch_size, device, dtype, compiled=False)
     with tempfile.TemporaryDirectory() as folder:
         progress = Progress(str(Path(folder) / "table.json"), meta)
-        sample_all(Bench(arch, grid, batch_size, device, dtype, compiled=False), progress, ROUNDS)
+        sample_all(bench, progress, ROUNDS)
         table = LatencyTable.of_parts(progress.seconds(), meta)
-    factor, constant = fit(table, dims, choose_models(dims, arch.left_alone, count=MODELS), measure)
+    factor, constant = fit(table, arch.dims, choose_models(arch.dims, arch.left_alone, count=MODELS), measure)
     when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     return correct(table, factor, constant, date=when, complete=True, fit=dict(factor=factor, constant=constant))

@@ -144,10 +144,10 @@ def _add_loader_args(group: Any) -> None:
     )
 
 
-def add_run_args(parser: argparse.ArgumentParser, output: str, trains: bool = True) -> None:
-    """trains: with the flags that only training reads."""
+def add_run_args(parser: argparse.ArgumentParser, output: str, trains: bool = True, output_dir: str = "") -> None:
+    """trains: with the flags that only training reads; output: help of --output_dir, output_dir: its default."""
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", metavar="DIR", default="", help=output, path=True)
+    group.add_argument("--output_dir", metavar="DIR", default=output_dir, help=output, path=True)
     group.add_argument(
         "--device", default="cuda", help="cuda or cpu (default: cuda, and cpu where there is no GPU)", may_differ=True
     )

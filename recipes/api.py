@@ -16,6 +16,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from latency.cache import find_or_measure
 from latency.measure import DTYPES
 from latency.quick import measure_table as measure_quick
 from latency.table import LatencyTable
@@ -130,6 +131,7 @@ def analyse(
     keep_output: bool = False,
     batch_size: int = 32,
     latency_batch_size: int = 8,
+    table_cache: str | Path | None = None,
     max_images: int = 1024,
     pricing: str = "gradient",
     progress: Progress | None = None,
@@ -139,7 +141,8 @@ def analyse(
     model: a timm plain Vision Transformer, with or without a classifier; it is left as it is. images: a tensor
     (n, 3, H, W) prepared as the model expects, an iterable of such batches, alone or with labels, or a folder of image
     files, nested or flat; `max_images` of them calibrate. table: a `LatencyTable` or its file; without one a coarse
-    table is measured on the model's device, at `latency_batch_size`. objective: `predictions` of the classifier, or
+    table of the model's device, at `latency_batch_size`, is measured and kept for the next time, in the folder
+    `table_cache` or the user's cache folder. objective: `predictions` of the classifier, or
     `features` for a model without one, of the `feature_tokens` class, patches, pooled or all. The width of features
     stays, unless keep_output: then the embedding is pruned too, and the model ends in a linear layer, `head`, that
     restores its width. progress: called with a line of text after every stage. Raises ValueError.
@@ -156,8 +159,8 @@ def analyse(
     device = next(dense.parameters()).device
     calibration = collect_images(images, dense, max_images)
     if table is None:
-        table = measure_table(dense, latency_batch_size)
-        say(f"latency table measured: {1e3 * table.model_seconds(dense.dims):.1f} ms per batch of {latency_batch_size}")
+        arch = Arch.of_model(dense).plain.without_drops
+        table = find_or_measure(arch, latency_batch_size, device.type, folder=table_cache, progress=say)
     table.check_covers(dense.dims)
     if keep_output and isinstance(dense.head, nn.Linear):
         raise ValueError("keep_output is for a model without a classifier: this one's outputs keep their width")

@@ -61,6 +61,7 @@ def add_pruning_args(parser: Any) -> None:
         help="run the student in eval mode after the first event (default: %(default)s)",
     )
     _add_latency_args(group)
+    _add_table_args(group)
     _add_method_args(group)
     _add_weight_args(group)
 
@@ -84,6 +85,39 @@ def _add_latency_args(group: Any) -> None:
         help="stop at this share of the dense model's predicted latency, in (0, 1]; several with --one_shot "
         "(default: none)",
         check=SHARE_ABOVE_0,
+    )
+
+
+def _add_table_args(group: Any) -> None:
+    group.add_argument(
+        "--latency_look_up_table",
+        metavar="FILE",
+        default="",
+        help="latency table, from python -m latency.build_table (default: a coarse one of this device, measured in a "
+        "minute and kept for the next time)",
+        path=True,
+    )
+    group.add_argument(
+        "--latency_batch_size",
+        metavar="N",
+        type=int,
+        default=8,
+        help="deployment batch of a table that is not named (default: %(default)s)",
+        check=ABOVE_0,
+    )
+    group.add_argument(
+        "--table_cache",
+        metavar="DIR",
+        default="",
+        help="where tables that are not named are kept (default: vit-compression in the user's cache folder)",
+        path=True,
+    )
+    group.add_argument(
+        "--strict_table",
+        action="store_true",
+        help="refuse a table of another device, thread count, type or runtime than the run's, instead of a warning "
+        "(default: off)",
+        may_differ=True,
     )
 
 
@@ -116,8 +150,8 @@ def _add_method_args(group: Any) -> None:
         const="place",
         default=None,
         help="also prune the patches that each block computes on. place merges removed patches into their neighbours; "
-        "content, with --one_shot only, into the patches they are most like. --tokens alone means place. The latency "
-        "table must hold several token counts (default: off)",
+        "content, with --one_shot only, into the patches they are most like. --tokens alone means place. A latency "
+        "table that is named must hold several token counts (default: off)",
     )
 
 
@@ -147,13 +181,6 @@ def _add_weight_args(group: Any) -> None:
         check=FROM_0,
     )
     options.add_target_args(group)
-    group.add_argument(
-        "--latency_look_up_table",
-        metavar="FILE",
-        default="latency_head.json",
-        help="latency table, from python -m latency.build_table (default: %(default)s)",
-        path=True,
-    )
     group.add_argument(
         "--dry-run",
         action="store_true",

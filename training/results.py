@@ -51,18 +51,21 @@ class Conditions:
         return cls(int(meta.get("batch", batch)), meta.get("dtype", "fp32"), bool(meta.get("compile")))
 
 
-def warn_of_other_conditions(table: LatencyTable, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Warn where the run's device, or its type (None: fp32), is not what the table was measured with."""
+def other_conditions(table: LatencyTable, device: torch.device, dtype: torch.dtype | None) -> list[str]:
+    """Where the run's device and threads, its type (None: fp32) or its runtime is not the table's, a line for each."""
     here, computed = device_name(device), {v: k for k, v in DTYPES.items()}[dtype or torch.float32]
+    meta, lines = table.meta, []
     for what, theirs, ours in (
-        ("on", table.meta.get("device", here), here),
-        ("in", table.meta.get("dtype", computed), computed),
+        ("on", meta.get("device", here), here),
+        ("in", meta.get("dtype", computed), computed),
+        ("by", meta.get("runtime", "torch"), "torch"),
     ):
         if theirs != ours:
-            warn(
+            lines.append(
                 f"the latency table was measured {what} {theirs}, this run computes {what} {ours}: predictions and "
                 "targets are for the former"
             )
+    return lines
 
 
 def check_compact(model: Model, small: Model) -> float:
