@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from functools import partial
-from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import options
-from engine import Progress, evaluate, train_one_epoch
+from engine import Precision, Progress, evaluate, train_one_epoch
 from latency.table import LatencyTable
 from loading.loaders import start_epoch
 from loading.preparation import Preparation
@@ -20,9 +18,9 @@ from models.tokens import can_be_lean
 from models.vit import TokenLogits
 from pruning.config import load_config
 from pruning.shrink import Student
-from recipes import calibration, dry_run, nvit_options, one_shot, one_shot_options, tables
+from recipes import backbone, calibration, dry_run, nvit_options, one_shot, one_shot_options, tables
 from recipes.nvit import PruningSteps, Setup, make_pruner
-from recipes.nvit_files import CHECKPOINT, State, conclude, make_report, read_resumed, restore, save
+from recipes.nvit_files import CHECKPOINT, State, conclude, make_report, read_resumed, restore, run_folder, save
 from runtime.console import say, warn
 from runtime.errors import FailedTogether, Problems
 from runtime.folders import append_log, make_folder
@@ -69,34 +67,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_folder(args: argparse.Namespace, full: FullModel, label: str, cap: int) -> Path:
-    """As published: the arguments that matter are in the name."""
-    if args.one_shot:
-        return Path(args.output_dir) / one_shot_options.folder_name(args, full.arch.name)
-    data_set = args.data_set.replace("/", "_")
-    name = f"global_prune_{data_set}_{full.arch.name}_lr{args.lr}_{label}_{cap}"
-    if args.latency_target is not None:
-        name += f"_lat_{args.latency_regularization}_target_{args.latency_target}"
-    for target in ("latency_target_ms", "macs_target", "params_target"):
-        if (limit := getattr(args, target)) is not None:
-            name += f"_{target}_{limit:g}"
-    defaults = dict(
-        selection="published", saliency="weights", saliency_loss="training", align=None, compensate=None, tokens=None
-    )
-    name += "".join(f"_{n}_{getattr(args, n)}" for n, value in defaults.items() if getattr(args, n) != value)
-    return Path(args.output_dir) / f"{name}_ft_{args.epochs}"
-
-
-def _prune_dict(text: str) -> tuple[str, int]:
-    try:
-        (label, cap), *more = json.loads(text).items()
-    except (json.JSONDecodeError, AttributeError, ValueError):
-        label, cap, more = None, None, []
-    if more or not isinstance(cap, int) or isinstance(cap, bool) or cap < 0:
-        raise ValueError(f'--prune_dict must be one label and a count, like {{"Global":39000}}, not {text}')
-    return label, cap
-
-
 def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
     if 0 < args.prune_per_iter < args.group_size:
         problems.add(f"--prune_per_iter {args.prune_per_iter} is less than one group of --group_size {args.group_size}")
@@ -140,23 +110,29 @@ def _say_first(
         )
 
 
-def check_args(args: argparse.Namespace) -> Setup:
+def _check_model(args: argparse.Namespace, full: FullModel, problems: Problems) -> None:
+    nvit_options.check_family(args, full.arch, problems)
+    nvit_options.check_start(args, full.start, problems)
+    if not full.has_weights:
+        problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
+
+
+def check_args(args: argparse.Namespace) -> Setup | backbone.Setup:
     """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
     problems = Problems()
     options.check_values(args, problems)
     _check_flags(args, problems)
-    named = problems.attempt(_prune_dict, args.prune_dict)
+    named = problems.attempt(nvit_options.parse_prune_dict, args.prune_dict)
     config = problems.attempt(load_config, args.pruning_config)
     device = problems.attempt(start_processes, args)
     full = problems.attempt(read_full_model, Source.of(args), swin=True, narrower=True)
     table = problems.attempt(tables.load, args, full) if full else None
+    if full and named and backbone.is_for(args, full):
+        return backbone.check_args(args, problems, device, full, table, run_folder(args, full, *named))
     preparation = problems.attempt(_settle_preparation, args, full, named) if full and named else None
     data = problems.attempt(load_data, args, preparation) if preparation else None
     if full:
-        nvit_options.check_family(args, full.arch, problems)
-        nvit_options.check_start(args, full.start, problems)
-    if full and not full.has_weights:
-        problems.add("pruning starts from a trained model: give --initial-checkpoint FILE or --pretrained")
+        _check_model(args, full, problems)
     if data and (args.one_shot or args.align or args.compensate):
         problems.attempt(calibration.check, args, len(data.train.dataset))
     if device and table:
@@ -196,9 +172,16 @@ def check_args(args: argparse.Namespace) -> Setup:
 
 def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> None:
     setup = check_args(args)
-    if args.dry_run:
+    if isinstance(setup, backbone.Setup):
+        backbone.run(args, setup)
+    elif args.dry_run:
         dry_run.report(args, setup)
-        return
+    else:
+        prune(args, setup, effort)
+
+
+def prune(args: argparse.Namespace, setup: Setup, effort: results.Effort) -> None:
+    """Evaluate the dense model, prune it in one shot or with training, and write the results."""
     precision, report = make_precision(args, setup.device), make_report(args, setup, effort)
     images = calibration.prepare(args, setup)
     teacher = freeze(copy.deepcopy(setup.model), setup.device)
@@ -207,16 +190,24 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
     say(f"dense model: top-1 {top1_dense:.2f} on {int(metrics['samples'])} images")
     if args.one_shot:
         one_shot.run_(args, setup, report, precision, top1_dense)
-        return
-    if not args.pruning:
+    elif not args.pruning:
         say("no --pruning: nothing removed")
-        return
+    else:
+        train(args, setup, report, precision, teacher, images, top1_dense)
 
-    # ---------------------------------------------------------------- parts
-    loader, progress = setup.data.train, Progress(setup.data.updates)
+
+def _begin(
+    args: argparse.Namespace,
+    setup: Setup,
+    precision: Precision,
+    teacher: nn.Module,
+    images: Tensor | None,
+    top1_dense: float,
+) -> tuple[State, Keeper]:
+    """What training moves, from the start or from the resumed checkpoint, and what keeps its checkpoints."""
+    progress = Progress(setup.data.updates)
     optimizer = make_optimizer(args, setup.model.to(setup.device))
     criterion = make_loss(args, setup.cnn, teacher, tau=KL_TEMPERATURE, per_token=False)
-    mixup = make_mixup(args, setup.data.classes)
     if not setup.resumed:
         resuming.start_anew(setup.folder, CHECKPOINT, resuming.PRUNED)
     compensation = calibration.Compensation(args.compensate, teacher.model, images, args.batch_size)
@@ -225,13 +216,23 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
     if setup.resumed:
         restore(setup, state)
     provenance.record(args, setup.folder, setup.device, setup.data, setup.inputs)
-    keeper = Keeper(
-        progress,
-        setup.folder / CHECKPOINT,
-        args.recovery_interval,
-        partial(save, CHECKPOINT, args, setup, state),
-        args.checkpoint_errors,
-    )
+    write = partial(save, CHECKPOINT, args, setup, state)
+    return state, Keeper(progress, setup.folder / CHECKPOINT, args.recovery_interval, write, args.checkpoint_errors)
+
+
+def train(
+    args: argparse.Namespace,
+    setup: Setup,
+    report: results.Report,
+    precision: Precision,
+    teacher: nn.Module,
+    images: Tensor | None,
+    top1_dense: float,
+) -> None:
+    """Prune with training until the target is reached. teacher: the dense model, frozen; images: to calibrate on."""
+    state, keeper = _begin(args, setup, precision, teacher, images, top1_dense)
+    steps, progress, loader = state.steps, state.progress, setup.data.train
+    mixup = make_mixup(args, setup.data.classes)
 
     def after_step(loss: Tensor) -> bool:
         if steps.after_step(loss):
@@ -239,7 +240,6 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
         keeper.after_step()
         return False
 
-    # ---------------------------------------------------------------- prune
     dry_run.say_targets(setup.pruner)
     with keeper:
         while progress.step or (progress.epoch < args.epochs and not steps.done):
@@ -250,7 +250,7 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
                     steps.student,
                     steps.loss,
                     loader,
-                    optimizer,
+                    state.optimizer,
                     precision,
                     progress,
                     seed=args.seed,
@@ -277,17 +277,19 @@ def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> N
             keeper.attempt(steps.curves.epoch, results.log_line(stats, test), epoch)
             keeper.write()
             say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f}")
+    _finish(args, setup, report, state, top1_dense)
+    steps.curves.end(vars(args), state.metrics)
 
-    # ---------------------------------------------------------------- result
+
+def _finish(args: argparse.Namespace, setup: Setup, report: results.Report, state: State, top1_dense: float) -> None:
     if setup.pruner.targets and not setup.pruner.reached:
         way = (
             "nothing more may be removed (floors, or the count in --prune_dict)"
-            if steps.exhausted
+            if state.steps.exhausted
             else f"continue with --resume {setup.folder / CHECKPOINT} and more --epochs"
         )
         raise FailedTogether(f"{setup.pruner.progress()}: {way}")
     conclude(args, setup, report, top1_dense, state.metrics, lambda name: save(name, args, setup, state))
-    steps.curves.end(vars(args), state.metrics)
 
 
 if __name__ == "__main__":

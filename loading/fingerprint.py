@@ -8,7 +8,6 @@ import os
 from typing import Any
 
 from torch.utils.data import Dataset, IterableDataset
-from torchvision.datasets import ImageFolder
 
 SAMPLED = 64  # files of a folder whose content is looked at to recognise it
 
@@ -21,7 +20,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
         dataset = dataset.dataset  # unwrap it
     names, some = hashlib.sha256(), hashlib.sha256()
     names.update(repr(list(map(int, dataset.targets))).encode())
-    if not isinstance(dataset, ImageFolder):
+    if not hasattr(dataset, "samples"):
         for image in getattr(dataset, "images", None) or dataset.data:
             names.update(image.tobytes())
         return dict(images=len(dataset.targets), names=names.hexdigest())

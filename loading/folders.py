@@ -90,6 +90,33 @@ class ClassFolders(ImageFolder):
         return (self.transform(image) if self.transform else image), target
 
 
+class Pictures(Dataset):
+    """Every image in a folder and the folders in it, in the order of their paths, without classes: (image, -1).
+
+    exif: turn images as their EXIF orientation says. Raises DataError for a folder without images.
+    """
+
+    def __init__(self, root: Path, transform: Callable | None = None, exif: bool = True) -> None:
+        self.root, self.transform, self.exif = root, transform, exif
+        if not root.is_dir():
+            raise DataError(f"there is no folder {root}")
+        inside = (path for path in root.rglob("*") if path.suffix.lower() in readable_extensions())
+        shown = sorted(str(path) for path in inside if not any(map(is_hidden, path.relative_to(root).parts)))
+        if not shown:
+            raise DataError(f"{root} holds no images ({', '.join(sorted(readable_extensions()))})")
+        self.samples, self.targets = [(path, -1) for path in shown], [-1] * len(shown)
+        self.notes = Notes(len(shown), str(root))
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, target = self.samples[index]
+        image, bits = open_image(path, self.exif)
+        self.notes.add(index, bits)
+        return (self.transform(image) if self.transform else image), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
 class Skipping(Dataset):
     """Skips images that cannot be read, names each one, and reports their number when the run ends.
 
@@ -97,7 +124,7 @@ class Skipping(Dataset):
     does. Loader workers share what they find.
     """
 
-    def __init__(self, dataset: ClassFolders, stand_in: bool) -> None:
+    def __init__(self, dataset: ClassFolders | Pictures, stand_in: bool) -> None:
         self.dataset, self.stand_in = dataset, stand_in
         self.unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         current.say_at_end(self.summary)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pruning import streams
 from pruning.moments import all_reduced
 
+OBJECTIVES = ("predictions", "features")
 TOKENS = ("class", "patches", "pooled", "all")
 LEAST_VARIANCE = 1e-6  # of a feature, relative to the mean over features
 
@@ -127,12 +128,11 @@ class Features:
         )
 
     def _features(self, model: VisionTransformer, stream: Tensor) -> Tensor:
-        tokens = model.norm(stream)
-        if self.tokens == "pooled":
-            return model.forward_head(tokens, pre_logits=True)
-        return model.fc_norm(tokens[:, self.read(model)])
+        return model.fc_norm(model.norm(stream)[:, self.read(model)])
 
     def outputs(self, model: VisionTransformer, stream: Tensor) -> Tensor:
+        if self.tokens == "pooled":
+            return streams.head(model, stream) * self.scale
         return model.head(self._features(model, stream)) * self.scale
 
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
@@ -145,7 +145,12 @@ class Features:
         return list(torch.stack(noise, 1).to(dense).unbind(0))
 
     def last_layers(self, model: VisionTransformer, stream: Tensor) -> list[tuple[nn.Linear, Tensor]]:
-        return [(model.head, self._features(model, stream))] if isinstance(model.head, nn.Linear) else []
+        """The layers that restore the width, two in a distilled model; none where the features are the stream."""
+        if not isinstance(model.head, nn.Linear):
+            return []
+        if self.tokens == "pooled":
+            return streams.classifiers(model, stream)
+        return [(model.head, self._features(model, stream))]
 
 
 PREDICTIONS = Predictions()

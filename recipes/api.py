@@ -21,8 +21,7 @@ from latency.measure import DTYPES
 from latency.quick import measure_table as measure_quick
 from latency.table import LatencyTable
 from latency.whole import measure_ratios
-from loading.folders import EXTENSIONS
-from loading.images import open_image
+from loading.folders import Pictures
 from loading.preparation import Preparation
 from models import hub
 from models.arch import Arch, Model
@@ -31,7 +30,7 @@ from models.from_timm import take
 from models.pretrained import load_dense
 from pruning.align import align_
 from pruning.config import PruningConfig
-from pruning.objective import PREDICTIONS, TOKENS, Features
+from pruning.objective import OBJECTIVES, PREDICTIONS, TOKENS, Features
 from pruning.one_shot import Analysis, Choice
 from pruning.one_shot import analyse as analyse_aligned
 from pruning.recovery import recover_
@@ -40,8 +39,7 @@ from pruning.refit import unseen_of
 __all__ = ["Size", "Study", "analyse", "load", "measure_table", "prune", "save"]
 
 Progress = Callable[[str], None]
-LEAST_IMAGES = 64
-OBJECTIVES = ("predictions", "features")
+LEAST_IMAGES, LATENCY_BATCH = 64, 8
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,9 @@ class Study:
         """Measured latency of widths, relative to the dense model, under the table's conditions."""
         meta, device = self.table.meta, next(self.analysis.dense.parameters()).device
         arch = Arch.of_model(self.analysis.dense)
-        return float(measure_ratios(arch, [dims], meta.get("batch", 1), device, meta.get("dtype", "fp32"))[0][0])
+        return float(
+            measure_ratios(arch, [dims], meta.get("batch", LATENCY_BATCH), device, meta.get("dtype", "fp32"))[0][0]
+        )
 
 
 def _say_nothing(line: str) -> None:
@@ -130,7 +130,7 @@ def analyse(
     feature_tokens: str = "pooled",
     keep_output: bool = False,
     batch_size: int = 32,
-    latency_batch_size: int = 8,
+    latency_batch_size: int = LATENCY_BATCH,
     table_cache: str | Path | None = None,
     max_images: int = 1024,
     pricing: str = "gradient",
@@ -164,6 +164,8 @@ def analyse(
     table.check_covers(dense.dims)
     if keep_output and isinstance(dense.head, nn.Linear):
         raise ValueError("keep_output is for a model without a classifier: this one's outputs keep their width")
+    if keep_output and feature_tokens != "pooled" and hasattr(dense, "head_dist"):
+        raise ValueError("keep_output of a distilled model, which has two outputs, goes with feature_tokens='pooled'")
     if keep_output:
         dense = with_linear_output(dense)
     keeps_width = objective == "features" and not keep_output  # outputs are the stream itself, which others read
@@ -200,12 +202,14 @@ def prune(
 
 @torch.no_grad()
 def with_linear_output(model: VisionTransformer) -> VisionTransformer:
-    """A headless model with the identity as its head, (E, E), which becomes a linear map when the embedding is cut."""
+    """A headless model with the identity as every head, (E, E), a linear map once the embedding is cut."""
     arch = Arch.of_model(model).with_kwargs(num_classes=model.embed_dim)
     wider = arch.build()
     wider.load_state_dict(model.state_dict(), strict=False)
-    nn.init.eye_(wider.head.weight)
-    nn.init.zeros_(wider.head.bias)
+    for name in ("head", "head_dist"):
+        if layer := getattr(wider, name, None):
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
     reference = next(model.parameters())
     return wider.to(reference.device, reference.dtype).eval().requires_grad_(False)
 
@@ -227,10 +231,14 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Model:
 
 
 def save(model: Model, folder: str | os.PathLike) -> Path:
-    """Write a compact model as config.json and model.safetensors; returns the folder."""
+    """Write a compact model as config.json and model.safetensors; returns the folder.
+
+    How its images are prepared, where `model.data_config` says so, is in config.json.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    hub.write_config(folder, hub.config_of(model))
+    record = getattr(model, "data_config", None)
+    hub.write_config(folder, hub.config_of(model, **(dict(preprocess=record) if record else {})))
     hub.write_weights(folder, model)
     return folder
 
@@ -275,13 +283,7 @@ def collect_images(images: Any, model: nn.Module, most: int) -> Tensor:
 
 
 def _from_folder(folder: Path, model: nn.Module, most: int) -> Tensor:
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}")
-    shown = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    paths = sorted(path for path in shown if path.suffix.lower() in EXTENSIONS)
-    if not paths:
-        raise ValueError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))[:most].tolist()
     cfg = getattr(model, "pretrained_cfg", None) or {}
-    transform = Preparation.of_timm(cfg, model.patch_embed.img_size[0]).eval_transform()
-    return torch.stack([transform(open_image(str(paths[i]))[0]) for i in order])
+    pictures = Pictures(folder, Preparation.of_timm(cfg, model.patch_embed.img_size[0]).eval_transform())
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))[:most].tolist()
+    return torch.stack([pictures[i][0] for i in order])

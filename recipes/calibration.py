@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from datasets import build_dataset
 from loading.preparation import Preparation
@@ -61,12 +61,14 @@ def batches_of(args: Any, preparation: Preparation) -> Iterator[Tensor]:
             yield torch.where(mirrored, images.flip(-1), images)
 
 
-def images_of(args: Any, preparation: Preparation) -> Tensor:
+def images_of(args: Any, preparation: Preparation, dataset: Dataset | None = None) -> Tensor:
     """This process's share of --calib_images training images, as validation sees them: (n, 3, S, S).
 
-    The seed chooses them, the same ones for any number of processes; labels are not looked at.
+    The seed chooses them, the same ones for any number of processes; labels are not looked at. dataset: what to choose
+    from, None for the run's training images.
     """
-    dataset, _ = build_dataset(True, args, augment=False, preparation=preparation)
+    if dataset is None:
+        dataset, _ = build_dataset(True, args, augment=False, preparation=preparation)
     loader = DataLoader(
         Subset(dataset, _share(args, len(dataset), rank())),
         batch_size=args.batch_size,

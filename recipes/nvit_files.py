@@ -14,6 +14,7 @@ from engine import Precision, Progress
 from files import checkpoint
 from models import compact
 from pruning.config import PruningConfig
+from recipes import one_shot_options
 from recipes.nvit import PruningSteps, Setup
 from runtime.console import say, say_result
 from runtime.ranks import is_main
@@ -23,6 +24,24 @@ from training.full_model import FullModel
 from training.parts import Data
 
 CHECKPOINT = "checkpoint.pth"
+
+
+def run_folder(args: Any, full: FullModel, label: str, cap: int) -> Path:
+    """As published: the arguments that matter are in the name."""
+    if args.one_shot:
+        return Path(args.output_dir) / one_shot_options.folder_name(args, full.arch.name)
+    data_set = args.data_set.replace("/", "_")
+    name = f"global_prune_{data_set}_{full.arch.name}_lr{args.lr}_{label}_{cap}"
+    if args.latency_target is not None:
+        name += f"_lat_{args.latency_regularization}_target_{args.latency_target}"
+    for target in ("latency_target_ms", "macs_target", "params_target"):
+        if (limit := getattr(args, target)) is not None:
+            name += f"_{target}_{limit:g}"
+    defaults = dict(
+        selection="published", saliency="weights", saliency_loss="training", align=None, compensate=None, tokens=None
+    )
+    name += "".join(f"_{n}_{getattr(args, n)}" for n, value in defaults.items() if getattr(args, n) != value)
+    return Path(args.output_dir) / f"{name}_ft_{args.epochs}"
 
 
 @dataclass

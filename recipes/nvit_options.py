@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import options
@@ -222,3 +223,14 @@ def check_family(args: Any, arch: Arch, problems: Problems) -> None:
     for name in (name for name, value in usual.items() if getattr(args, name) != value):
         value = "" if getattr(args, name) is True else f" {getattr(args, name)}"
         problems.add(f"{options.flag(name)}{value} is for plain ViTs, not for {arch.name}, a Swin Transformer")
+
+
+def parse_prune_dict(text: str) -> tuple[str, int]:
+    """(label, units) of --prune_dict. Raises ValueError."""
+    try:
+        (label, cap), *more = json.loads(text).items()
+    except (json.JSONDecodeError, AttributeError, ValueError):
+        label, cap, more = None, None, []
+    if more or not isinstance(cap, int) or isinstance(cap, bool) or cap < 0:
+        raise ValueError(f'--prune_dict must be one label and a count, like {{"Global":39000}}, not {text}')
+    return label, cap

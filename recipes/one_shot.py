@@ -168,6 +168,30 @@ def save(name: str, args: Any, setup: Setup, metrics: dict[str, Any]) -> None:
     )
 
 
+def bisect_drop(attempt: Callable[[float], tuple[float, T]], most: float) -> T:
+    """What is pruned to the lowest latency at which it loses `most` points, to CLOSE of a share of the latency.
+
+    attempt: a target to (points lost, what was pruned); it raises NotReached where no widths meet the target. Raises
+    FailedTogether.
+    """
+    low, high, best = 0.0, 1.0, None
+    while high - low > CLOSE:
+        target = (low + high) / 2
+        try:
+            drop, made = attempt(target)
+        except (NotReached, FailedTogether):
+            low = target
+            continue
+        say(f"at {target:.3f} of the latency: {drop:.2f} points lost")
+        if drop <= most:
+            high, best = target, made
+        else:
+            low = target
+    if best is None:
+        raise FailedTogether(f"--max_drop {most:g}: every quicker model that was tried loses more")
+    return best
+
+
 def _quickest(
     args: Any,
     setup: Setup,
@@ -177,24 +201,13 @@ def _quickest(
     seconds: dict[str, float],
 ) -> Result:
     """The quickest model that loses at most --max_drop points of top-1, by bisection over targets."""
-    low, high, best = 0.0, 1.0, None
-    while high - low > CLOSE:
-        target = (low + high) / 2
-        try:
-            choice = on_main(lambda target=target: analysis.choose(setup.table, target))
-        except FailedTogether:
-            low = target
-            continue
+
+    def attempt(target: float) -> tuple[float, Result]:
+        choice = on_main(lambda: analysis.choose(setup.table, target))
         result = prune(args, setup, analysis, choice, target, precision, _Clock(seconds))
-        drop = top1_dense - result.metrics["acc1"]
-        say(f"at {target:.3f} of the latency: {drop:.2f} points lost")
-        if drop <= args.max_drop:
-            high, best = target, result
-        else:
-            low = target
-    if best is None:
-        raise FailedTogether(f"--max_drop {args.max_drop:g}: every quicker model that was tried loses more")
-    return best
+        return top1_dense - result.metrics["acc1"], result
+
+    return bisect_drop(attempt, args.max_drop)
 
 
 def _choose(

@@ -7,6 +7,7 @@ from typing import Any
 import options
 from loading import shards
 from options.ranges import ABOVE_0, FROM_0
+from pruning.objective import OBJECTIVES, TOKENS
 from pruning.one_shot import PRICING
 from runtime.errors import Problems
 
@@ -65,6 +66,37 @@ def add_one_shot_args(parser: Any) -> None:
         help="analysis.safetensors of an earlier run of the same model and images, for further targets (default: none)",
         path=True,
     )
+    _add_feature_args(parser)
+
+
+def _add_feature_args(parser: Any) -> None:
+    group = parser.add_argument_group("one-shot pruning of a backbone")
+    group.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default=None,
+        help="what --one_shot keeps. predictions: the classifier's. features: what a backbone is used for; a "
+        "classifier is left out, and --data-path may be any folder of images (default: features for weights that timm "
+        "has without a classifier, else predictions)",
+    )
+    group.add_argument(
+        "--feature_tokens",
+        choices=TOKENS,
+        default="pooled",
+        help="the features that --objective features keeps: of the class token and registers, the patches, all, or as "
+        "the model pools them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--keep_output",
+        action="store_true",
+        help="with --objective features, also prune the embedding, and end in a linear layer that restores the width "
+        "of the features (default: off, the embedding stays)",
+    )
+    group.add_argument(
+        "--linear_probe",
+        action="store_true",
+        help="judge features by a linear classifier too, not by nearest neighbours alone (default: off)",
+    )
 
 
 def check_flags(args: Any, problems: Problems) -> None:
@@ -81,6 +113,9 @@ def check_flags(args: Any, problems: Problems) -> None:
     for name in ("resume", "dry_run", "align", "compensate", "shrink_interval"):
         if getattr(args, name):
             problems.add(f"{options.flag(name)} goes with training; --one_shot has none")
+    for name in ("keep_output", "linear_probe"):
+        if getattr(args, name) and args.objective == "predictions":
+            problems.add(f"--{name} goes with --objective features")
     problems.attempt(shards.check_indexed, args, "--one_shot")
 
 
@@ -88,7 +123,7 @@ def check_without(args: Any, problems: Problems) -> None:
     """Complaints about flags that only --one_shot takes, where it is not given."""
     if isinstance(args.latency_target, list):
         problems.add("--latency_target takes several values with --one_shot only")
-    for name in ("max_drop", "analysis", "recover_minutes"):
+    for name in ("max_drop", "analysis", "recover_minutes", "objective", "keep_output", "linear_probe"):
         if getattr(args, name):
             problems.add(f"--{name} goes with --one_shot")
 
@@ -98,6 +133,9 @@ def folder_name(args: Any, model: str) -> str:
     aim = "_".join(["target", *map(str, targets(args))]) if args.latency_target else f"drop_{args.max_drop:g}"
     name = f"one_shot_{args.data_set.replace('/', '_')}_{model}_calib_{args.calib_images}_{aim}"
     name += f"_tokens_{args.tokens}" if args.tokens else ""
+    name += f"_{args.objective}" if args.objective else ""
+    name += f"_{args.feature_tokens}" if args.feature_tokens != "pooled" else ""
+    name += "_keep_output" if args.keep_output else ""
     name += f"_recover_{args.recover_minutes:g}" if args.recover_minutes else ""
     return name + (f"_pricing_{args.pricing}" if args.pricing != "gradient" else "")
 

@@ -178,3 +178,13 @@ def runs(shared: Callable[..., Path]) -> dict[str, Path]:
     pruned = only(root, "global_prune_*")
     dense, tuned = only(root / "dense", "scratch_*"), only(pruned, "ft_dense_*")
     return dict(root=root, dense=dense, pruned=pruned, tuned=tuned, table=root / "table.json")
+
+
+@pytest.fixture(scope="session")
+def learnt(shared: Callable[[str, Callable[[Path], None]], Path]) -> Path:
+    """Checkpoint of a small model that knows most of the digits."""
+
+    def make(root: Path) -> None:
+        run(finetune_dense, *TRAIN, "--epochs", 14, "--lr", "3e-2", "--no-model-ema", "--output_dir", root)
+
+    return only(shared("learnt", make), "scratch_*") / "ft_checkpoint.pth"

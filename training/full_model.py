@@ -49,6 +49,11 @@ class FullModel:
         state = {name: value for name, value in self.state.items() if not name.startswith("head")}
         return replace(self, state=state, class_names=())
 
+    def without_classifier(self) -> FullModel:
+        """For its features: weights of a classifier are left out."""
+        state = self.state and {name: value for name, value in self.state.items() if not name.startswith("head")}
+        return replace(self.with_kwargs(num_classes=0), state=state, class_names=())
+
     def with_kwargs(self, **kwargs: Any) -> FullModel:
         """The same with other arguments of timm."""
         return replace(self, arch=self.arch.with_kwargs(**kwargs))
@@ -101,7 +106,8 @@ class FullModel:
             if self.start is None and (lacking := [name for name in heads if name not in self.state]):
                 raise ValueError(
                     f"{self.path} has no classifier ({some(lacking)}): first train the full model on the data "
-                    "(finetune_dense.py --initial-checkpoint FILE --kl_loss_coeff 0)"
+                    "(finetune_dense.py --initial-checkpoint FILE --kl_loss_coeff 0); --one_shot can keep its features "
+                    "instead (--objective features)"
                 )
             head = "head.fc.weight" if self.arch.is_swin else "head.weight"
             known = len(self.state.get(head, range(classes)))

@@ -86,12 +86,13 @@ def test_recovery_brings_it_nearer(model, table):
     assert recovered.dims == plain.dims and 0 < recovered.divergence <= plain.divergence
 
 
-def test_a_linear_output_restores_the_width(table):
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "deit_tiny_distilled_patch16_224"])
+def test_a_linear_output_restores_the_width(name, table):
     torch.manual_seed(0)
-    backbone = timm.create_model("vit_small_patch14_dinov2", num_classes=0, **SIZE).eval()
+    backbone = timm.create_model(name, num_classes=0, **SIZE).eval()
     torch.testing.assert_close(api.with_linear_output(take(backbone))(IMAGES), backbone(IMAGES))
     small = api.prune(backbone, IMAGES, latency=0.2, table=table, keep_output=True)
-    assert small.dims.embed < 32 and small(IMAGES).shape == backbone(IMAGES).shape
+    assert small(IMAGES).shape == backbone(IMAGES).shape and (small.dims.embed < 32 or "distilled" in name)
     with torch.no_grad():
         lost = (small(IMAGES) - backbone(IMAGES)).square().mean() / backbone(IMAGES).var(0).mean()
     assert lost < 0.5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import PLAIN, TRAIN, TUNE, run, table_file
+from jobs import PLAIN, TUNE, run, table_file
 
 import finetune_dense
 import main_full_global_latency
@@ -24,11 +24,7 @@ NAME = "one_shot_DIGITS_deit_tiny_distilled_patch16_224_calib_512_target_0.6"
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
-    """Of a model that has learnt something."""
-    root = tmp_path_factory.mktemp("dense")
-    run(finetune_dense, *TRAIN, "--epochs", 14, "--lr", "3e-2", "--no-model-ema", "--output_dir", root)
-    (dense,) = root.glob("scratch_*")
+def flags(learnt, tmp_path_factory):
     return [
         *PLAIN,
         "--one_shot",
@@ -37,9 +33,9 @@ def flags(tmp_path_factory):
         "--latency_target",
         0.6,
         "--latency_look_up_table",
-        table_file(root / "table.json"),
+        table_file(tmp_path_factory.mktemp("table") / "table.json"),
         "--initial-checkpoint",
-        dense / "ft_checkpoint.pth",
+        learnt,
     ]
 
 
