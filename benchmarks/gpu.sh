@@ -37,7 +37,7 @@ if [ -n "${TINY:-}" ]; then
     step 60 latency.validate "$table" --random 2 --seed 1 --device cpu --builds 1 --rounds 2
     step 60 latency.compare $model "$out/dims_0.5.json" --device cpu --batch-size 1 --modes eager --copies 1 --rounds 2
     step 60 benchmarks.pruning_overhead --batch-size 4 --rounds 4
-    step 60 benchmarks.tokens speed --models $model --keep_rates 0.6 --batch-size 1 --rounds 2
+    step 60 benchmarks.tokens --models $model --keep_rates 0.6 --batch-size 1 --rounds 2
     step 30 benchmarks.merge_routes --batch-size 1 --rounds 2
     step 60 benchmarks.attention_routes --batch-size 1 --heads 2 --tokens 20 --rounds 2
     step 60 benchmarks.handmade --model $model --batch-size 1 --random 1 --rounds 2
@@ -52,9 +52,9 @@ step 50 benchmarks.latency "$table" --dims-dir "$out" --builds 2 --rounds 5
 step 50 latency.validate "$table" --random 10 --seed 1 --device cuda --builds 2 --rounds 5
 step 100 latency.compare $model "$out/dims_0.5.json" "$out/dims_0.19.json" --device cuda --dtype bf16 --batch-size 1 256 --copies 1 --rounds 7
 step 40 benchmarks.pruning_overhead --model $model --batch-size 128 --rounds 9 --device cuda --dtype bfloat16
-step 40 benchmarks.tokens speed --models deit_base_patch16_224 --keep_rates 0.6 --batch-size 256 --rounds 5 --device cuda --dtype bf16
+step 40 benchmarks.tokens --models deit_base_patch16_224 --keep_rates 0.6 --batch-size 256 --rounds 5 --device cuda --dtype bf16
 step 25 benchmarks.merge_routes --batch-size 256 --device cuda --dtype bf16
-step 60 benchmarks.tokens speed --models deit_base_patch16_224 --keep_rates 0.6 --batch-size 256 --rounds 5 --device cuda --dtype bf16 --compile
+step 60 benchmarks.tokens --models deit_base_patch16_224 --keep_rates 0.6 --batch-size 256 --rounds 5 --device cuda --dtype bf16 --compile
 step 30 benchmarks.attention_routes --device cuda --dtype bf16 --batch-size 64 --rounds 5
 step 120 benchmarks.one_shot_cost --model vit_large_patch16_224 --images 256 --batch-size 64 --device cuda
 step 40 benchmarks.handmade --model $model --device cuda --dtype bf16 --batch-size 256 --random 3 --rounds 5

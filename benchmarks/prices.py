@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.pruners import BATCH, Bench
+from benchmarks.footing import BATCH, Bench
 from pruning.align import align_
 from pruning.config import PruningConfig
 from pruning.one_shot import PRICING
@@ -50,12 +50,11 @@ def compare(found: Prices, expected: Prices) -> tuple[int, float, np.ndarray]:
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    args.measured = False
-    bench = Bench(args)
+    bench = Bench(args.initial_checkpoint, args.bench, args.table, args.calib)
     print(f"{device_name('cpu')}, {torch.get_num_threads()} threads, fp32, {args.calib} images")
     for seed in args.seeds:
         model = bench.model().requires_grad_(False)
-        images = bench.ef.normalise(bench.calibration(seed)[0])
+        images = bench.images(seed)
         align_(model, images.split(BATCH))
         groups, prices, seconds = PruningConfig().group_sizes(model.dims), {}, {}
         for name, price in PRICING.items():

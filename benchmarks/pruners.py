@@ -1,64 +1,53 @@
-"""What `benchmarks.accuracy_per_ms` compares: every pruner, from calibration images to a model at a latency ratio.
+"""Our pruners of the leaderboard, from calibration images to a model at any speed: NViT's rule, one-shot, SAViT.
 
-No pruner takes a gradient step, so that all see the same images once.
+None takes a gradient step, so that all see the same images once.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
-import sys
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latency.measure import settle_allocator
-from latency.table import LatencyTable
-from models import BlockDims, Masks, TokenLogits, ViTDims, build_vit, compact
-from models.pretrained import load_initial_, read_initial
+import main_savit
+from benchmarks.footing import BATCH, Bench, Pruner
+from engine import Precision
+from models import Masks, TokenLogits, compact
 from pruning.align import align_
 from pruning.allocation import allocate
 from pruning.config import AXES as WIDTHS
 from pruning.config import PruningConfig
 from pruning.gate_saliency import GateSaliency
+from pruning.gates import Gates
 from pruning.global_latency import GlobalPruner
 from pruning.one_shot import PRICING
-from pruning.refit import refit_
+from pruning.recovery import recover_
+from pruning.refit import refit_, unseen_of
 from pruning.saliency import EventMean, Saliency
 from pruning.value import ValuePruner
+from recipes import savit
+from recipes.api import random_batches
+from recipes.savit_scoring import GROUP, Scoring
 
-BATCH, LAMBDA, GROUPS_AT_ONCE = 64, 5e-4, 8
+LAMBDA, GROUPS_AT_ONCE = 5e-4, 8
+SAVIT_BATCH = 32  # images
 GRADIENT = {  # what each changes of the published rule
-    "published": {},
-    "align": dict(align="all"),
-    "align-blocks": dict(align="blocks"),
-    "compensate": dict(compensate=True),
-    "value": dict(selection=ValuePruner),
-    "gates": dict(saliency="gates"),
-    "gate-samples": dict(saliency="gate_samples"),
-    "gate-samples-teacher": dict(saliency="gate_samples", teacher=True),
-    "align-gate-samples": dict(align="all", saliency="gate_samples"),
-    "align-blocks-gate-samples": dict(align="blocks", saliency="gate_samples"),
-    "value-gate-samples": dict(selection=ValuePruner, saliency="gate_samples"),
-    "value-compensate": dict(selection=ValuePruner, compensate=True),
-    "value-gate-samples-compensate": dict(selection=ValuePruner, saliency="gate_samples", compensate=True),
-    "gradient-all": dict(selection=ValuePruner, saliency="gate_samples", teacher=True, align="all", compensate=True),
-    "gradient-all-blocks": dict(
-        selection=ValuePruner, saliency="gate_samples", teacher=True, align="blocks", compensate=True
-    ),
-    "gradient-all-published-selection": dict(saliency="gate_samples", teacher=True, align="all", compensate=True),
+    "nvit": {},
+    "nvit-align": dict(align="all"),
+    "nvit-align-blocks": dict(align="blocks"),
+    "nvit-compensate": dict(compensate=True),
+    "nvit-value": dict(selection=ValuePruner),
+    "nvit-gates": dict(saliency="gates"),
+    "nvit-gate-samples": dict(saliency="gate_samples"),
+    "nvit-gate-samples-teacher": dict(saliency="gate_samples", teacher=True),
+    "nvit-value-gate-samples": dict(selection=ValuePruner, saliency="gate_samples"),
+    "nvit-all": dict(selection=ValuePruner, saliency="gate_samples", teacher=True, align="all", compensate=True),
+    "nvit-all-published-selection": dict(saliency="gate_samples", teacher=True, align="all", compensate=True),
+    "magnitude": dict(saliency="magnitude"),
     "random": dict(saliency="random"),
-}
-PEERS = {
-    "torch-pruning-taylor": dict(crit="taylor"),
-    "torch-pruning-taylor-isomorphic": dict(crit="taylor", isomorphic=True),
-    "torch-pruning-taylor-isomorphic-heads": dict(crit="taylor", isomorphic=True, heads=True),
-    "torch-pruning-hessian-fixed": dict(crit="hessian-fixed"),
-    "torch-pruning-l2": dict(crit="l2"),
 }
 ONE_SHOT = {
     "one-shot": {},
@@ -69,67 +58,6 @@ ONE_SHOT = {
     "one-shot-tokens-content": dict(tokens=True, content=True),
     "one-shot-tokens-content-alone": dict(tokens=True, widths=False, content=True),
 }
-METHODS = (*GRADIENT, *ONE_SHOT, *PEERS)
-CLOSE, ROUNDS, TRIALS = 0.01, 5, 10
-
-
-def dims_of(model: nn.Module) -> ViTDims:
-    """Widths, of Torch-Pruning's models too."""
-    if hasattr(model, "dims"):
-        return model.dims
-    tokens = model.pos_embed.shape[1]
-    blocks = (
-        BlockDims(b.attn.num_heads, b.attn.head_dim, b.attn.head_dim, b.mlp.fc1.out_features, tokens)
-        for b in model.blocks
-    )
-    return ViTDims(model.patch_embed.proj.out_channels, tuple(blocks))
-
-
-class Bench:
-    """Data, dense model and latency that all methods share; `images` and `labels` calibrate, as the seed chooses."""
-
-    def __init__(self, args: Any) -> None:
-        sys.path.insert(0, str(args.bench))
-        import equal_footing
-
-        self.ef, self.args, self.table = equal_footing, args, LatencyTable.load(args.table)
-        self.arch, self.kwargs, self.state = read_initial(args.initial_checkpoint)
-        self.base = equal_footing.load_base(args.initial_checkpoint)
-        self.train, self.val = equal_footing.load_split("train"), equal_footing.load_split("val")
-        settle_allocator()
-
-    @functools.cached_property
-    def recovery(self) -> tuple[Tensor, Tensor]:
-        return self.ef.load_split("train", self.args.per_class)
-
-    def model(self, **kwargs: Any) -> nn.Module:
-        """The dense model as one of this project's, with further arguments."""
-        model = build_vit(self.arch, **self.kwargs, **kwargs)
-        load_initial_(model, self.state, self.args.initial_checkpoint)
-        return model.eval()
-
-    def calibration(self, seed: int) -> tuple[Tensor, Tensor]:
-        pick = torch.randperm(len(self.train[0]), generator=torch.Generator().manual_seed(seed))[: self.args.calib]
-        return self.train[0][pick], self.train[1][pick]
-
-    def ratio(self, model: nn.Module) -> float:
-        """To the dense model: measured, or by the table."""
-        if self.args.measured:
-            return self.ef.latency_ratio(self.base, model)[0]
-        return self.table.ratio(dims_of(model), dims_of(self.base))
-
-    def meet(self, make: Callable[[float], nn.Module], target: float) -> nn.Module:
-        """What `make` makes for a table's ratio, such that `ratio` is at or below the target, in a few rounds."""
-        aim, best = target, None
-        for _ in range(ROUNDS if self.args.measured else 1):
-            model = make(aim)
-            ratio = self.ratio(model)
-            if best is None or best[0] > target >= ratio or best[0] < ratio <= target:
-                best = ratio, model
-            if target - CLOSE <= ratio <= target:
-                break
-            aim = min(1.0, aim * (target - CLOSE / 2) / ratio)
-        return best[1]
 
 
 def _scores(model: nn.Module, saliency: EventMean, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -144,7 +72,7 @@ def _scores(model: nn.Module, saliency: EventMean, images: Tensor, labels: Tenso
     return saliency.close_window()
 
 
-class Gradient:
+class Gradient(Pruner):
     """Scores by gradients, and a cut by them: the published rule with the changes of a row of GRADIENT."""
 
     def __init__(
@@ -158,15 +86,16 @@ class Gradient:
         saliency: str = "weights",
         selection: type[GlobalPruner] = GlobalPruner,
     ) -> None:
+        super().__init__()
         torch.manual_seed(seed)
         self.bench, self.compensate, self.selection = bench, compensate, selection
-        images, labels = bench.calibration(seed)
-        self.images, self.dense = bench.ef.normalise(images), bench.model()
+        self.images, self.dense = bench.images(seed), bench.model()
         if align:
             align_(self.dense, self.images.split(BATCH), embedding=align == "all")
         masks, config = Masks(self.dense.dims), PruningConfig()
         self.groups = config.group_sizes(self.dense.dims)
-        self.regularization = 0.0 if saliency == "random" or selection is ValuePruner else LAMBDA
+        published = saliency not in ("random", "magnitude") and selection is not ValuePruner
+        self.regularization = LAMBDA if published else 0.0
         if saliency == "random":
             self.scores = {
                 axis: torch.rand(n, dtype=torch.float64) / self.groups[axis]
@@ -174,23 +103,24 @@ class Gradient:
             }
             return
         scored = copy.deepcopy(self.dense)
-        if saliency == "weights":
-            estimate = Saliency(scored, scored.dims, config.criterion)
+        if saliency in ("weights", "magnitude"):
+            criterion = config.criterion if saliency == "weights" else saliency
+            estimate = Saliency(scored, scored.dims, criterion)
         else:
             taught = TokenLogits(self.dense) if teacher else None
             scaler = torch.amp.GradScaler("cpu", enabled=False)
             estimate = GateSaliency(scored, masks, saliency, 0.0, scaler, taught)
-        self.scores = _scores(scored, estimate, self.images, labels)
+        self.scores = _scores(scored, estimate, self.images, bench.calibration(seed)[1])
 
     @torch.no_grad()
-    def __call__(self, target: float) -> nn.Module:
+    def __call__(self, aim: float) -> nn.Module:
         masks = Masks(self.dense.dims)
         pruner = self.selection(
             masks,
             self.bench.table,
             self.groups,
             regularization=self.regularization,
-            target=target,
+            target=aim,
             per_event=GROUPS_AT_ONCE,
         )
         while not (event := pruner.event(self.scores)).reached and event.groups:
@@ -210,7 +140,7 @@ def merging_of(tokens: bool = False, content: bool = False, **_: Any) -> dict[st
     return {name: True for name, used in dict(content_merge=content, lean_last=tokens).items() if used}
 
 
-class OneShot:
+class OneShot(Pruner):
     """This project's one-shot pruning: aligned, priced, allocated, and refitted or not; of widths, tokens or both,
     tokens merged by place or by content."""
 
@@ -224,65 +154,55 @@ class OneShot:
         content: bool = False,
         pricing: str = "gradient",
     ) -> None:
+        super().__init__()
         self.bench, self.refit = bench, refit
         self.dense = bench.model(**merging_of(tokens, content)).requires_grad_(False)
-        self.images = bench.ef.normalise(bench.calibration(seed)[0])
+        self.images = bench.images(seed)
         self.grid = self.dense.patch_embed.grid_size if tokens else None
         masks = Masks(self.dense.dims, grid=self.grid)
         self.groups = PruningConfig().group_sizes(masks, left_alone=() if widths else WIDTHS)
         align_(self.dense, self.images.split(BATCH))
         self.prices = PRICING[pricing](self.dense, self.images, self.groups, BATCH)
 
-    def __call__(self, target: float) -> nn.Module:
-        (dims, _), *_ = allocate(self.bench.table, self.dense.dims, self.groups, *self.prices, target)
-        masks = Masks.first(self.dense.dims, dims, grid=self.grid)
-        small = compact(self.dense, masks)
+    def __call__(self, aim: float) -> nn.Module:
+        choices = allocate(self.bench.table, self.dense.dims, self.groups, *self.prices, aim)
+        if not choices:
+            raise ValueError("no widths are as quick by the table")
+        return compact(self.dense, Masks.first(self.dense.dims, choices[0][0], grid=self.grid)).requires_grad_(True)
+
+    def finish(self, model: nn.Module) -> nn.Module:
         if self.refit:
-            refit_(self.dense, small, masks, self.images, BATCH)
-        return small.requires_grad_(True)
+            refit_(self.dense, model, Masks.first(self.dense.dims, model.dims, grid=self.grid), self.images, BATCH)
+        return model
+
+    def recover(self, model: nn.Module, images: Tensor, minutes: float) -> nn.Module:
+        """`model` after so many minutes of distillation on unlabelled images, in place."""
+        recover_(model, self.dense, random_batches(images, BATCH, 0.5), 60 * minutes, unseen_of(self.images), BATCH)
+        return model
 
 
-class TorchPruning:
-    """One of its modes, its sparsity bisected to the ratio."""
+class SAViT(Pruner):
+    """SAViT with interactions and the defaults of main_savit.py; an aim is a share of the MACs."""
 
-    def __init__(self, bench: Bench, seed: int, **mode: Any) -> None:
-        import torch_pruning_baseline as baseline
-
+    def __init__(self, bench: Bench, seed: int) -> None:
+        super().__init__()
         torch.manual_seed(seed)
-        plain = dict(isomorphic=False, heads=False, no_norm=False, round_to=4)
-        self.bench, self.baseline, self.flags = bench, baseline, SimpleNamespace(**plain | mode)
-        self.base = baseline.bind(copy.deepcopy(bench.base))
-        images, labels = bench.calibration(seed)
-        self.gradients = None
-        if mode["crit"] != "l2":
-            batch = 1 if mode["crit"] == "hessian-fixed" else BATCH  # it goes back through the batch for every image
-            self.gradients = baseline.gradients(self.base, mode["crit"], images, labels, batch)
+        flags = ["--need_hessian", "--mixup", "0", "--cutmix", "0", "--seed", str(seed)]
+        self.args = main_savit.get_args_parser().parse_args(flags)
+        self.model = bench.model().requires_grad_(False)
+        precision = Precision(torch.device("cpu"), None)
+        scoring = Scoring(self.args, self.model, None, precision)
+        labels = bench.calibration(seed)[1]
+        batches = list(zip(bench.images(seed).split(SAVIT_BATCH), labels.split(SAVIT_BATCH), strict=True))
+        with Gates(self.model).attach() as gates:
+            for start in range(0, len(batches), GROUP):
+                scoring.see(gates, batches[start : start + GROUP])
+        self.importance = scoring.importance()
 
-    def __call__(self, target: float) -> nn.Module:
-        low, high, best = 0.0, 0.95, None
-        for _ in range(TRIALS):
-            sparsity = (low + high) / 2
-            try:
-                model = self.baseline.prune(self.base, sparsity, self.gradients, self.flags)
-                ratio = self.bench.ratio(model)
-            except Exception as error:  # noqa: BLE001  it fails on some ratios, in ways of its own
-                print(f"sparsity {sparsity:.3f} failed: {error}")
-                high = sparsity
-                continue
-            if best is None or abs(ratio - target) < abs(best[0] - target):
-                best = ratio, model
-            if abs(ratio - target) < CLOSE:
-                break
-            low, high = (sparsity, high) if ratio > target else (low, sparsity)
-        if best is None:
-            raise ValueError("Torch-Pruning failed at every sparsity")
-        return best[1]
-
-
-def maker(bench: Bench, method: str, seed: int) -> Callable[[float], nn.Module]:
-    """What makes a method's model for a latency ratio; scoring is done once for all ratios."""
-    if method in PEERS:
-        return TorchPruning(bench, seed, **PEERS[method])
-    if method in GRADIENT:
-        return Gradient(bench, seed, **GRADIENT[method])
-    return OneShot(bench, seed, **ONE_SHOT[method])
+    @torch.no_grad()
+    def __call__(self, aim: float) -> nn.Module:
+        self.args.pruning_flops_percentage = 1 - aim
+        masks, _ = savit.select(self.args, self.model, self.importance, torch.device("cpu"))
+        masked = copy.deepcopy(self.model)
+        masks.install_(masked)
+        return compact(masked, masks).requires_grad_(True)

@@ -15,10 +15,11 @@ from benchmarks import (
     one_shot_cost,
     pruning_overhead,
     savit,
-    tokens,
+    shrink_time,
 )
 from benchmarks import latency as latency_targets
 from benchmarks.prices import compare
+from benchmarks.tome import tome
 from latency.table import LatencyTable
 from models import ViTDims, build_vit
 from pruning.probe import Prices
@@ -83,17 +84,11 @@ def test_latency_at_targets(tmp_path, capsys):
 def test_savit_scoring_prints_time_and_memory(tmp_path, capsys, tiny):
     kwargs = {key: value for key, value in tiny.items() if key != "arch"}
     torch.save(dict(arch=tiny["arch"], kwargs=kwargs, model=build_vit(**tiny).state_dict()), tmp_path / "dense.pth")
-    flags = ["scoring", "--initial-checkpoint", str(tmp_path / "dense.pth"), "--batches", "20", "--batch-size", "4"]
+    flags = ["--initial-checkpoint", str(tmp_path / "dense.pth"), "--batches", "20", "--batch-size", "4"]
     savit.main(savit.get_args_parser().parse_args(flags))
     printed = capsys.readouterr().out
     assert re.search(r"published schedule \d+\.\d s .*ours \d+\.\d s: \d\.\d{3} of it", printed)
     assert re.findall(r"memory of a batch, (\w+): \d+ MiB", printed) == ["published", "exact", "finite", "scores"]
-
-
-def test_savit_accuracy_reports_mean_and_spread(capsys):
-    rows = [dict(method="without", macs=0.5, oneshot=60.0 + i, finetuned=70.0 + i) for i in range(3)]
-    savit.report(rows)
-    assert "61.00 (60.00 to 62.00)" in capsys.readouterr().out
 
 
 def test_one_shot_cost_prints_its_stages(capsys, monkeypatch, tiny):
@@ -125,12 +120,12 @@ def test_checkpoint_overhead_prints_the_share(tmp_path, capsys):
 
 def test_bipartite_merging_of_the_benchmark(tiny, randomise, images):
     """With nothing merged it is the dense model; equal patches merge without a loss, and tokens get fewer block by
-    block; it is served as it is, ours without what a classifier does not read."""
+    block."""
     model = randomise(build_vit(**tiny)).eval()
     with torch.no_grad():
         for nothing in ([0, 0], [0, None]):
-            torch.testing.assert_close(tokens.tome(model, nothing)(images), model(images), rtol=1e-4, atol=1e-5)
-        merged = tokens.tome(model, [3, 3])
+            torch.testing.assert_close(tome(model, nothing)(images), model(images), rtol=1e-4, atol=1e-5)
+        merged = tome(model, [3, 3])
         counts = []
         for block in merged.blocks:
             block.register_forward_hook(lambda _, __, out: counts.append(out.shape[1]))
@@ -138,6 +133,10 @@ def test_bipartite_merging_of_the_benchmark(tiny, randomise, images):
         assert counts == [15, 12]
         model.pos_embed[:, 2:] = model.pos_embed[:, 2:3]
         flat = images.mean((2, 3), keepdim=True).expand_as(images)
-        torch.testing.assert_close(tokens.tome(model, [3, 3])(flat), model(flat), rtol=1e-4, atol=1e-5)
-    assert tokens.served(merged) is merged
-    assert tokens.served(model).blocks[-1].num_queries == 2 and model.blocks[-1].num_queries is None
+        torch.testing.assert_close(tome(model, [3, 3])(flat), model(flat), rtol=1e-4, atol=1e-5)
+
+
+def test_shrinking_is_timed_in_pairs(monkeypatch, capsys):
+    monkeypatch.setattr(shrink_time, "seconds", lambda flags, interval: 8.0 if interval else 10.0)
+    shrink_time.main(shrink_time.get_args_parser().parse_args(["--rounds", "2", "--", "--pruning", "--epochs", "1"]))
+    assert capsys.readouterr().out.splitlines()[-1] == "median 0.800 of the time"
