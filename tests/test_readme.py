@@ -15,7 +15,7 @@ import main_savit
 import main_savit_deploy
 import revit_scratch
 import run_with_submitit
-from benchmarks import faults, fuzz_run
+from benchmarks import faults, fuzz_run, leaderboard, strong_base
 from benchmarks import loader as loader_benchmark
 from benchmarks import savit as savit_benchmark
 from benchmarks import tokens as tokens_benchmark
@@ -36,6 +36,8 @@ PARSERS = {
     "main_savit.py": main_savit,
     "main_savit_deploy.py": main_savit_deploy,
     "benchmarks.savit": savit_benchmark,
+    "benchmarks.leaderboard": leaderboard,
+    "benchmarks.strong_base": strong_base,
     "tools.convert_importance": convert_importance,
     "tools.export": export,
     "tools.digits_folder": digits_folder,
