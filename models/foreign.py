@@ -22,29 +22,39 @@ from files.checkpoint import CheckpointError
 State = dict[str, Tensor]
 AVERAGES = ("state_dict_ema", "model_ema", "teacher")  # keys of moving averages; DINO's teacher is one of the student
 PLACES = ("state_dict", "model", "model_state_dict", "teacher", "student")  # keys of weights, the likelier first
-STEMS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")  # timm's, and transformers'
+STEM = "patch_embed.proj.weight"
+THEIR_STEM = re.compile(r"(.*\.)?embeddings\.patch_embedding(s\.projection)?\.weight")  # transformers'
 WRAPPERS = {"module", "_orig_mod", "model", "backbone", "net", "network", "student", "teacher"}
-LEFT_OVER = re.compile(r"(mask_token|n_averaged|decoder.*|pooler\..*|pre_logits\..*|head\.(mlp|last_layer)\..*)")
+LEFT_OVER = re.compile(
+    r"(mask_token|n_averaged|decoder.*|pooler\..*|pre_logits\..*|position_ids|"
+    r"head\.(mlp|last_layer|attention|layernorm|probe)\b.*)"  # of pretraining, and SigLIP's pooling by attention
+)
 EMA = re.compile(r"(^|[._])ema([._]|$)")
 TOKENS = ("cls_token", "dist_token", "reg_token")
-TRANSFORMERS = (  # names of ViT, DeiT and DINOv2, and timm's (of DINOv2: its authors', which timm's filter takes)
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
+TRANSFORMERS = (  # their names, and timm's (of DINOv2: its authors', which timm's filter takes)
+    (r"^embeddings\.patch_embedding(s\.projection)?\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embedding(s|\.weight)$", "pos_embed"),
+    (r"^embeddings\.class_embedding$", "cls_token"),
     (r"^embeddings\.distillation_token$", "dist_token"),
     (r"^embeddings\.", ""),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
+    (r"^(encoder\.)?layers?\.(\d+)\.", r"blocks.\2."),
+    (r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+    (r"\.(layernorm_before|layer_norm1)\.", ".norm1."),
+    (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.weights_in\.", ".mlp.w12."),
     (r"\.mlp\.weights_out\.", ".mlp.w3."),
-    (r"^layernorm\.", "norm."),
+    (r"^pre_layrnorm\.", "norm_pre."),  # CLIP's spelling
+    (r"^(layernorm|post_layernorm)\.", "norm."),
     (r"^(cls_)?classifier\.", "head."),
     (r"^distillation_classifier\.", "head_dist."),
 )
+QKV = re.compile(
+    r"(blocks\.\d+\.)(?:attention\.attention|attention|self_attn)\.([qkv])(?:uery|ey|alue|_proj)\.(weight|bias)"
+)
+RANKS = dict(pos_embed=3, cls_token=3)  # dimensions that timm has
 KINDS = (  # a pattern of names that cannot be read here, and whose they are
     (r"encoder_layer_\d+\.", "torchvision's names of a ViT"),
     (r"transformer\.resblocks\.", "CLIP's names"),
@@ -106,7 +116,7 @@ def _names(content: dict[str, Any]) -> list[str]:
 
 def _unprefixed(state: State, path: str, ema: bool) -> tuple[State, list[str]]:
     """(the weights without what wraps them, names of tensors beside them)."""
-    prefixes = sorted({n.removesuffix(STEMS[0]) for n in state if n == STEMS[0] or n.endswith(f".{STEMS[0]}")})
+    prefixes = sorted({n.removesuffix(STEM) for n in state if n == STEM or n.endswith(f".{STEM}")})
     if "" in prefixes:
         return state, []
     if len(prefixes) > 1:
@@ -127,11 +137,12 @@ def _unprefixed(state: State, path: str, ema: bool) -> tuple[State, list[str]]:
 
 
 def _transformers(state: State) -> tuple[State, list[str]] | None:
-    """As `_unprefixed`, where the names are Hugging Face transformers' of ViT, DeiT or DINOv2; else None."""
-    stem = next((name for name in state if name.endswith(STEMS[1])), None)
-    prefix = (stem or "").removesuffix(STEMS[1])
-    if stem is None or not any(name.startswith(f"{prefix}encoder.layer.0.") for name in state):
+    """As `_unprefixed`, where the names are Hugging Face transformers', of any version; else None."""
+    prefixes = [(match[1] or "") for name in state if (match := THEIR_STEM.fullmatch(name))]
+    layers = re.compile(r"(encoder\.)?layers?\.0\.")
+    if not prefixes or not any(layers.match(name.removeprefix(prefixes[0])) for name in state):
         return None
+    prefix = prefixes[0]
     outer = prefix.rpartition(".")[0].rpartition(".")[0]  # Lightning's model.vit.… has its classifier beside vit
     outer = f"{outer}." if outer else ""
     out, parts, left = {}, {}, []
@@ -144,13 +155,13 @@ def _transformers(state: State) -> tuple[State, list[str]] | None:
                 continue
         for pattern, timms in TRANSFORMERS:
             short = re.sub(pattern, timms, short)
-        if match := re.fullmatch(r"(blocks\.\d+\.)attention\.attention\.(query|key|value)\.(weight|bias)", short):
+        if match := QKV.fullmatch(short):
             parts.setdefault(f"{match[1]}attn.qkv.{match[3]}", {})[match[2]] = value
         else:
-            out[short] = value
+            out[short] = value[(None,) * max(0, RANKS.get(short, 0) - value.dim())]
     for name, of in parts.items():
         if len(of) == 3:
-            out[name] = torch.cat([of["query"], of["key"], of["value"]])
+            out[name] = torch.cat([of[kind] for kind in "qkv"])
     return out, left
 
 
@@ -171,7 +182,7 @@ def adapt(state: State, model: nn.Module, name: str, path: str) -> tuple[State, 
     except (AttributeError, RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(f"the weights of {path} do not fit {name}: {reason}{kind(before)}") from None
-    for key, what in (("pos_embed", "position embedding"), (STEMS[0], "patch embedding")):
+    for key, what in (("pos_embed", "position embedding"), (STEM, "patch embedding")):
         moved = key == "pos_embed" and "register_tokens" in before  # DINOv2's class token has taken its position
         was, now = (t[key].shape[1:] if key in t and t[key].dim() > 2 else () for t in (before, state))
         if was and now and was != now and not (moved and was[0] == now[0] + 1):
@@ -223,7 +234,7 @@ def kind(state: State) -> str:
     for pattern, whose in KINDS:
         if any(re.search(pattern, name) for name in state):
             return f"; these are {whose}"
-    stem = state.get(STEMS[0])
+    stem = state.get(STEM)
     if stem is None or stem.dim() != 4:
         return ""
     depth = 1 + max((int(m[1]) for name in state if (m := re.match(r"blocks\.(\d+)\.", name))), default=-1)

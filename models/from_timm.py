@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.arch import Arch
+from models.from_transformers import convert, is_transformers
 from models.parents import ModelError, why_not_plain
 
 PLAIN, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"  # where timm does not say which it is
@@ -82,9 +83,11 @@ def arch_of(model: VisionTransformer) -> Arch:
 def take(model: nn.Module) -> VisionTransformer:
     """A copy of a timm model as one of this project's, in eval mode, on its device. Raises ModelError.
 
-    A model of this project is copied as it is.
+    A vision model of transformers is converted; a model of this project is copied as it is.
     """
     model = unwrap(model)
+    if is_transformers(model):
+        return convert(model)
     if hasattr(model, "dims") and hasattr(model, "arch_kwargs"):
         return copy.deepcopy(model).eval()
     arch = arch_of(model)

@@ -138,14 +138,14 @@ def analyse(
 ) -> Study:
     """Align a model and price its widths; sizes for any latency then follow in seconds.
 
-    model: a timm plain Vision Transformer, with or without a classifier; it is left as it is. images: a tensor
-    (n, 3, H, W) prepared as the model expects, an iterable of such batches, alone or with labels, or a folder of image
-    files, nested or flat; `max_images` of them calibrate. table: a `LatencyTable` or its file; without one a coarse
-    table of the model's device, at `latency_batch_size`, is measured and kept for the next time, in the folder
-    `table_cache` or the user's cache folder. objective: `predictions` of the classifier, or
-    `features` for a model without one, of the `feature_tokens` class, patches, pooled or all. The width of features
-    stays, unless keep_output: then the embedding is pruned too, and the model ends in a linear layer, `head`, that
-    restores its width. progress: called with a line of text after every stage. Raises ValueError.
+    model: a plain Vision Transformer of timm or transformers, with or without a classifier; it is left as it is.
+    images: a tensor (n, 3, H, W) prepared as the model expects, an iterable of such batches, alone or with labels, or a
+    folder of image files, nested or flat; `max_images` of them calibrate. table: a `LatencyTable` or its file; without
+    one a coarse table of the model's device, at `latency_batch_size`, is measured and kept for the next time, in the
+    folder `table_cache` or the user's cache folder. objective: `predictions` of the classifier, or `features` for a
+    model without one, of the `feature_tokens` class, patches, pooled or all. The width of features stays, unless
+    keep_output: then the embedding is pruned too, and the model ends in a linear layer, `head`, that restores its
+    width. progress: called with a line of text after every stage. Raises ValueError.
     """
     say = progress or _say_nothing
     if isinstance(table, str | Path):

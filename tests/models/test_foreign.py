@@ -156,6 +156,50 @@ def test_deit_of_transformers(randomise, images, tmp_path):
         full_model(saved(tmp_path / "one.pth", one), arch=arch).check_classifier()
 
 
+def test_names_of_version_5_of_transformers(model, images, tmp_path):
+    state = {
+        name.replace("encoder.layer.", "layers.")
+        .replace("attention.attention.query", "attention.q_proj")
+        .replace("attention.attention.key", "attention.k_proj")
+        .replace("attention.attention.value", "attention.v_proj")
+        .replace("attention.output.dense", "attention.o_proj")
+        .replace("intermediate.dense", "mlp.fc1")
+        .replace(".output.dense", ".mlp.fc2"): value
+        for name, value in as_transformers(model.state_dict(), "vit.", dict(head="classifier")).items()
+    }
+    assert "vit.layers.0.attention.q_proj.weight" in state and "vit.layers.1.mlp.fc2.bias" in state
+    assert torch.equal(full_model(saved(tmp_path / "x.pth", state)).build().eval()(images), model(images))
+
+
+def test_clip_of_transformers(randomise, images, tmp_path):
+    """With its text model beside it; vectors where timm has tokens."""
+    arch = "vit_base_patch16_clip_224"
+    model = randomise(timm.create_model(arch, **KWARGS | CLASSES)).eval()
+    own, state = model.state_dict(), {"text_model.embeddings.token_embedding.weight": torch.ones(4, 3)}
+    theirs = (
+        (r"^blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.out_proj"),
+        (r"^blocks\.(\d+)\.norm([12])", r"encoder.layers.\1.layer_norm\2"),
+        (r"^blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"),
+        (r"^norm_pre", "pre_layrnorm"),
+        (r"^norm\.", "post_layernorm."),
+        (r"^patch_embed\.proj", "embeddings.patch_embedding"),
+        (r"^pos_embed", "embeddings.position_embedding.weight"),
+        (r"^cls_token", "embeddings.class_embedding"),
+    )
+    for name, value in own.items():
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                state[f"vision_model.encoder.layers.{match[1]}.self_attn.{part}_proj.{match[2]}"] = rows
+        elif not name.startswith("head"):
+            short = name
+            for pattern, to in theirs:
+                short = re.sub(pattern, to, short)
+            value = {"cls_token": value.flatten(), "pos_embed": value[0]}.get(name, value)
+            state[f"vision_model.{short}"] = value
+    built = full_model(saved(tmp_path / "x.pth", state), arch=arch).build().eval()
+    assert torch.equal(built.forward_features(images), model.forward_features(images))
+
+
 @pytest.mark.parametrize("registers", [0, 4])
 def test_dinov2_of_transformers(registers, randomise, images, tmp_path):
     arch = "vit_small_patch14_reg4_dinov2" if registers else "vit_small_patch14_dinov2"
