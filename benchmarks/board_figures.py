@@ -14,6 +14,7 @@ NAMES = {
     "prune-and-merge-content": "Prune and Merge, by content",
     "prune-and-merge-content-refitted": "Prune and Merge, by content, refitted",
     "tome": "ToMe",
+    "snapvit": "SnapViT",
     "magnitude": "magnitude",
     "random": "random",
 }

@@ -22,6 +22,7 @@ from models.pretrained import load_initial_, read_initial
 
 BATCH, LATENCY_BATCH = 64, 64
 CLOSE, VOID = 0.01, 0.015  # from the target: near enough to stop at, and too far to be compared
+ENDS, NARROW = ((0.0, 0.0), (1.0, 1.0)), 0.02  # aims and latencies, and a distance between aims
 TRIALS, SEARCHING, FINAL = 9, 5, 15  # models per target; rounds of interleaved measurement of each, and of the last
 
 
@@ -29,7 +30,7 @@ class Pruner:
     """A method's models of any speed from a bench and a seed; what does not depend on the speed is done once."""
 
     def __init__(self) -> None:
-        self.seen = [(0.0, 0.0), (1.0, 1.0)]  # aims and the latencies that they gave
+        self.seen = [*ENDS]  # aims and the latencies that they gave
 
     def __call__(self, aim: float) -> nn.Module:
         """A model of final widths, the quicker the lower `aim`, in (0, 1]. Raises ValueError where none is so quick."""
@@ -49,23 +50,29 @@ class Met(NamedTuple):
 
 
 def dims_of(model: nn.Module) -> ViTDims:
-    """Widths, of Torch-Pruning's models too."""
+    """Widths, of peers' models too."""
     if hasattr(model, "dims"):
         return model.dims
     tokens = model.pos_embed.shape[1]
     blocks = (
-        BlockDims(b.attn.num_heads, b.attn.head_dim, b.attn.head_dim, b.mlp.fc1.out_features, tokens)
+        BlockDims(b.attn.num_heads, b.attn.head_dim, b.attn.head_dim, len(b.mlp.fc1.weight), tokens)
         for b in model.blocks
     )
     return ViTDims(model.patch_embed.proj.out_channels, tuple(blocks))
 
 
 def next_aim(seen: list[tuple[float, float]], target: float) -> float:
-    """Where between the nearest aims around the target a line through their latencies meets it, not too near to one."""
-    low, latency_low = max(point for point in seen if point[1] <= target)
-    high, latency_high = min(point for point in seen if point[1] > target and point[0] > low)
-    share = (target - latency_low) / (latency_high - latency_low)
-    return low + (high - low) * min(max(share, 0.1), 0.9)
+    """Where a line through the nearest aims around the target meets it, not too near to either.
+
+    Aims that come too near to one another without meeting it were measured wrongly: they are forgotten, in `seen` too.
+    """
+    low = max(point for point in seen if point[1] <= target)
+    high = min(point for point in seen if point[1] > target and point[0] > low[0])
+    if high[0] - low[0] < NARROW and len(seen) > 2:
+        seen[:] = [point for point in seen if point not in (low, high) or point in ENDS]
+        return next_aim(seen, target)
+    share = (target - low[1]) / (high[1] - low[1])
+    return low[0] + (high[0] - low[0]) * min(max(share, 0.1), 0.9)
 
 
 class Bench:

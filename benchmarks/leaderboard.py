@@ -7,7 +7,8 @@ Every row is one method at one target with one seed, which chooses the calibrati
 tokens are really gone, cut until its latency, interleaved with the dense one in this process, is within 0.015 of the
 target. A row that is not is void, and stays in the table as such. --bench is the folder of equal_footing.py (data,
 stopwatch, recipe of finetuning) and torch_pruning_baseline.py, which needs torch-pruning installed. Rows that --rows
-holds already are not repeated; an interrupted benchmark continues where it stopped. `--report` makes no rows.
+holds already are not repeated; an interrupted benchmark continues where it stopped. `--report` makes no rows and shows
+those of all bases.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from benchmarks.footing import Bench, Pruner, dims_of
 from benchmarks.peers import TOKENS, TORCH_PRUNING, PruneAndMerge, ToMe, TorchPruning
 from benchmarks.pruners import GRADIENT, ONE_SHOT, Gradient, OneShot, SAViT
 from benchmarks.rows import append, read
+from benchmarks.snapvit import SnapViT
 from runtime.device import device_name
 
 METHODS = (*ONE_SHOT, *GRADIENT, "savit", *TOKENS, "tome", *TORCH_PRUNING)
@@ -38,6 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--base", required=True, metavar="FILE", help="the dense model, with its arch and kwargs inside")
     add("--bench", type=Path, default=Path("../shared/bench"), help="folder of equal_footing.py (default: %(default)s)")
+    add("--snapvit", type=Path, metavar="FOLDER", help="SnapViT's own code, which adds it (default: none)")
     add("--table", metavar="FILE", help="latency table to choose widths by (default: measured once and kept)")
     add("--rows", type=Path, default=Path("runs/leaderboard.jsonl"), help="rows, one a line (default: %(default)s)")
     add(
@@ -63,8 +66,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def pruner(bench: Bench, method: str, seed: int) -> Pruner:
+def pruner(args: argparse.Namespace, bench: Bench, method: str, seed: int) -> Pruner:
     """A method, scored on the calibration images of the seed."""
+    if method == "snapvit":
+        return SnapViT(bench, seed, args.snapvit)
     plain = dict(savit=SAViT, tome=ToMe)
     if method in plain:
         return plain[method](bench, seed)
@@ -75,9 +80,15 @@ def pruner(bench: Bench, method: str, seed: int) -> Pruner:
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
-    """What rows must share with those asked for, not to be made again."""
-    names = ("calib", "recover_minutes", "epochs", "per_class", "every")
+    """What was asked for, as a row says it."""
+    names = ("calib", "every", "per_class", "recover_minutes", "epochs")
     return dict(base=Path(args.base).stem) | {name: getattr(args, name) for name in names}
+
+
+def serves(row: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a row need not be made again: stages that were not asked for do no harm."""
+    wanted = ["base", "calib", "every", *(name for name in ("recover_minutes", "epochs") if asked[name])]
+    return all(row[name] == asked[name] for name in [*wanted, *(["per_class"] if len(wanted) > 3 else [])])
 
 
 def measure(args: argparse.Namespace, bench: Bench, make: Pruner, method: str, target: float, seed: int) -> dict:
@@ -107,32 +118,31 @@ def measure(args: argparse.Namespace, bench: Bench, make: Pruner, method: str, t
 def make_rows(args: argparse.Namespace, bench: Bench, rows: list[dict[str, Any]]) -> None:
     """Append what is missing to the rows and to their file."""
     begin, asked = time.monotonic(), conditions(args)
-    done = {(row["method"], row["target"], row["seed"]) for row in rows if asked.items() <= row.items()}
+    done = {(row["method"], row["target"], row["seed"]) for row in rows if "target" in row and serves(row, asked)}
     for seed in args.seeds:
-        for method in args.methods:
+        for method in [*args.methods, *(["snapvit"] if args.snapvit else [])]:
             left = [target for target in args.targets if (method, target, seed) not in done]
             make = None
             for target in left:
                 if time.monotonic() - begin > 60 * args.minutes:
                     return
-                make = make or pruner(bench, method, seed)
+                make = make or pruner(args, bench, method, seed)
                 rows.append(measure(args, bench, make, method, target, seed))
                 append(args.rows, rows[-1])
                 print(json.dumps({name: value for name, value in rows[-1].items() if name != "dims"}), flush=True)
 
 
 def main(args: argparse.Namespace) -> None:
-    rows = read(args.rows)
-    dense = {row["base"]: row["top1"]["right after"] for row in rows if row["method"] == "dense"}
+    rows, name = read(args.rows), Path(args.base).stem
+    dense = {r["base"]: r["top1"]["right after"] for r in rows if r["method"] == "dense" and r["every"] == args.every}
     if not args.report:
         bench = Bench(args.base, args.bench, args.table, args.calib, args.per_class, args.every)
-        name = Path(args.base).stem
         if name not in dense:
             dense[name] = round(bench.top1(bench.base), 2)
-            rows.append(dict(method="dense", base=name, top1={"right after": dense[name]}, every=args.every))
+            rows.append(dict(method="dense", base=name, every=args.every, top1={"right after": dense[name]}))
             append(args.rows, rows[-1])
         make_rows(args, bench, rows)
-    shown = [row for row in rows if row["method"] in args.methods and row.get("target") in args.targets]
+    shown = [row for row in rows if row.get("target") in args.targets and row["every"] == args.every]
     print(markdown(shown, dense))
     if args.plot:
         plot(shown, dense, args.plot)
