@@ -20,7 +20,7 @@ from models.tokens import train_matrices_
 from pruning import pm_vit, token_merging
 from recipes import calibration, pm_vit_options
 from recipes import pm_vit as steps
-from runtime.console import say
+from runtime.console import say, warn
 from runtime.device import device_name
 from runtime.errors import FailedTogether, Problems
 from runtime.folders import append_log, make_folder
@@ -141,8 +141,10 @@ def evaluate_compressed(args: argparse.Namespace, run: Run) -> None:
 
 def speed(args: argparse.Namespace, full: FullModel, dims: ViTDims, device: torch.device) -> None:
     """Images per second of the dense and of the compressed model, interleaved; both with fused attention."""
-    ratios, seconds = measure_ratios(full.arch, [dims], args.batch_size, device, compiled=args.compile)
-    dense = args.batch_size / seconds
+    measured = measure_ratios(full.arch, [dims], args.batch_size, device, compiled=args.compile)
+    ratios, dense = measured.ratios, args.batch_size / measured.dense_seconds
+    if measured.note:
+        warn(measured.note)
     say(
         f"{full.arch.name}, batch {args.batch_size}, fp32, {device_name(device)}: dense {dense:,.1f} images/s, "
         f"compressed {dense / ratios[0]:,.1f} images/s, {1 / ratios[0]:.2f}x"

@@ -87,9 +87,10 @@ def main(args: argparse.Namespace) -> None:
     chosen = [choose(lut, dense, scores, target, args)[0] for target in args.targets]
     for target, dims in zip(args.targets, chosen, strict=True) if args.dims_dir else ():
         (Path(args.dims_dir) / f"dims_{target}.json").write_text(json.dumps(dims.to_dict()))
-    ratios, seconds = measure_ratios(
+    ratios, seconds, *_ = outcome = measure_ratios(
         Arch.of(arch, **kwargs), chosen, batch, device, dtype, bool(compiled), rounds=args.rounds, builds=args.builds
     )
+    print(outcome.note or "undisturbed")
     rows = []
     for target, dims, measured in zip(args.targets, chosen, ratios, strict=True):
         predicted = lut.ratio(dims, dense)

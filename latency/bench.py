@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from latency.measure import DTYPES, WARM_UP, caller, settle_allocator, stopwatch, warm_up
+from latency.disturbance import Sample, Watch
+from latency.measure import DTYPES, WARM_UP, caller, settle_allocator, warm_up
 from latency.points import branches
 from models.arch import Arch
 from models.dims import BlockDims, ViTDims
 
 PASS_SECONDS = dict(cpu=0.0, cuda=0.006)  # what a pass of a branch lasts at least: one call on a CPU
 PASSES = 2  # of which the quickest counts
+RETRIES = 6  # passes more, where others took part of each
 LONG_SECONDS = 0.02  # a pass as long as this is the only one
 OTHER = dict(attention="mlp", mlp="attention")
 
@@ -94,6 +96,7 @@ class Bench:
         """What does not depend on the grid: conditions, clock and images."""
         self.device, self.dtype, self.at_once = torch.device(device), DTYPES[dtype], compiled
         self.clock: list[float] = []  # seconds of the reference
+        self.taken = self.disturbed = 0  # samples, and those of them of which others took part
         self._due = -math.inf
         settle_allocator()
         stem = parent.patch_embed
@@ -111,7 +114,8 @@ class Bench:
     def tick(self) -> None:
         """Measure the reference: the quickest of a few passes."""
         begin = time.perf_counter()
-        self.clock.append(min(stopwatch(self._reference, 1, self.device) for _ in range(PASSES)))
+        with Watch(self.device) as watch:
+            self.clock.append(self._quickest(lambda: watch.time(self._reference), PASSES))
         self._due = time.perf_counter() + max(0.2, 8 * (time.perf_counter() - begin))  # an eighth of all time
 
     @torch.inference_mode()
@@ -130,16 +134,28 @@ class Bench:
 
         passes = PASSES if quickest < LONG_SECONDS else 1
 
-        def timed() -> float:
-            random.choice(others)(stream)
-            return stopwatch(call, repeats, self.device)
-
         samples = []
-        for _ in range(count):
-            if time.perf_counter() >= self._due:
-                self.tick()
-            samples.append((min(timed() for _ in range(passes)), len(self.clock) - 1))
+        with Watch(self.device) as watch:
+
+            def take() -> Sample:
+                random.choice(others)(stream)
+                return watch.time(call, repeats)
+
+            for _ in range(count):
+                if time.perf_counter() >= self._due:
+                    self.tick()
+                samples.append((self._quickest(take, passes), len(self.clock) - 1))
         return samples
+
+    def _quickest(self, take: Callable[[], Sample], passes: int) -> float:
+        """Seconds of the quickest undisturbed of some passes; where each is disturbed, of the least of a few more."""
+        taken = [take() for _ in range(passes)]
+        while len(taken) < passes + RETRIES and all(sample.is_disturbed for sample in taken):
+            taken.append(take())
+        clean = [sample for sample in taken if not sample.is_disturbed]
+        self.taken += 1
+        self.disturbed += not clean
+        return min(clean).seconds if clean else min(taken, key=lambda sample: sample.lost).seconds
 
 
 def _without_storage(arch: Arch, embed: int, blocks: Iterable[BlockDims]) -> nn.Sequential:

@@ -24,16 +24,20 @@ import torch
 from tqdm import tqdm
 
 import options
+from latency.assemble import assemble
 from latency.bench import Bench
-from latency.fit import choose_models, correct, fit
+from latency.disturbance import MOSTLY
+from latency.disturbance import describe as disturbances
+from latency.fit import choose_models
 from latency.measure import DTYPES, compile_mode
 from latency.quick import describe
 from latency.runtimes import RuntimeBench, RuntimeFailed
-from latency.samples import NOISY, Progress, sample_all
+from latency.samples import NOISY, OutOfTime, Progress
+from latency.steady import steady_threads
 from latency.swin_bench import SwinBench
 from latency.table import LatencyTable
 from latency.table_plan import find_problems, grid_for, read_arch, runtime_of
-from latency.whole import measure_ratios
+from latency.whole import Measured, measure_ratios
 from models import Arch
 from models.swin_dims import Dims
 from runtime.console import complain, say_next, say_result
@@ -76,6 +80,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=3,
         metavar="N",
         help="measurements of each point, at least 2 (default: %(default)s)",
+    )
+    add(
+        "--max_minutes",
+        type=float,
+        default=240,
+        metavar="MIN",
+        help="end with exit code 1 where the parts are not measured after this long; the same command then continues "
+        "(default: %(default)s)",
     )
     add("--points", nargs="*", default=[], metavar="AXIS=N", help="points per axis, e.g. embed=5 heads=4 qk=5 v=5")
     add(
@@ -122,9 +134,20 @@ def _share(spread: float) -> str:
 
 
 def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
-    """The measured table, saved, and the number of points measured. Continues an interrupted run."""
-    arch = read_arch(args)
-    dims, fixed = arch.dims, arch.left_alone
+    """The measured table, saved, and the number of points measured. Continues an interrupted run.
+
+    Where others disturb it, it is measured with fewer threads.
+    """
+    arch, wanted = read_arch(args), torch.get_num_threads()
+    if args.runtime or args.compile:
+        return _build(args, arch, wanted)
+    device = torch.device(args.device)
+    with steady_threads(arch, args.batch_size, device, args.dtype, partial(complain, "warning")):
+        return _build(args, arch, wanted)
+
+
+def _build(args: argparse.Namespace, arch: Arch, wanted: int) -> tuple[LatencyTable, int]:
+    dims, fixed, until = arch.dims, arch.left_alone, time.perf_counter() + 60 * args.max_minutes
     grid, where = grid_for(args, dims, fixed), runtime_of(args)
     progress = Progress(args.output, settings := settings_of(args, arch, grid))
     if where:
@@ -133,37 +156,33 @@ def build(args: argparse.Namespace) -> tuple[LatencyTable, int]:
     else:
         kind = SwinBench if arch.is_swin else Bench
         bench = kind(arch, grid, args.batch_size, args.device, args.dtype, args.compile)
-
-        def measure(chosen: Sequence[Dims]) -> tuple[np.ndarray, float]:
-            return measure_ratios(
-                arch,
-                chosen,
-                args.batch_size,
-                bench.device,
-                args.dtype,
-                args.compile,
-                rounds=FIT_ROUNDS,
-                builds=FIT_BUILDS,
-                progress=partial(tqdm, desc="whole models", leave=False, disable=None),
-            )
-
-    sample_all(bench, progress, args.rounds)
+        measure = partial(_measure_models, args, arch, bench.device)
+    models, say = choose_models(dims, fixed), partial(complain, "warning")
+    table = assemble(
+        bench, progress, args.rounds, dims, models, measure, meta=settings, wanted=wanted, say=say, until=until
+    )
     spreads = {key: progress.spread(key) for key in progress.samples}
     warn_of_noise(spreads)
-    table = LatencyTable.of_parts(progress.seconds(), settings)
-    factor, constant = fit(table, dims, choose_models(dims, fixed), measure)
-    table = correct(
-        table,
-        factor,
-        constant,
-        date=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        complete=True,
-        noise=float(np.median([s for s in spreads.values() if s < math.inf] or [1])),
-        fit=dict(factor=factor, constant=constant),
-    )
+    if (disturbed := table.meta["disturbed"]) > MOSTLY:
+        say(f"the latency table: {disturbances(torch.get_num_threads(), wanted, disturbed)}")
+    table.meta["noise"] = float(np.median([s for s in spreads.values() if s < math.inf] or [1]))
     table.save(args.output)
     progress.path.unlink()
     return table, len(progress.samples)
+
+
+def _measure_models(args: argparse.Namespace, arch: Arch, device: torch.device, chosen: Sequence[Dims]) -> Measured:
+    return measure_ratios(
+        arch,
+        chosen,
+        args.batch_size,
+        device,
+        args.dtype,
+        args.compile,
+        rounds=FIT_ROUNDS,
+        builds=FIT_BUILDS,
+        progress=partial(tqdm, desc="whole models", leave=False, disable=None),
+    )
 
 
 def _stop(*_: Any) -> None:
@@ -191,6 +210,10 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"interrupted; the same command continues from {args.output}.part", file=sys.stderr)
         return 130
+    except OutOfTime:
+        line = f"not done after --max_minutes {args.max_minutes:g}; the same command continues from {args.output}.part"
+        complain("error", line)
+        return 1
     except (torch.OutOfMemoryError, OSError, RuntimeFailed) as error:
         complain("error", failure(error, args))
         return 1

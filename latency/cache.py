@@ -14,11 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from platformdirs import user_cache_dir
 
 from files.atomic import write_compact_json
+from latency.disturbance import MOSTLY, describe
 from latency.grid import LatencyTableError
 from latency.quick import describe_coarse, measure_table
+from latency.steady import steady_threads
 from latency.table import LatencyTable
 from models.arch import Arch
 from runtime.seeds import preserved_random_state
@@ -44,20 +47,44 @@ def find_or_measure(
     by_tokens: at several token counts. folder: where tables are kept, by default `default_folder()`; one that cannot be
     written costs a measurement every time. progress: called with a line about what is done. No random generator moves.
     """
-    meta = json.loads(json.dumps(describe_coarse(arch, batch_size, device, dtype, by_tokens)))
-    path = (Path(folder) if folder else default_folder()) / file_name(meta)
+    folder, wanted = Path(folder) if folder else default_folder(), torch.get_num_threads()
+    conditions = arch, batch_size, device, dtype, by_tokens
+    if table := _find(conditions, folder, progress):
+        return table
+    with preserved_random_state(), steady_threads(arch, batch_size, torch.device(device), dtype, progress) as threads:
+        if threads < wanted and (table := _find(conditions, folder, progress)):
+            return table
+        return _measure(conditions, folder, progress, wanted)
+
+
+def _path_and_meta(conditions: tuple, folder: Path) -> tuple[Path, dict[str, Any]]:
+    meta = json.loads(json.dumps(describe_coarse(*conditions)))
+    return folder / file_name(meta), meta
+
+
+def _find(conditions: tuple, folder: Path, progress: Callable[[str], None]) -> LatencyTable | None:
+    """The table that was kept of these conditions and the threads of torch."""
+    path, meta = _path_and_meta(conditions, folder)
     if table := _read(path, meta, progress):
         progress(f"latency table: {path}, measured on this device on {table.meta['date'][:10]}")
-        return table
+    return table
+
+
+def _measure(conditions: tuple, folder: Path, progress: Callable[[str], None], wanted: int) -> LatencyTable:
+    """Measure a table, and keep it unless others disturbed most of it without a correction."""
+    path, meta = _path_and_meta(conditions, folder)
+    arch, batch_size, _, dtype, _ = conditions
     progress(
         f"no latency table is named and none is kept: measuring a coarse one of {arch.name} on {meta['device']}, batch "
         f"{batch_size}, {dtype}; this takes about a minute"
     )
     begin = time.perf_counter()
-    with preserved_random_state():
-        table = measure_table(arch, batch_size, device, dtype, by_tokens)
+    table = measure_table(*conditions, progress, wanted)
+    if (disturbed := table.meta.get("disturbed", 0)) > MOSTLY:
+        progress(describe(meta["threads"], meta["threads"], disturbed))
+    kept = _keep(table, path) if disturbed <= MOSTLY else "it is not kept for the next time"
     dense = f"{1e3 * table.model_seconds(arch.dims):.1f} ms per batch of {batch_size}"
-    progress(f"latency table: {dense}, measured in {time.perf_counter() - begin:.0f} s; {_keep(table, path)}")
+    progress(f"latency table: {dense}, measured in {time.perf_counter() - begin:.0f} s; {kept}")
     table.name = str(path)
     return table
 

@@ -19,13 +19,14 @@ from torch import nn
 
 import options
 from files import checkpoint
+from latency.disturbance import describe
 from latency.kernels import attention_kernels
 from latency.measure import DTYPES, Timing, compile_mode, interleaved, ratio
 from latency.whole import build_random
 from models import Arch
 from models.foreign import adapt
 from models.pretrained import find_initial, from_checkpoint, load_initial_, read_dims
-from runtime.console import say, table
+from runtime.console import say, table, warn
 from runtime.device import device_name
 from runtime.errors import Problems, RunFailed
 from runtime.folders import write_json
@@ -113,13 +114,14 @@ def measure(args: argparse.Namespace, models: dict[str, nn.Module], batch: int, 
     stem, compiled = next(iter(models.values())).patch_embed, mode == "compiled"
     images = torch.randn(batch, stem.proj.in_channels, *stem.img_size, device=args.device)
     samples: dict[str, list[float]] = {name: [] for name in models}
-    kept = []
+    kept, disturbed = [], []
     for _ in range(1 if compiled else args.copies):
         kept.append({name: copy.deepcopy(model) for name, model in models.items()})
         timings = interleaved(kept[-1], images, args.rounds, dtype=args.dtype, compiled=compiled)
         for name, timing in timings.items():
             samples[name] += timing.samples
-    return {name: Timing.of(seconds) for name, seconds in samples.items()}
+            disturbed.append(timing.disturbed)
+    return {name: Timing.of(seconds, sum(disturbed) / len(disturbed)) for name, seconds in samples.items()}
 
 
 def kernels(args: argparse.Namespace, models: dict[str, nn.Module], batch: int) -> dict[str, str]:
@@ -149,6 +151,7 @@ def report(args: argparse.Namespace, models: dict[str, nn.Module], batch: int, m
                 images_per_second=batch / t.median,
                 speed_up=times.median,
                 speed_up_quartiles=[times.q1, times.q3],
+                disturbed=t.disturbed,
                 attention=used[name],
             )
         )
@@ -165,6 +168,9 @@ def report(args: argparse.Namespace, models: dict[str, nn.Module], batch: int, m
         )
     how = f"compiled ({compile_mode(args.device)})" if mode == "compiled" else mode
     say(f"\nbatch {batch}, {args.dtype}, {how}, {device_name(args.device)}, torch {torch.__version__}, n {base.n}")
+    threads = torch.get_num_threads()
+    if note := describe(threads, threads, base.disturbed):
+        warn(note)
     say(table(["model", "median ms", "quartiles", "images/s", "speed-up", "quartiles", "attention (eager)"], rows))
     return figures
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -18,7 +18,17 @@ MODELS = 11  # narrow to wide, beside the dense one
 MOST_CONSTANT = 0.1  # of the dense model's time
 NOISE = 0.03  # relative errors beyond this count less: they are the machine's
 
-Measure = Callable[[Sequence[Dims]], tuple[np.ndarray, float]]  # -> (ratios to dense, seconds of dense)
+MOST_ERROR = 0.1  # mean, above which parts and whole models disagree
+Measure = Callable[[Sequence[Dims]], Sequence[Any]]  # -> ratios to dense, seconds of dense, and maybe more
+
+
+class Fit(NamedTuple):
+    """factor: of the table's predictions; constant: seconds to add outside the blocks; error: mean relative one, after
+    that, of what the fit was made to."""
+
+    factor: float
+    constant: float
+    error: float
 
 
 def choose_models(dims: Dims, fixed: Collection[str] = (), seed: int = 0, count: int = MODELS) -> list[Dims]:
@@ -40,13 +50,13 @@ def choose_models(dims: Dims, fixed: Collection[str] = (), seed: int = 0, count:
     ]
 
 
-def fit(table: LatencyTable, dense: Dims, chosen: Sequence[Dims], measure: Measure) -> tuple[float, float]:
-    """(factor of the table's predictions, seconds to add outside the blocks), so that models come out as measured.
+def fit(table: LatencyTable, dense: Dims, chosen: Sequence[Dims], measure: Measure) -> Fit:
+    """What brings the table's predictions to what models measure.
 
     Robust least squares of relative errors over the dense model and `chosen`. The seconds are what does not shrink with
     the widths: without them, small models come out too fast.
     """
-    ratios, dense_seconds = measure(chosen)
+    ratios, dense_seconds, *_ = measure(chosen)
     measured = dense_seconds * np.array([1.0, *ratios])
     predicted = np.array([table.model_seconds(d) for d in (dense, *chosen)])
     common, most = float(np.median(measured / predicted)), MOST_CONSTANT * dense_seconds
@@ -55,7 +65,7 @@ def fit(table: LatencyTable, dense: Dims, chosen: Sequence[Dims], measure: Measu
         return (x[0] * common * predicted + x[1] * most) / measured - 1
 
     solution = least_squares(errors, (1.0, 0.1), bounds=([0.5, 0], [2, 1]), loss="soft_l1", f_scale=NOISE)
-    return float(solution.x[0] * common), float(solution.x[1] * most)
+    return Fit(float(solution.x[0] * common), float(solution.x[1] * most), float(np.abs(errors(solution.x)).mean()))
 
 
 def correct(table: LatencyTable, factor: float, constant: float, **meta: Any) -> LatencyTable:

@@ -17,14 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from latency.disturbance import LOST, Sample, Watch, seconds_on_gpu
+
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 SETTLING_BYTES = 31 << 20  # just under the 32 MiB up to which glibc's allocator adapts
 WARM_UP = dict(cpu=3, cuda=50)  # passes of a model
+PATIENCE = 3  # times what the rounds would take undisturbed, for which disturbed ones are replaced
+HOPELESS = 0.2  # share of undisturbed rounds below which replacing ends after as many more as were asked for
+LEAST_SECONDS = 1.0  # and at least so long
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per batch: median, quartiles and minimum over n samples, and the samples in the order of the rounds."""
+    """Seconds per batch: median, quartiles and minimum over n samples, and the samples in the order of the rounds.
+
+    disturbed: share of the rounds in which other processes took part of the time; see `latency.disturbance`.
+    """
 
     median: float
     q1: float
@@ -32,11 +40,12 @@ class Timing:
     min: float
     n: int
     samples: tuple[float, ...]
+    disturbed: float = 0.0
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Timing:
+    def of(cls, samples: Sequence[float], disturbed: float = 0.0) -> Timing:
         q1, median, q3 = map(float, np.quantile(samples, (0.25, 0.5, 0.75)))
-        return cls(median, q1, q3, float(min(samples)), len(samples), tuple(map(float, samples)))
+        return cls(median, q1, q3, float(min(samples)), len(samples), tuple(map(float, samples)), disturbed)
 
 
 class Ratio(NamedTuple):
@@ -70,14 +79,7 @@ def settle_allocator() -> None:
 def stopwatch(call: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Seconds per call over `repeats` calls in a row; on a GPU between two events, the queue empty before and after."""
     if device.type == "cuda":
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(repeats):
-            call()
-        stop.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(stop) / 1e3 / repeats
+        return seconds_on_gpu(call, repeats, device)
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -128,7 +130,8 @@ def interleaved(
 
     dtype: fp32, or bf16 / fp16, for which weights and images are cast (no autocast: this is how a model is deployed);
     the caller's models keep their own type. compiled: under torch.compile. One sample is as many passes as last
-    `min_seconds`. Raises ValueError for another dtype, fewer than one round, or a model on another device.
+    `min_seconds`. Rounds that other processes disturb are replaced for a while, and on a machine that is never quiet
+    there may be fewer. Raises ValueError for another dtype, fewer than one round, or a model on another device.
     """
     if dtype not in DTYPES or rounds < 1:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)} and rounds at least 1, not {dtype!r} and {rounds}")
@@ -137,15 +140,38 @@ def interleaved(
         if any(p.device != device for p in model.parameters()):
             raise ValueError(f"model {name} is not on the images' device, {device}")
     settle_allocator()
-    samples: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode(), ExitStack() as stack:
         if compiled:  # every model is one more compilation of the same forward
             stack.enter_context(torch._dynamo.config.patch(recompile_limit=8 + 2 * len(models)))
         ready = {name: stack.enter_context(_ready(model, dtype)) for name, model in models.items()}
         passes = {name: caller(model, images, compiled) for name, model in ready.items()}
         calls = WARM_UP[device.type]
-        repeats = {name: math.ceil(min_seconds / warm_up(call, device, calls)) for name, call in passes.items()}
-        for _ in range(rounds):
-            for name, call in passes.items():
-                samples[name].append(stopwatch(call, repeats[name], device))
-    return {name: Timing.of(s) for name, s in samples.items()}
+        quickest = {name: warm_up(call, device, calls) for name, call in passes.items()}
+        repeats = {name: math.ceil(min_seconds / seconds) for name, seconds in quickest.items()}
+        limit = LEAST_SECONDS + PATIENCE * rounds * sum(repeats[name] * quickest[name] for name in passes)
+        with Watch(device) as watch:
+
+            def take() -> dict[str, Sample]:
+                return {name: watch.time(call, repeats[name]) for name, call in passes.items()}
+
+            kept = _clean_rounds(take, rounds, limit)
+    disturbed = sum(map(_is_disturbed, kept)) / len(kept)
+    return {name: Timing.of([taken[name].seconds for taken in kept], disturbed) for name in models}
+
+
+def _is_disturbed(taken: dict[str, Sample]) -> bool:
+    return any(sample.is_disturbed for sample in taken.values())
+
+
+def _clean_rounds(take: Callable[[], dict[str, Sample]], rounds: int, limit: float) -> list[dict[str, Sample]]:
+    """Rounds in the order in which they were taken: undisturbed ones, and where too few of them come within `limit`
+    seconds, the least disturbed of the others; fewer than asked for where each takes very long."""
+    begin, taken, clean = time.perf_counter(), [], 0
+    while clean < rounds and (time.perf_counter() - begin < limit or not taken):
+        if len(taken) >= 2 * rounds and clean < HOPELESS * len(taken):
+            break
+        taken.append(take())
+        clean += not _is_disturbed(taken[-1])
+    lost = [max(sample.lost for sample in samples.values()) for samples in taken]
+    best = sorted(range(len(taken)), key=lambda i: (lost[i] > LOST) * lost[i])[:rounds]
+    return [taken[i] for i in sorted(best)]

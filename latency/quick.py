@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 
+from latency.assemble import assemble
 from latency.bench import Bench
-from latency.fit import choose_models, correct, fit
+from latency.fit import choose_models
 from latency.points import grid_of
-from latency.samples import Progress, sample_all
+from latency.samples import Progress
 from latency.swin_bench import SwinBench
 from latency.table import STAGE, LatencyTable
-from latency.whole import measure_ratios
+from latency.whole import Measured, measure_ratios
 from models.arch import Arch
 from models.swin_dims import Dims
 from runtime.device import device_name
@@ -69,19 +69,35 @@ def describe_coarse(arch: Arch, batch_size: int, device: str, dtype: str, by_tok
 
 
 def measure_table(
-    arch: Arch, batch_size: int, device: str = "cpu", dtype: str = "fp32", by_tokens: bool = False
+    arch: Arch,
+    batch_size: int,
+    device: str = "cpu",
+    dtype: str = "fp32",
+    by_tokens: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+    wanted: int = 0,
 ) -> LatencyTable:
-    """A table of a model's blocks, measured now in torch: as `latency.build_table`, of fewer points and rounds."""
+    """A table of a model's blocks, measured now in torch: as `latency.build_table`, of fewer points and rounds.
+
+    progress: called with a line where others disturb it. wanted: threads that were asked for, where they are more than
+    those of torch.
+    """
     meta = describe_coarse(arch, batch_size, device, dtype, by_tokens)
 
-    def measure(chosen: Sequence[Dims]) -> tuple[np.ndarray, float]:
+    def measure(chosen: Sequence[Dims]) -> Measured:
         return measure_ratios(arch, chosen, batch_size, torch.device(device), dtype, rounds=5, builds=BUILDS)
 
     bench = (SwinBench if arch.is_swin else Bench)(arch, meta["grid"], batch_size, device, dtype, compiled=False)
     with tempfile.TemporaryDirectory() as folder:
-        progress = Progress(str(Path(folder) / "table.json"), meta)
-        sample_all(bench, progress, ROUNDS)
-        table = LatencyTable.of_parts(progress.seconds(), meta)
-    factor, constant = fit(table, arch.dims, choose_models(arch.dims, arch.left_alone, count=MODELS), measure)
-    when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return correct(table, factor, constant, date=when, complete=True, fit=dict(factor=factor, constant=constant))
+        return assemble(
+            bench,
+            Progress(str(Path(folder) / "table.json"), meta),
+            ROUNDS,
+            arch.dims,
+            choose_models(arch.dims, arch.left_alone, count=MODELS),
+            measure,
+            meta=meta,
+            wanted=wanted or torch.get_num_threads(),
+            say=progress,
+            until=math.inf,
+        )

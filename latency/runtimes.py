@@ -50,7 +50,7 @@ class OnnxRuntime:
         try:
             import onnxruntime
         except ImportError:
-            raise ValueError("--runtime onnxruntime: pip install onnxruntime onnx onnxscript first") from None
+            raise ValueError("--runtime onnxruntime is the extra onnx: pip install '.[onnx]' first") from None
         self.module, self.threads = onnxruntime, threads
         self.provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
         if self.provider not in onnxruntime.get_available_providers():

@@ -93,8 +93,15 @@ class Progress:
         return float(np.subtract(*np.quantile(quiet, (0.75, 0.25))) / np.median(quiet)) if len(quiet) > 1 else math.inf
 
 
-def sample_all(bench: Source, progress: Progress, rounds: int) -> None:
-    """Measure every key once a round, in random order; then the unsettled ones, for half as long at most."""
+class OutOfTime(RuntimeError):
+    """A measurement that did not end within its time limit; what was measured is kept."""
+
+
+def sample_all(bench: Source, progress: Progress, rounds: int, limit: float = math.inf) -> None:
+    """Measure every key once a round, in random order; then the unsettled ones, for half as long at most.
+
+    limit: of `time.perf_counter`, after which OutOfTime is raised.
+    """
     bench.clock = progress.clock
     visits, per_visit = (1, rounds) if bench.at_once else (rounds, 1)
     keys = {"/".join(key): key for key in bench.keys}
@@ -102,6 +109,8 @@ def sample_all(bench: Source, progress: Progress, rounds: int) -> None:
     def visit(names: list[str], title: str, until: float = math.inf) -> None:
         random.shuffle(names)
         for name in tqdm(names, desc=title, unit="point", leave=False, mininterval=0.5, disable=None):
+            if time.perf_counter() >= limit:
+                raise OutOfTime("the time limit is over")
             if time.perf_counter() < until:
                 new = bench.samples(keys[name], per_visit)
                 progress.samples.setdefault(name, []).extend(new)

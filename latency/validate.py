@@ -24,7 +24,7 @@ from latency.fit import choose_models, correct, fit
 from latency.measure import DTYPES
 from latency.points import random_dims
 from latency.table import LatencyTable
-from latency.whole import BUILDS, ROUNDS, measure_ratios
+from latency.whole import BUILDS, ROUNDS, Measured, measure_ratios
 from models import Arch
 from models.pretrained import read_dims
 from models.swin_dims import Dims
@@ -91,9 +91,9 @@ class Check:
         self.device, self.compiled = device_for(args.device, lut), bool(meta.get("compile"))
         self.rounds, self.builds = args.rounds, args.builds
 
-    def measure(self, chosen: list[Dims]) -> tuple[np.ndarray, float]:
-        """(measured ratios to dense, seconds of the dense model)."""
-        return measure_ratios(
+    def measure(self, chosen: list[Dims]) -> Measured:
+        """Measured ratios to dense; a line says where others disturbed them."""
+        measured = measure_ratios(
             self.arch,
             chosen,
             self.batch,
@@ -104,11 +104,14 @@ class Check:
             builds=self.builds,
             progress=partial(tqdm, desc="models", unit="group", leave=False, disable=None),
         )
+        if measured.note:
+            warn(measured.note)
+        return measured
 
     def fit(self) -> LatencyTable:
         """The corrected table; `_meta` says by how much, and when."""
         chosen = choose_models(self.dense, self.fixed, seed=1)
-        factor, constant = fit(self.lut, self.dense, chosen, self.measure)
+        factor, constant, _ = fit(self.lut, self.dense, chosen, self.measure)
         say(f"fit to {1 + len(chosen)} models: x {factor:.4f}, + {1e3 * constant:.3f} ms outside the blocks")
         note = dict(factor=factor, constant=constant, models=1 + len(chosen), date=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
         return correct(self.lut, factor, constant, refit=note)
@@ -148,7 +151,7 @@ def check_args(args: argparse.Namespace) -> tuple[Check, list[Dims]]:
 
 def report(check: Check, names: list[str], chosen: list[Dims], plot: str | Path) -> None:
     """Print the table of predicted and measured ratios, their mean and worst error; draw them."""
-    measured, dense_seconds = check.measure(chosen)
+    measured, dense_seconds, *_ = check.measure(chosen)
     predicted = np.array([check.lut.ratio(dims, check.dense) for dims in chosen])
     errors = predicted / measured - 1
     rows: list[list[Any]] = [

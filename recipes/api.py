@@ -112,9 +112,10 @@ class Study:
         """Measured latency of widths, relative to the dense model, under the table's conditions."""
         meta, device = self.table.meta, next(self.analysis.dense.parameters()).device
         arch = Arch.of_model(self.analysis.dense)
-        return float(
-            measure_ratios(arch, [dims], meta.get("batch", LATENCY_BATCH), device, meta.get("dtype", "fp32"))[0][0]
-        )
+        measured = measure_ratios(arch, [dims], meta.get("batch", LATENCY_BATCH), device, meta.get("dtype", "fp32"))
+        if measured.note:
+            self.progress(measured.note)
+        return float(measured.ratios[0])
 
 
 def _say_nothing(line: str) -> None:

@@ -30,7 +30,7 @@ def test_the_readme_fits_and_its_snippet_runs(runs, monkeypatch):
     path, size = runs["tuned"] / "ft_checkpoint.pth", dict(img_size=16, patch_size=4, depth=2, num_heads=4)
     model = timm.create_model("vit_tiny_patch16_224", embed_dim=32, **size)
     names = dict(model=model, images=torch.randn(64, 3, 16, 16))
-    monkeypatch.setattr(api, "measure_table", lambda model, _: table_of_macs(model.dims))
+    monkeypatch.setattr(api, "find_or_measure", lambda arch, *_, **__: table_of_macs(arch.dims))
     monkeypatch.setattr(api.Study, "measure", api.Study.ratio)
     for block in blocks("README.md", "python"):
         exec(block.replace("runs/…/ft_checkpoint.pth", str(path)).replace("PATH_OF_THIS_PROJECT", str(ROOT)), names)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import options
+from latency.disturbance import describe
 from latency.measure import interleaved
 from latency.runtimes import RuntimeFailed
 from models import ViTDims, is_swin, load_dense, skeleton
@@ -123,9 +124,11 @@ def measure(args: argparse.Namespace, model: Model, exported: Call) -> str:
     """Measure the exported model and the model itself in turn; a line that says both."""
     timings = interleaved(dict(torch=model, exported=_Called(exported)), images(model, args.batch_size))
     ms = {name: f"{1e3 * t.median:.3f} ms" for name, t in timings.items()}
+    threads = torch.get_num_threads()
+    note = describe(threads, threads, timings["torch"].disturbed)
     return (
         f"latency at batch {args.batch_size}, fp32, {device_name('cpu')}: {ms['exported']} exported, "
-        f"{ms['torch']} in torch"
+        f"{ms['torch']} in torch{note and f' ({note})'}"
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from files import schema
 from latency.measure import DTYPES, interleaved, ratio
 from latency.table import LatencyTable
-from latency.whole import measure_ratios
+from latency.whole import Measured, measure_ratios
 from models import sparsity
 from models.arch import Model
 from models.compact import difference
@@ -43,12 +43,14 @@ class Conditions:
     batch: int
     dtype: str = "fp32"
     compiled: bool = False
+    threads: int = 0  # those of the run; where others disturbed a table, the fewer that it was measured with
 
     @classmethod
     def of(cls, table: LatencyTable, batch: int) -> Conditions:
         """A table's; `batch` where it does not say."""
         meta = table.meta
-        return cls(int(meta.get("batch", batch)), meta.get("dtype", "fp32"), bool(meta.get("compile")))
+        threads = int(meta.get("threads", 0)) if "threads_wanted" in meta else 0
+        return cls(int(meta.get("batch", batch)), meta.get("dtype", "fp32"), bool(meta.get("compile")), threads)
 
 
 def other_conditions(table: LatencyTable, device: torch.device, dtype: torch.dtype | None) -> list[str]:
@@ -86,17 +88,27 @@ class Report:
     effort: Effort = EFFORT
 
     def measure(self, dims: Dims) -> float:
-        """Measured latency of the compact model relative to the dense one, the median of fresh pairs of models."""
-        ratios, _ = measure_ratios(
+        """Measured latency of the compact model relative to the dense one, the median of fresh pairs of models.
+
+        A warning says where others disturbed it.
+        """
+        measured = self.measure_fully(dims)
+        if measured.note:
+            warn(measured.note)
+        return round(float(measured.ratios[0]), 5)
+
+    def measure_fully(self, dims: Dims) -> Measured:
+        """As `measure`, with the threads and the disturbances that it was measured with."""
+        return measure_ratios(
             self.full.arch,
             [dims],
             self.conditions.batch,
             self.device,
             self.conditions.dtype,
             self.conditions.compiled,
+            threads=self.conditions.threads,
             **self.effort._asdict(),
         )
-        return round(float(ratios[0]), 5)
 
     def measure_sparse(self, model: Model) -> float | None:
         """As `measure`, of a 2:4 sparse model in bfloat16; None where the device has no kernels for it."""
@@ -111,7 +123,9 @@ class Report:
         timings = interleaved(models, images, dtype=self.conditions.dtype)
         return round(ratio(timings["sparse"], timings["dense"]).median, 5)
 
-    def stage(self, dims: Dims, top1: float, predicted: float | None, measured: float | None) -> dict[str, Any]:
+    def stage(
+        self, dims: Dims, top1: float, predicted: float | None, measured: float | None, **more: Any
+    ) -> dict[str, Any]:
         """One object of summary.json: top-1 in percent, counts of one image, latencies as ratios to the dense model."""
         return dict(
             top1=round(top1, 3),
@@ -124,6 +138,7 @@ class Report:
             dtype=self.conditions.dtype,
             compiled=self.conditions.compiled,
             dims=dims.to_dict(),
+            **more,
         )
 
     def dense(self, dims: Dims, top1: float) -> dict[str, Any]:
@@ -137,7 +152,11 @@ class Report:
         if name == "dense":
             stage = self.stage(dims, top1, 1.0, 1.0)
         else:
-            stage = self.stage(dims, top1, predicted, self.measure(dims))
+            measured = self.measure_fully(dims)
+            if measured.note:
+                warn(measured.note)
+            how = dict(threads=measured.threads, disturbed=round(measured.disturbed, 3))
+            stage = self.stage(dims, top1, predicted, round(float(measured.ratios[0]), 5), **how)
         write_json(self.folder / "dims.json", dims.to_dict())
         write_json(self.folder / "summary.json", (earlier or {}) | {name: stage})
         return stage

@@ -3,15 +3,17 @@
 import json
 import shlex
 
+import numpy as np
 import pytest
 import torch
 
 import main_full_global_latency
-from latency import LatencyTable, LatencyTableError
+from latency import LatencyTable, LatencyTableError, build_table
 from latency.bench import Bench
 from latency.build_table import get_args_parser, main, read_arch, warn_of_noise
 from latency.points import grid_of
 from latency.samples import Progress
+from latency.whole import Measured
 from models import BlockDims, ViTDims, skeleton
 
 ARCH = "deit_tiny_distilled_patch16_224"
@@ -45,11 +47,34 @@ def test_writes_one_table_that_covers_the_model(tmp_path, capsys):
     assert (meta["model"], meta["model_kwargs"], meta["batch"], meta["dtype"]) == (ARCH, KWARGS, 2, "fp32")
     assert meta["tokens"] == 18 and meta["img_size"] == [16, 16] and meta["torch"] == torch.__version__
     assert meta["complete"] is True and meta["unit"] == "seconds per block" and meta["compile"] is None
-    assert meta["noise"] >= 0 and set(meta["fit"]) == {"factor", "constant"} and meta["threads"] >= 1
+    assert meta["noise"] >= 0 and set(meta["fit"]) == {"factor", "constant", "error"} and meta["threads"] >= 1
     parts = table.data["_parts"]
     total = parts["attention"]["EMB_48"]["QK_3_16"]["V_16"] + parts["mlp"]["EMB_48"]["MLP_192"]
     assert table.data["EMB_48"]["QK_3_16"]["V_16"]["MLP_192"] == pytest.approx(total, rel=1e-5)
     assert set(table.data["_overhead"]) == {"EMB_6", "EMB_48"}
+
+
+def test_what_disagrees_is_measured_again_and_said(tmp_path, capsys, monkeypatch):
+    """Whole models of any time, whatever their widths."""
+    groups = []
+
+    def measure_ratios(arch, chosen, *conditions, **effort):
+        groups.append(len(chosen))
+        return Measured(np.linspace(0.9, 0.1, len(chosen)), 1.0, 1, 1, 0.0)
+
+    monkeypatch.setattr(build_table, "measure_ratios", measure_ratios)
+    assert main(arguments(tmp_path / "t.json", "--rounds", "2")) == 0
+    said = capsys.readouterr().err
+    assert len(groups) == 2 and said.count("parts and whole models disagree by") == 2
+    assert said.count("both are measured again") == 1
+    meta = LatencyTable.load(tmp_path / "t.json").meta
+    assert meta["fit"]["error"] > 0.1 and 0 <= meta["disturbed"] <= 1 and "threads_wanted" not in meta
+
+
+def test_a_load_that_never_ends_keeps_what_was_measured(tmp_path, capsys):
+    assert main(arguments(tmp_path / "t.json", "--max_minutes", "0")) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["t.json.part"]
+    assert "not done after --max_minutes 0; the same command continues from" in capsys.readouterr().err
 
 
 def test_noise_is_named_point_by_point(capsys):

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.one_shot_cost import table_of_macs
 from latency import cache, quick
+from latency.disturbance import thread_count
 from latency.table import LatencyTable
 from models import Arch
 
@@ -19,7 +20,7 @@ def measured(monkeypatch):
     """Conditions that were measured; the seconds follow the widths."""
     calls = []
 
-    def measure(arch, batch_size, device, dtype, by_tokens):
+    def measure(arch, batch_size, device, dtype, by_tokens, progress, wanted):
         calls.append((arch.name, batch_size, dtype, by_tokens))
         random.random(), torch.rand(3)  # as measuring does
         meta = quick.describe_coarse(arch, batch_size, device, dtype, by_tokens) | dict(date="2031-02-03T04:05")
@@ -50,14 +51,34 @@ def test_a_table_is_measured_once_for_its_conditions(measured, tmp_path):
     assert len(measured) == 5 and len(list((tmp_path / "new").iterdir())) == 5
 
 
-@pytest.mark.parametrize("threads", [2])
-def test_another_device_or_thread_count_has_a_table_of_its_own(measured, tmp_path, monkeypatch, threads):
+def test_another_device_or_thread_count_has_a_table_of_its_own(measured, tmp_path, monkeypatch):
+    def name():
+        return cache.file_name(quick.describe_coarse(ARCH, 8, "cpu", "fp32"))
+
+    with thread_count(2):
+        two = name()
+    assert two != name() == name()
     cache.find_or_measure(ARCH, 8, folder=tmp_path)
     monkeypatch.setattr(quick, "device_name", lambda device: "another device")
     cache.find_or_measure(ARCH, 8, folder=tmp_path)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    cache.find_or_measure(ARCH, 8, folder=tmp_path)
-    assert len(measured) == 3
+    assert len(measured) == 2
+
+
+def test_on_a_machine_of_others_the_table_is_of_fewer_threads(measured, tmp_path, monkeypatch):
+    """It is found again as such, and one that was disturbed nonetheless is not kept."""
+    monkeypatch.setattr("latency.steady._settle", lambda *conditions: 1)
+    lines = []
+    with thread_count(2):
+        first = cache.find_or_measure(ARCH, 8, folder=tmp_path, progress=lines.append)
+        second = cache.find_or_measure(ARCH, 8, folder=tmp_path, progress=lines.append)
+        assert torch.get_num_threads() == 2
+    assert first.data == second.data and first.meta["threads"] == 1 and len(measured) == 1
+    assert lines[0] == "others use this machine: the latency table is measured with 1 of 2 threads"
+    disturbed = LatencyTable(first.data | dict(_meta=first.meta | dict(disturbed=0.9)))
+    monkeypatch.setattr(cache, "measure_table", lambda *args: disturbed)
+    cache.find_or_measure(ARCH, 4, folder=tmp_path, progress=lines.append)
+    assert len(list(tmp_path.iterdir())) == 1 and lines[-1].endswith("it is not kept for the next time")
+    assert "90% of the samples were disturbed by other processes" in lines[-2]
 
 
 def test_a_file_of_other_conditions_under_that_name_is_not_believed(measured, tmp_path):

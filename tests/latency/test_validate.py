@@ -74,7 +74,7 @@ def test_the_fit_finds_scale_and_constant_and_shrugs_off_one_disturbed_model():
         seconds[4] *= 1.5
         return [s / seconds[0] for s in seconds[1:]], seconds[0]
 
-    factor, constant = fit(table, DENSE, chosen, measure)
+    factor, constant, error = fit(table, DENSE, chosen, measure)
     assert factor == pytest.approx(1.7, rel=0.02) and constant == pytest.approx(0.04 * dense, rel=0.2)
     better = correct(table, factor, constant, refit={})
     for dims in chosen:

@@ -17,7 +17,7 @@ def measured(monkeypatch, tmp_path):
     """Measurements that were made; their seconds follow the widths, and a little the number of the measurement."""
     made = []
 
-    def measure(arch, batch_size, device, dtype, by_tokens):
+    def measure(arch, batch_size, device, dtype, by_tokens, progress, wanted):
         made.append((arch.name, batch_size, device, dtype, by_tokens))
         data = json.loads(table_file(tmp_path / "table.json").read_text())
         data["EMB_32"]["QK_4_8"]["V_8"]["MLP_128"] *= 1 + 1e-3 * len(made)
