@@ -199,6 +199,7 @@ def prune(args: argparse.Namespace, setup: Setup, effort: results.Effort) -> Non
 def _begin(
     args: argparse.Namespace,
     setup: Setup,
+    report: results.Report,
     precision: Precision,
     teacher: nn.Module,
     images: Tensor | None,
@@ -211,7 +212,9 @@ def _begin(
     if not setup.resumed:
         resuming.start_anew(setup.folder, CHECKPOINT, resuming.PRUNED)
     compensation = calibration.Compensation(args.compensate, teacher.model, images, args.batch_size)
-    steps = PruningSteps(args, setup, optimizer, criterion, precision, compensation)
+    measured = tables.measures_target(args, setup.table, setup.device)
+    measure = partial(one_shot.measure_on_main, report) if measured else None
+    steps = PruningSteps(args, setup, optimizer, criterion, precision, compensation, measure)
     state = State(steps, optimizer, precision, progress, dict(acc1=top1_dense))
     if setup.resumed:
         restore(setup, state)
@@ -230,7 +233,7 @@ def train(
     top1_dense: float,
 ) -> None:
     """Prune with training until the target is reached. teacher: the dense model, frozen; images: to calibrate on."""
-    state, keeper = _begin(args, setup, precision, teacher, images, top1_dense)
+    state, keeper = _begin(args, setup, report, precision, teacher, images, top1_dense)
     steps, progress, loader = state.steps, state.progress, setup.data.train
     mixup = make_mixup(args, setup.data.classes)
 

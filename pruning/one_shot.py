@@ -23,10 +23,10 @@ from pruning.objective import PREDICTIONS, Objective
 from pruning.pricing import price
 from pruning.probe import Prices, measure_prices
 from pruning.refit import refit_
+from pruning.targets import CLOSE, next_aim
 
 PRICING: dict[str, Callable[..., Prices]] = dict(gradient=price, measured=measure_prices)
 ROUNDS = 6  # of aiming at a measured ratio
-CLOSE = 0.01  # how far below the target is close enough
 
 
 class NotReached(ValueError):
@@ -81,21 +81,28 @@ class Analysis:
     ) -> Choice:
         """Widths whose measured ratio is at most `target`, and within CLOSE of it if a few rounds of aiming get there.
 
-        measure: the measured ratio of widths to the dense model. The next aim is interpolated between the nearest
-        measurements on either side of the target, or scaled by the last one. Raises NotReached.
+        measure: the measured ratio of widths to the dense model. The next aim is where `next_aim` has it. Raises
+        NotReached.
         """
-        tried: dict[float, tuple[float, Choice]] = {}
-        aim, wanted = target, target - CLOSE / 2
+        tried: dict[ViTDims, tuple[float, Choice]] = {}
+        points: list[tuple[float, float]] = []
+        aim = target
         for _ in range(ROUNDS):
-            choice = self.choose(table, aim)
+            try:
+                choice = self.choose(table, aim)
+            except NotReached:
+                if not tried:
+                    raise
+                break
+            if choice.dims in tried:
+                break
             ratio = measure(choice.dims)
-            tried[aim] = ratio, choice
+            tried[choice.dims] = ratio, choice
+            points.append((table.ratio(choice.dims, self.dense.dims), ratio))
             progress(f"aimed at {aim:.4f}: measured {ratio:.4f}")
             if target - CLOSE <= ratio <= target:
                 return choice
-            aim = next_aim({a: r for a, (r, _) in tried.items()}, wanted)
-            if aim in tried or not 0 < aim:
-                break
+            aim = next_aim(points, target - CLOSE / 2)
         met = [pair for pair in tried.values() if pair[0] <= target]
         if not met:
             least = min(ratio for ratio, _ in tried.values())
@@ -112,17 +119,6 @@ class Analysis:
         small = compact(self.dense, masks)
         divergence = refit_(self.dense, small, masks, self.images, self.batch, self.objective)
         return Pruned(small, masks, divergence)
-
-
-def next_aim(tried: dict[float, float], wanted: float) -> float:
-    """Where to aim so that `wanted` is measured, from the ratios measured at earlier aims; at most 1."""
-    above = [(ratio, aim) for aim, ratio in tried.items() if ratio > wanted]
-    below = [(ratio, aim) for aim, ratio in tried.items() if ratio <= wanted]
-    if above and below and (high := min(above))[1] > (low := max(below))[1]:
-        share = (wanted - low[0]) / (high[0] - low[0])
-        return low[1] + share * (high[1] - low[1])
-    aim, ratio = list(tried.items())[-1]
-    return min(1.0, aim * wanted / ratio)
 
 
 def analyse(

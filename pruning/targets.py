@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from latency.table import LatencyTable
 from models.arch import Arch
 from models.swin_dims import Dims
+
+LEAST_STEP = 0.5  # of the last aim
+CLOSE = 0.01  # how far below a measured target is close enough
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,20 @@ def targets_of(
             number = limit if limit > 1 else limit * getattr(arch.plain, count)(dense)
             targets.append(Target(flag, number, unit, getattr(arch, count)))
     return targets
+
+
+def next_aim(points: Sequence[tuple[float, float]], wanted: float) -> float:
+    """The predicted ratio at which `wanted` will be measured, from (predicted, measured) ratios so far; at most 1.
+
+    A factor and an offset: the line through the two nearest points, one on either side of `wanted` where there are. The
+    dense model, of which both are 1, is a point, too. At least half of the last prediction: a line may be far off.
+    """
+    known = {(1.0, 1.0), *points}
+    above = sorted((point for point in known if point[1] > wanted), key=lambda point: point[1])
+    below = sorted((point for point in known if point[1] <= wanted), key=lambda point: -point[1])
+    near = [*above[:1], *below[:1]] if above and below else (above or below)[:2]
+    (p, m), (q, n) = near if len(near) == 2 else (points[-1], points[-1])
+    last, measured = points[-1]
+    rises = (q - p) * (n - m) > 0  # else it is noise, or the same point
+    aim = p + (wanted - m) * (q - p) / (n - m) if rises else last * wanted / measured
+    return min(1.0, max(aim, LEAST_STEP * last))

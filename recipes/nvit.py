@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from engine import Precision
 from latency.table import LatencyTable
 from losses import NViTLoss
 from models import Masks
+from models.swin_dims import Dims
 from pruning.config import PruningConfig
 from pruning.gate_saliency import GateSaliency
 from pruning.global_latency import Event, GlobalPruner
 from pruning.saliency import EventMean, Saliency
 from pruning.shrink import Student
-from pruning.targets import targets_of
+from pruning.targets import CLOSE, next_aim, targets_of
 from pruning.token_saliency import TokenSaliency
 from pruning.value import ValuePruner
 from recipes import nvit_log
@@ -84,7 +86,8 @@ def make_pruner(
 class PruningSteps:
     """Pruning inside the training loop: score after backward, keep removed weights at zero, remove at events.
 
-    precision: its scaler scales the loss; compensation: see there.
+    precision: its scaler scales the loss; compensation: see there; measure: the measured ratio of widths to the dense
+    model, the same on all ranks, where that must meet the target (None: the predicted one must).
     """
 
     def __init__(
@@ -95,7 +98,9 @@ class PruningSteps:
         criterion: NViTLoss,
         precision: Precision,
         compensation: Compensation,
+        measure: Callable[[Dims], float] | None = None,
     ) -> None:
+        self.measure, self.points = measure, []  # (predicted, measured) where the predicted target was met
         self.args, self.setup, self.optimizer, self.criterion = args, setup, optimizer, criterion
         self.interval, self.kl_coeff, self.scaler = args.interval_prune[0], criterion.kl_coeff, precision.scaler
         self.pruner, self.student, self.compensation = setup.pruner, setup.student, compensation
@@ -162,6 +167,8 @@ class PruningSteps:
         student.masks.install_(student.model, self.optimizer)
         self.events += 1
         self.exhausted = not event.groups
+        if self.measure and self.pruner.reached:
+            self._aim_lower()
         self.compensation.apply_(student.model, student.masks, student.lift_masks(), last=self.done)
         if self.events == 1:
             for saliency in self._saliencies():
@@ -172,6 +179,21 @@ class PruningSteps:
             self._shrink()
         self.set_phase()
         return self.done
+
+    def _aim_lower(self) -> None:
+        """Measure the compact student where the predicted target is met; above the target, pruning goes on."""
+        predicted, measured = self.pruner.ratio, self.measure(self.student.lift_masks().dims)
+        self.points.append((predicted, measured))
+        self._set_limit()
+        outcome = "which meets the target" if self.pruner.reached else "which is above the target: pruning goes on"
+        say(f"measured {measured:.4f} of the dense latency, predicted {predicted:.4f}, {outcome}")
+
+    def _set_limit(self) -> None:
+        """The predicted ratio to stop at, so that what is measured meets the target."""
+        target = self.args.latency_target
+        if self.points and self.points[-1][1] > target:
+            limit = min(next_aim(self.points, target - CLOSE / 2), (1 - CLOSE) * self.points[-1][0])
+            self.pruner.targets[0] = replace(self.pruner.targets[0], limit=limit)
 
     def _shrink(self) -> None:
         """Go on with the compact student of all that is left. Raises RunFailed."""
@@ -208,6 +230,7 @@ class PruningSteps:
             steps=self.steps,
             events=self.events,
             exhausted=self.exhausted,
+            points=self.points,
             shrunk=outer,
             dense=self.compensation.state_dict(),
             config=asdict(self.setup.config),
@@ -219,6 +242,8 @@ class PruningSteps:
         if self.tokens:
             self.tokens.load_state_dict(state["tokens"])
         self.steps, self.events, self.exhausted = state["steps"], state["events"], state["exhausted"]
+        self.points = [tuple(point) for point in state.get("points", [])]
+        self._set_limit()
         self.compensation.load_state_dict(state["dense"])
         student = self.student
         full = student.masks.fresh()

@@ -83,9 +83,19 @@ def _add_latency_args(group: Any) -> None:
         nargs="+",
         action=options.OneOrMore,
         default=None,
-        help="stop at this share of the dense model's predicted latency, in (0, 1]; several with --one_shot "
-        "(default: none)",
+        help="stop at this share of the dense model's latency, in (0, 1]: as measured, where the table is of this "
+        "device, else as predicted; several with --one_shot (default: none)",
         check=SHARE_ABOVE_0,
+    )
+    group.add_argument(
+        "--latency_predicted",
+        action="store_true",
+        help="meet --latency_target as the table predicts it, without measuring (default: off)",
+    )
+    group.add_argument(
+        "--latency_measured",
+        action="store_true",
+        help="meet --latency_target as measured on this device, wherever the table is from (default: off)",
     )
 
 

@@ -15,6 +15,7 @@ from files import checkpoint
 from loading.preparation import Preparation
 from models.arch import Arch
 from models.compact import expand_
+from models.swin_dims import Dims
 from models.vit import TokenLogits
 from pruning.one_shot import Analysis, Choice, NotReached, analyse
 from pruning.recovery import recover_
@@ -24,6 +25,7 @@ from recipes import analysis_files, calibration, pareto
 from recipes.nvit import Setup
 from recipes.nvit_files import CHECKPOINT, conclude
 from recipes.one_shot_options import targets
+from recipes.tables import measures_target
 from runtime.console import say
 from runtime.errors import FailedTogether
 from runtime.folders import append_log, make_folder
@@ -65,6 +67,11 @@ def on_main(compute: Callable[[], T]) -> T:
     if isinstance(outcome[0], NotReached):
         raise FailedTogether(str(outcome[0]))
     return outcome[0]
+
+
+def measure_on_main(report: results.Report, dims: Dims) -> float:
+    """The measured ratio of widths to the dense model, as the main rank measures it."""
+    return on_main(lambda: report.measure(dims))
 
 
 def made_from(args: Any, inputs: dict[str, str], preparation: Preparation) -> dict[str, Any]:
@@ -213,7 +220,7 @@ def _quickest(
 def _choose(
     args: Any, setup: Setup, analysis: Analysis, report: results.Report, target: float, clock: _Clock
 ) -> Choice:
-    if args.latency_measured:
+    if measures_target(args, setup.table, setup.device):
         choice = on_main(lambda: analysis.choose_measured(setup.table, target, report.measure, say))
     else:
         choice = on_main(lambda: analysis.choose(setup.table, target))

@@ -30,11 +30,6 @@ def add_one_shot_args(parser: Any) -> None:
         check=ABOVE_0,
     )
     group.add_argument(
-        "--latency_measured",
-        action="store_true",
-        help="meet --latency_target as measured on this device, in a few rounds, not as predicted (default: off)",
-    )
-    group.add_argument(
         "--max_drop",
         metavar="POINTS",
         type=float,

@@ -13,6 +13,7 @@ from latency.cache import find_or_measure
 from latency.measure import DTYPES
 from latency.table import LatencyTable
 from runtime.console import say
+from runtime.device import device_name
 from runtime.errors import Problems
 from runtime.ranks import is_main, world_size
 from training.full_model import FullModel
@@ -47,6 +48,21 @@ def check(args: Any, table: LatencyTable, device: torch.device, dtype: torch.dty
     if args.strict_table:
         for difference in other_conditions(table, device, dtype):
             problems.add(f"--strict_table: {difference}")
+
+
+def can_be_measured(table: LatencyTable, device: torch.device) -> bool:
+    """Whether what is measured here is what the table predicts: it is of this device, and of torch."""
+    meta = table.meta
+    theirs = str(meta.get("device", "")).rpartition(", ")[0] if "threads_wanted" in meta else meta.get("device")
+    here = device_name(device)
+    return meta.get("runtime", "torch") == "torch" and theirs in (here, here.rpartition(", ")[0])
+
+
+def measures_target(args: Any, table: LatencyTable, device: torch.device) -> bool:
+    """Whether --latency_target is a measured ratio, not a predicted one."""
+    if args.latency_predicted or args.latency_target is None:
+        return False
+    return args.latency_measured or can_be_measured(table, device)
 
 
 def find(args: Any, full: FullModel, device: torch.device, dtype: torch.dtype | None, run: Path | None) -> LatencyTable:

@@ -100,7 +100,8 @@ def test_the_target_is_met_and_the_summary_says_so(runs):
         "compiled",
         "dims",
     }
-    assert all(set(stage) == keys for stage in summary.values())
+    measured = {"threads", "disturbed"}  # how; the dense model is what is compared with
+    assert all(set(stage) == keys | (set() if name == "dense" else measured) for name, stage in summary.items())
     assert 0.5 < summary["pruned"]["latency_predicted"] <= 0.6
     assert summary["finetuned"]["params"] == summary["pruned"]["params"] < summary["dense"]["params"]
     assert 0 < summary["finetuned"]["latency_measured"] < 1.2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,7 @@ class Report:
     device: torch.device
     conditions: Conditions
     effort: Effort = EFFORT
+    measurements: dict[Dims, Measured] = field(default_factory=dict, repr=False)  # of this run so far
 
     def measure(self, dims: Dims) -> float:
         """Measured latency of the compact model relative to the dense one, the median of fresh pairs of models.
@@ -98,8 +99,10 @@ class Report:
         return round(float(measured.ratios[0]), 5)
 
     def measure_fully(self, dims: Dims) -> Measured:
-        """As `measure`, with the threads and the disturbances that it was measured with."""
-        return measure_ratios(
+        """As `measure`, with the threads and the disturbances that it was measured with. Once for the same widths."""
+        if dims in self.measurements:
+            return self.measurements[dims]
+        self.measurements[dims] = measure_ratios(
             self.full.arch,
             [dims],
             self.conditions.batch,
@@ -109,6 +112,7 @@ class Report:
             threads=self.conditions.threads,
             **self.effort._asdict(),
         )
+        return self.measurements[dims]
 
     def measure_sparse(self, model: Model) -> float | None:
         """As `measure`, of a 2:4 sparse model in bfloat16; None where the device has no kernels for it."""

@@ -7,7 +7,8 @@ from benchmarks.one_shot_cost import table_of_macs
 from models import build_vit
 from pruning.align import align_
 from pruning.config import PruningConfig
-from pruning.one_shot import CLOSE, ROUNDS, NotReached, analyse, next_aim
+from pruning.one_shot import NotReached, analyse
+from pruning.targets import CLOSE, next_aim
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,7 @@ def analysis():
     return analyse(model, images, PruningConfig().group_sizes(model.dims), 32)
 
 
+AIMS = 4
 DEVICES = dict(exact=lambda r: r, offset=lambda r: 0.2 + 0.8 * r, slow=lambda r: 1.3 * r, curved=lambda r: r**1.5)
 
 
@@ -30,7 +32,7 @@ def test_a_measured_target_is_met_from_below(analysis, device):
     table, lines = table_of_macs(analysis.dense.dims), []
     measure = lambda dims: device(table.ratio(dims, analysis.dense.dims))  # noqa: E731
     choice = analysis.choose_measured(table, 0.5, measure, lines.append)
-    assert 0.5 - 2 * CLOSE <= measure(choice.dims) <= 0.5 and len(lines) <= ROUNDS + 1
+    assert 0.5 - 2 * CLOSE <= measure(choice.dims) <= 0.5 and len(lines) <= AIMS + 1
 
 
 def test_a_measured_target_that_is_missed_is_an_error(analysis):
@@ -39,11 +41,14 @@ def test_a_measured_target_that_is_missed_is_an_error(analysis):
         analysis.choose_measured(table, 0.5, lambda dims: 0.8)
 
 
-def test_the_next_aim_is_between_its_neighbours():
-    assert next_aim({0.5: 0.6}, 0.45) == pytest.approx(0.375)
-    assert next_aim({0.5: 0.6, 0.3: 0.4}, 0.5) == pytest.approx(0.4)
-    assert next_aim({0.5: 0.6, 0.3: 0.4, 0.4: 0.52}, 0.5) == pytest.approx(0.3 + 0.1 * 0.1 / 0.12)
-    assert next_aim({1.0: 0.2}, 0.5) == 1.0
+def test_the_next_aim_corrects_an_offset_and_a_factor():
+    """The dense model, of which both ratios are 1, is the second point of the first line."""
+    assert next_aim([(0.5, 0.6)], 0.5) == pytest.approx(0.375)
+    assert next_aim([(0.5, 0.6), (0.375, 0.4)], 0.5) == pytest.approx(0.4375)
+    assert next_aim([(0.5, 0.6), (0.3, 0.55)], 0.5) == pytest.approx(0.15)  # not 0.1
+    assert next_aim([(0.5, 0.4)], 0.7) == pytest.approx(0.75)
+    assert next_aim([(0.5, 0.6), (0.3, 0.65)], 0.5) == pytest.approx(0.3 * 0.5 / 0.65)  # noise
+    assert next_aim([(1.0, 0.2)], 0.5) == 1.0
 
 
 def test_any_size_follows_from_one_analysis(analysis):
