@@ -18,7 +18,8 @@ NAMES = {
     "magnitude": "magnitude",
     "random": "random",
 }
-COLOURS = {"one-shot": "black", "nvit": "tab:blue", "savit": "tab:green", "prune-and-merge-content": "tab:red"}
+OURS = ("one-shot", "nvit", "savit", "prune-and-merge-content", "prune-and-merge-content-refitted")  # drawn solid
+MARKERS = "osD^vP*X<>hp"
 
 
 class Line(NamedTuple):
@@ -30,8 +31,10 @@ class Line(NamedTuple):
 
     @property
     def title(self) -> str:
-        name = NAMES.get(self.method, self.method.replace("torch-pruning-", "Torch-Pruning, ").replace("-", " "))
-        endings = dict(recovered=f" + {self.extent:g} min of recovery", finetuned=f" + {self.extent:g} epochs")
+        peer, mode = self.method.partition("torch-pruning-")[1:]
+        name = NAMES.get(self.method, ("Torch-Pruning: " if peer else "") + (mode or self.method).replace("-", " "))
+        epochs = f"{self.extent:g} epoch{'s' * (self.extent != 1)} of finetuning"
+        endings = dict(recovered=f" + {self.extent:g} min of recovery", finetuned=f" + {epochs}")
         return name + endings.get(self.stage, "")
 
 
@@ -91,36 +94,41 @@ def markdown(rows: Rows, dense: dict[str, float]) -> str:
 
 
 def plot(rows: Rows, dense: dict[str, float], path: Path) -> None:
-    """Top-1 over measured latency, the mean over seeds; a panel for every base."""
+    """Top-1 over measured latency right after compression, the mean over seeds; a panel for every base."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     bases = list(dict.fromkeys(row["base"] for row in rows))
-    figure, panels = plt.subplots(1, len(bases), figsize=(6.2 * len(bases), 4.8), squeeze=False)
+    figure, panels = plt.subplots(1, len(bases), figsize=(5.4 * len(bases) + 2.6, 4.8), squeeze=False)
     for panel, base in zip(panels.flat, bases, strict=True):
         panel.axhline(dense[base], color="grey", linewidth=0.8)
         lines = lines_of([row for row in rows if row["base"] == base and "void" not in row])
-        for k, (line, own) in enumerate((line, own) for line, own in lines.items() if line.stage == "right after"):
-            by_target = [[row for row in own if row["target"] == target] for target in {row["target"] for row in own}]
-            points = sorted(
-                (statistics.mean(row["latency"] for row in at), statistics.mean(row["top1"][line.stage] for row in at))
-                for at in by_target
-            )
+        shown = {line: points_of(line, own) for line, own in lines.items() if line.stage == "right after"}
+        for k, line in enumerate(sorted(shown, key=lambda line, shown=shown: -shown[line][-1][1])):
             panel.plot(
-                *zip(*points, strict=True),
-                marker="o",
-                markersize=4,
+                *zip(*shown[line], strict=True),
+                marker=MARKERS[k % len(MARKERS)],
+                markersize=5,
                 linewidth=2.5 if line.method == "one-shot" else 1.2,
-                linestyle="-" if line.method in COLOURS else "--",
-                color=COLOURS.get(line.method, plt.cm.tab20(k)),
+                linestyle="-" if line.method in OURS else "--",
+                color="black" if line.method == "one-shot" else plt.cm.tab10(k % 10),
                 label=line.title.replace("*", ""),
             )
-        panel.set(xlabel="measured latency, share of the dense model's", title=f"{base}: dense {dense[base]:.2f} %")
+        panel.set(xlabel="measured latency, share of the dense model's", title=f"{base}, dense {dense[base]:.2f} %")
         panel.grid(alpha=0.25)
+        panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     panels[0, 0].set_ylabel("top-1 (%) right after compression")
-    panels[0, -1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def points_of(line: Line, rows: Rows) -> list[tuple[float, float]]:
+    """(latency, top-1) of every target, the mean over the seeds, by latency."""
+    by_target = [[row for row in rows if row["target"] == target] for target in {row["target"] for row in rows}]
+    return sorted(
+        (statistics.mean(row["latency"] for row in at), statistics.mean(row["top1"][line.stage] for row in at))
+        for at in by_target
+    )

@@ -23,6 +23,7 @@ from models.pretrained import load_initial_, read_initial
 BATCH, LATENCY_BATCH = 64, 64
 CLOSE, VOID = 0.01, 0.015  # from the target: near enough to stop at, and too far to be compared
 ENDS, NARROW = ((0.0, 0.0), (1.0, 1.0)), 0.02  # aims and latencies, and a distance between aims
+LEAP = 0.6  # of the lowest aim seen, how low the next may be
 TRIALS, SEARCHING, FINAL = 9, 5, 15  # models per target; rounds of interleaved measurement of each, and of the last
 
 
@@ -62,7 +63,8 @@ def dims_of(model: nn.Module) -> ViTDims:
 
 
 def next_aim(seen: list[tuple[float, float]], target: float) -> float:
-    """Where a line through the nearest aims around the target meets it, not too near to either.
+    """Where a line through the nearest aims around the target meets it, not too near to either, and no leap downwards:
+    far below what a method can do, Torch-Pruning leaves layers whole that it would empty, and is slow again.
 
     Aims that come too near to one another without meeting it were measured wrongly: they are forgotten, in `seen` too.
     """
@@ -72,7 +74,8 @@ def next_aim(seen: list[tuple[float, float]], target: float) -> float:
         seen[:] = [point for point in seen if point not in (low, high) or point in ENDS]
         return next_aim(seen, target)
     share = (target - low[1]) / (high[1] - low[1])
-    return low[0] + (high[0] - low[0]) * min(max(share, 0.1), 0.9)
+    aim = low[0] + (high[0] - low[0]) * min(max(share, 0.1), 0.9)
+    return max(aim, LEAP * high[0]) if low == ENDS[0] else aim
 
 
 class Bench:

@@ -160,7 +160,10 @@ def test_recovery_and_finetuning_are_stages_of_a_row(words, coarse, capsys):
     assert [[*row["top1"]] for row in rows] == [["right after", "recovered", "finetuned"], ["right after", "finetuned"]]
     assert len({row["top1"]["finetuned"] for row in rows}) == 1
     printed = capsys.readouterr().out
-    assert "| **one-shot (ours)** + 0.005 min of recovery |" in printed and "| random + 2 epochs |" in printed
+    assert (
+        "| **one-shot (ours)** + 0.005 min of recovery |" in printed
+        and "| random + 2 epochs of finetuning |" in printed
+    )
     assert run([*words, *methods]) == rows, "stages that are not asked for do no harm"
     assert len(run([*words, *methods, "--epochs", "1"])) == 4
 
@@ -216,6 +219,14 @@ def test_one_wrong_measurement_does_not_mislead_the_search(monkeypatch):
     assert abs(bench.meet(_Steps(), 0.5).model.aim - 0.44 / 0.94) < 0.015
 
 
+def test_a_method_that_is_slow_again_at_low_aims_is_met_above_them(monkeypatch):
+    bench, steps = object.__new__(footing.Bench), _Steps()
+    steps.seen.append((0.6, 0.7))
+    slow_again = lambda model, rounds: 1.25 * model.aim - 0.05 if model.aim > 0.17 else 0.55  # noqa: E731
+    monkeypatch.setattr(bench, "latency", slow_again, raising=False)
+    assert abs(bench.meet(steps, 0.19).latency - 0.19) <= footing.CLOSE
+
+
 def test_a_method_that_always_fails_says_why():
     bench = object.__new__(footing.Bench)
 
@@ -234,12 +245,17 @@ def test_lines_hold_mean_spread_latency_and_voids():
         for seed, latency, top1 in ((0, 0.49, 70.0), (1, 0.51, 71.0), (0, 0.50, 72.0))
     ]
     rows += [same | dict(method="tome", seed=2, latency=0.6, void="nearest is 0.600")]
-    rows += [same | dict(method="one-shot", seed=0, latency=0.504, top1={"right after": 72.5})]
+    rows += [
+        same | dict(method=method, seed=0, latency=0.504, top1={"right after": top1})
+        for method, top1 in (("one-shot", 72.5), ("torch-pruning-l2", 20.0), ("nvit-align", 71.5))
+    ]
     assert markdown(rows, dict(net=73.0)).splitlines() == [
         "| net, points lost of 73.00 | at 0.5 |",
         "| --- | --- |",
         "| **one-shot (ours)** | 0.50 at 0.504 |",
         "| ToMe | 1.50 (1.00 to 2.00; 2 seeds) at 0.505, 1 void |",
+        "| nvit align | 1.50 at 0.504 |",
+        "| Torch-Pruning: l2 | 53.00 at 0.504 |",
         "",
         "Load average of the machine while measuring: 1.5 to 1.5.",
     ]
