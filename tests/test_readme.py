@@ -20,7 +20,17 @@ from benchmarks import loader as loader_benchmark
 from benchmarks import savit as savit_benchmark
 from benchmarks import tokens as tokens_benchmark
 from latency import build_table, compare, validate
-from tools import api_reference, convert, convert_importance, digits_folder, export, report, show_tokens, to_shards
+from tools import (
+    api_reference,
+    convert,
+    convert_importance,
+    digits_folder,
+    export,
+    model_table,
+    report,
+    show_tokens,
+    to_shards,
+)
 
 ROOT = Path(__file__).parent.parent
 PARSERS = {
@@ -42,6 +52,7 @@ PARSERS = {
     "tools.export": export,
     "tools.digits_folder": digits_folder,
     "tools.api_reference": api_reference,
+    "tools.model_table": model_table,
     "tools.to_shards": to_shards,
     "benchmarks.loader": loader_benchmark,
     "benchmarks.faults": faults,
