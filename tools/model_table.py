@@ -29,8 +29,8 @@ HEADING = """# Models
 Which of the ViTs of timm {version} can be pruned: {taken} of {total} names in {modules}. Written by
 `python -m tools.model_table` from the structure of each model; no weights are loaded.
 
-- **axes**: what can be removed (`tokens` are merged rather than removed). The methods work on axes, not on names: what a
-  method does with an axis, it does in every model that has it.
+- **axes**: what can be removed (`tokens` are merged rather than removed). The methods work on axes, not on names: what
+  a method does with an axis, it does in every model that has it.
 - **head**: outputs of timm's own head, classes or a projection. Where there are 0, one-shot pruning (by features)
   starts from the weights as they are, and the other methods once a classifier was trained.
 - **alignment of the embedding**: rotated, or sorted by importance where something stands in the way of a rotation.
