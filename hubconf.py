@@ -1,6 +1,7 @@
 """torch.hub entries: torch.hub.load("OWNER/REPO", "prune")(model, images, latency=0.5), and others."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import nn
 
@@ -8,8 +9,10 @@ from latency.table import LatencyTable
 from models.pretrained import load_dense
 from recipes.api import Study
 from recipes.api import analyse as _analyse
+from recipes.api import load as _load
 from recipes.api import measure_table as _measure_table
 from recipes.api import prune as _prune
+from recipes.api import save as _save
 
 dependencies = ["torch", "timm", "numpy", "scipy", "safetensors", "PIL", "tqdm"]
 
@@ -35,3 +38,13 @@ def analyse() -> Callable[..., Study]:
 def measure_table() -> Callable[..., LatencyTable]:
     """The function `recipes.api.measure_table`: a coarse latency table of a model on this device."""
     return _measure_table
+
+
+def load() -> Callable[..., nn.Module]:
+    """The function `recipes.api.load`: a compact model from a checkpoint, an exported folder or the Hub."""
+    return _load
+
+
+def save() -> Callable[..., Path]:
+    """The function `recipes.api.save`: a compact model as config.json and model.safetensors."""
+    return _save
