@@ -14,7 +14,7 @@ from recipes.api import measure_table as _measure_table
 from recipes.api import prune as _prune
 from recipes.api import save as _save
 
-dependencies = ["torch", "timm", "numpy", "scipy", "safetensors", "PIL", "tqdm"]
+dependencies = ["torch", "timm", "numpy", "scipy", "safetensors", "PIL", "platformdirs", "tqdm"]
 
 
 def vit_from_checkpoint(path: str, device: str = "cpu") -> nn.Module:

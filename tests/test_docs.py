@@ -87,3 +87,19 @@ def test_a_newcomers_path(tmp_path):
     assert pruned["latency_predicted"] <= 0.6 and tuned["latency_measured"] < 0.8 and (out / "report.html").exists()
     (moved,) = (out / "transfer").glob("ft_dense_*/summary.json")
     assert list(json.loads(moved.read_text())) == ["finetuned"]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_keeps_what_the_model_knows(monkeypatch, tmp_path):
+    """Its code, cell by cell; what is stored with it was printed by it, and names no folder of ours."""
+    text = (ROOT / "docs" / "prune_your_vit.ipynb").read_text()
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in cells[1:]) and str(Path.home()) not in text
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    code += "\nprint('LOST', *(top1(model) - top1(small) for small in sizes.values()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lost = [float(word) for word in done.stdout.split("LOST")[1].split()]
+    assert "the same predictions: True" in done.stdout and max(lost[:2]) <= 3 and lost[2] <= 30
