@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +31,7 @@ class Masks:
         sizes = dims.sizes() | {str(Axis("tokens", i)): patches for i in range(len(dims.blocks)) if grid}
         self.keep = {axis: torch.ones(n, dtype=torch.bool, device=device) for axis, n in sizes.items()}
         self._alive = sizes  # survivors per axis, on the host: no device synchronisation to read a width
+        self._factors: dict[str, list[Tensor] | None] = {}  # of parameters, until a unit is removed
 
     def fresh(self) -> Masks:
         """Masks over the same axes that keep everything."""
@@ -67,6 +70,7 @@ class Masks:
         """Remove units (indices, int64) from an axis."""
         self.keep[axis][units] = False
         self._alive[axis] = int(self.keep[axis].sum())
+        self._factors.clear()
 
     def alive(self, axis: str) -> int:
         return self._alive[axis]
@@ -97,16 +101,38 @@ class Masks:
         branch = branch_of(parameter)
         return branch is not None and not self._alive[branch]
 
+    def _factors_of(self, parameter: str) -> list[Tensor] | None:
+        """What to multiply a parameter by, each along one of its dimensions; None where its branch is gone."""
+        if parameter not in self._factors:
+            dims, factors = self.full.axes_of(parameter), []
+            for position, dim in enumerate(dims):
+                if self._is_cut(dim):
+                    factors.append(self._keep_along(dim).view([-1 if i == position else 1 for i in range(len(dims))]))
+            self._factors[parameter] = None if self._branch_is_gone(parameter) else factors
+        return self._factors[parameter]
+
     @torch.no_grad()
+    def zero_all_(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Zero the removed units of parameters, or of tensors of their shapes, by name, in place.
+
+        Nothing is computed of the masks unless a unit was removed since, and two calls hand all of it to the device.
+        """
+        gone, cut, factors = [], [], []
+        for name, tensor in tensors:
+            own = self._factors_of(name)
+            if own is None:
+                gone.append(tensor)
+            else:
+                cut += [tensor] * len(own)
+                factors += own
+        if gone:
+            torch._foreach_zero_(gone)
+        if cut:
+            torch._foreach_mul_(cut, factors)
+
     def zero_(self, parameter: str, tensor: Tensor) -> None:
         """Zero the removed units of a parameter, or of a tensor of its shape, in place."""
-        if self._branch_is_gone(parameter):
-            tensor.zero_()
-            return
-        for position, dim in enumerate(self.full.axes_of(parameter)):
-            if self._is_cut(dim):
-                shape = [-1 if i == position else 1 for i in range(tensor.dim())]
-                tensor.mul_(self._keep_along(dim).view(shape))
+        self.zero_all_([(parameter, tensor)])
 
     def kept(self, parameter: str, position: int) -> Tensor:
         """Indices of the survivors along one dimension of a parameter, int64."""
@@ -131,8 +157,7 @@ class Masks:
 
     def zero_weights_(self, model: nn.Module) -> None:
         """Zero every removed weight: after each optimizer step, so that a removed unit stays removed."""
-        for name, parameter in model.named_parameters():
-            self.zero_(name, parameter)
+        self.zero_all_(model.named_parameters())
 
     def drop_gradients_(self, model: nn.Module) -> None:
         """No gradients for branches that are gone: their last bias would get some, though it stays zero."""
@@ -182,3 +207,4 @@ class Masks:
         for axis, keep in state.items():
             self.keep[axis].copy_(keep)
             self._alive[axis] = int(keep.sum())
+        self._factors.clear()

@@ -146,3 +146,27 @@ def test_a_missing_axis_is_refused():
     del state["blocks.0.v"]
     with pytest.raises(ValueError, match=r"axis blocks\.0\.v has None units, not 2"):
         Masks(DIMS).load_state_dict(state)
+
+
+def test_what_is_removed_later_is_zeroed_too(tiny):
+    """What to multiply weights by is kept between steps, until masks change."""
+    model = build_vit(**tiny)
+    masks = Masks(model.dims)
+    earlier = {axis: keep.clone() for axis, keep in masks.state_dict().items()}
+
+    def zeroed():
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(1.0)
+        masks.zero_weights_(model)
+        return all(
+            torch.equal(p == 0, removed_part(masks, name, p.shape) | (p == 0) & masks._branch_is_gone(name))
+            for name, p in model.named_parameters()
+        )
+
+    assert zeroed() and all((p == 1).all() for p in model.parameters())
+    for axis, units in (("embed", [0, 3]), ("blocks.0.mlp", [5]), ("embed", [7]), ("blocks.1.heads", [0, 1, 2, 3])):
+        masks.remove(axis, torch.tensor(units))
+        assert zeroed() and (model.pos_embed[0, 0, units] == 0).all() == (axis == "embed")
+    masks.load_state_dict(earlier)
+    assert zeroed() and all((p == 1).all() for p in model.parameters())
