@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -58,6 +59,25 @@ class _Namespace:
     """Stands in for an argparse.Namespace, which training scripts store with their arguments."""
 
 
+@dataclass(frozen=True)
+class _Number:
+    """Stands in for a numpy dtype of numbers."""
+
+    kind: str
+
+
+def _number(kind: Any, *_: Any) -> _Number:
+    if not isinstance(kind, str) or not re.fullmatch(r"[<>|=]?[biufc]\d{1,2}", kind):
+        raise NeedsCode("needs unpickling of code")  # an array of objects could hold anything
+    return _Number(kind)
+
+
+def _scalar(kind: Any, content: Any = b"") -> float:
+    if not isinstance(kind, _Number) or not isinstance(content, bytes | str):
+        raise NeedsCode("needs unpickling of code")
+    return 0.0
+
+
 def _count(value: Any) -> int:
     if type(value) is not int or value < 0:
         raise Damaged(f"is damaged: {str(value)[:40]!r} is not a size")
@@ -95,6 +115,10 @@ KNOWN = {
     ("builtins", "set"): list,
     ("__builtin__", "set"): list,
     ("argparse", "Namespace"): _Namespace,
+    ("numpy", "dtype"): _number,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,  # of numpy 2
+    ("_codecs", "encode"): _same,  # of a scalar's bytes
 }
 
 
@@ -140,7 +164,7 @@ class _Header(pickle._Unpickler):  # the one in Python: its memo is a dict, and 
     def load_build(self) -> None:
         """Ignore the attributes that a state dict carries along."""
         self.stack.pop()
-        if not isinstance(self.stack[-1], OrderedDict | _Namespace):
+        if not isinstance(self.stack[-1], OrderedDict | _Namespace | _Number):
             raise NeedsCode("needs unpickling of code")
 
     def refuse(self) -> None:

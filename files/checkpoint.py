@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from files import archive, kinds, schema
@@ -39,6 +40,12 @@ KEYS = (
     "data_config",
 )
 ADDED = {"data_config"}  # keys that older files lack
+_SCALAR = np.float64(0).__reduce__()[0]
+NUMBERS = [  # numpy's numbers, which training scripts store as accuracies and learning rates
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdFD"),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
 
 class CheckpointError(ValueError):
@@ -137,7 +144,7 @@ def read(path: str | Path) -> dict[str, Any]:
         if not isinstance(header, dict):
             raise CheckpointError(f"checkpoint {path} holds a {type(header).__name__.lstrip('_')}, not a dict")
         _check(header)
-        with torch.serialization.safe_globals([(types.SimpleNamespace, "argparse.Namespace")]):
+        with torch.serialization.safe_globals([(types.SimpleNamespace, "argparse.Namespace"), *NUMBERS]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except kinds.NotWeights as error:
         raise DamagedError(f"checkpoint {path} {error}") from None

@@ -66,6 +66,13 @@ def write_evil(path):
     torch.save(dict(model=Evil()), path)
 
 
+class Smuggled:
+    """A numpy scalar of objects."""
+
+    def __reduce__(self):
+        return np.float64(0).__reduce__()[0], (np.dtype("O"), b"")
+
+
 def write_truncated(path):
     checkpoint.save(path, epoch=1, model=dict(w=torch.zeros(1000)))
     path.write_bytes(path.read_bytes()[:2000])
@@ -76,6 +83,8 @@ def write_truncated(path):
     [
         (lambda p: None, "does not exist"),
         (write_evil, "needs unpickling of code"),
+        (lambda p: torch.save(dict(model=dict(w=Smuggled())), p), "needs unpickling of code"),
+        (lambda p: torch.save(dict(best=np.arange(3)), p), "needs unpickling of code"),
         (write_truncated, "truncated"),
         (lambda p: p.write_text("hello"), "truncated or not a torch file"),
         (lambda p: p.write_text("# A page of text"), "truncated or not a torch file"),
@@ -93,6 +102,16 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, write, message):
     with pytest.raises(CheckpointError, match=message) as error:
         checkpoint.load(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numbers_of_numpy_are_plain_values(tmp_path, zipped):
+    """Training scripts store accuracies and learning rates as they come."""
+    numbers = dict(acc=np.float32(81.5), lr=np.float64(1e-3), epoch=np.int64(3), best=np.bool_(True))
+    path = tmp_path / "x.pth"
+    torch.save(dict(model=dict(w=torch.ones(2))) | numbers, path, _use_new_zipfile_serialization=zipped)
+    found = checkpoint.read(path)
+    assert {name: found[name] for name in numbers} == numbers and torch.equal(found["model"]["w"], torch.ones(2))
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path, tiny):
