@@ -133,6 +133,15 @@ def _add_pruning_args(parser: argparse.ArgumentParser) -> None:
 
 def _add_score_args(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
+        "--width_multiple",
+        metavar="N",
+        type=int,
+        default=1,
+        help="embedding, QK, V and MLP lose units in groups of so many, so that their widths end at multiples; take 8 "
+        "on a GPU (default: %(default)s)",
+        check=ABOVE_0,
+    )
+    group.add_argument(
         "--pruning_normalize_by_layer",
         action="store_true",
         help="divide the scores of every block and component by their norm (default: off)",
@@ -204,25 +213,11 @@ def _add_importance_args(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _check_flags(args: argparse.Namespace, problems: Problems) -> None:
-    if not 0 < args.pruning_flops_percentage < 1:
-        problems.add(f"--pruning_flops_percentage must be in (0, 1), not {args.pruning_flops_percentage}")
-    if not args.output_dir:
-        problems.add("--output_dir is required")
-    if args.finetune and (args.initial_checkpoint or args.pretrained):
-        problems.add("--finetune names the weights: without --initial-checkpoint and --pretrained")
-    if not (args.finetune or args.initial_checkpoint or args.pretrained):
-        problems.add("no weights to prune: give --finetune FILE, or --pretrained")
-    known = COMPONENTS[:3]
-    if args.hessian_formula == "published" and (odd := [c for c in args.pruning_layers if c not in known]):
-        problems.add(f"--hessian_formula published has no weight for {', '.join(odd)}")
-
-
 def check_args(args: argparse.Namespace) -> steps.Setup:
     """Load everything the arguments name; everything that is wrong is reported at once. Raises BadArguments."""
     problems = Problems()
     options.check_values(args, problems)
-    _check_flags(args, problems)
+    steps.check_flags(args, problems)
     device = problems.attempt(start_processes, args)
     full = problems.attempt(steps.read_full, args)
     problems.raise_if_any()

@@ -1,8 +1,8 @@
 """How many units of each component to remove, so that a MACs budget is met and nothing could be put back.
 
-A component's units go in the order of its `Ranking`, so a choice is K counts. MACs are those of `models.macs`, exactly,
-with the units of every block where the ranking puts them. Published SAViT excludes stem and classifier from its budget,
-keeps individuals that miss it, and cuts one unit more than it counted.
+A component's units, or groups of them, go in the order of its `Ranking`, so a choice is K counts. MACs are those of
+`models.macs`, exactly, with the units of every block where the ranking puts them. Published SAViT excludes stem and
+classifier from its budget, keeps individuals that miss it, and cuts one unit more than it counted.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ POPULATION, KIDS, GENERATIONS = 100, 50, 100  # published
 
 @dataclass(frozen=True)
 class Ranking:
-    """Units of one component that may go, the least important first.
+    """Units of one component that may go, the least important first, one by one or in groups of an axis.
 
-    axes: the component's axes; axis, unit: (M,) int64, which axis (by position in `axes`) and which of its units;
-    scores: (M,) float64, ascending; total: units of the component, N, those that must stay included.
+    axes: the component's axes; axis: (M,) int64, which axis (by position in `axes`) each group is of; unit: (M, units
+    of a group) int64, which of its units; scores: (M,) float64, of groups, ascending; total: units of the component,
+    N, those that must stay included.
     """
 
     component: str
@@ -36,10 +37,15 @@ class Ranking:
     scores: np.ndarray
     total: int
 
+    @property
+    def group(self) -> int:
+        """Units that go together."""
+        return self.unit.shape[1]
+
     def removed_per_axis(self) -> np.ndarray:
         """(M + 1, axes): units gone from each axis after the first m of the ranking."""
         gone = np.zeros((len(self.axis) + 1, len(self.axes)), dtype=np.int64)
-        gone[np.arange(1, len(gone)), self.axis] = 1
+        gone[np.arange(1, len(gone)), self.axis] = self.group
         return gone.cumsum(0)
 
 
@@ -99,10 +105,10 @@ class Problem:
         for k, ranking in enumerate(self.rankings):
             blocks = self._blocks[k][ranking.axis]
             width = widths[ranking.component].reshape(rows, -1)  # the embedding as one block
-            width -= np.bincount(blocks[removed[k]], minlength=width.shape[1])
+            width -= ranking.group * np.bincount(blocks[removed[k]], minlength=width.shape[1])
             for row, (component, position) in enumerate(candidates, 1):
                 if component == k:
-                    width[row, blocks[position]] += 1
+                    width[row, blocks[position]] += ranking.group
         return self.budget - sum(self.formula.parts(**widths).values())
 
     def complete(self, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -118,39 +118,51 @@ def floor_of(component: str, units: int, share: float | None) -> int:
     return min(units, max(1, int(share * units)))
 
 
-def floor_dims(dims: ViTDims, components: tuple[str, ...], share: float | None) -> ViTDims:
-    """The smallest architecture that the floors leave."""
+def group_of(component: str, multiple: int) -> int:
+    """Units of a component that go together, so that widths end at multiples; heads go one by one."""
+    return 1 if component == "heads" else multiple
+
+
+def floor_dims(dims: ViTDims, components: tuple[str, ...], share: float | None, multiple: int = 1) -> ViTDims:
+    """The smallest architecture that the floors leave; units go in groups of `multiple`."""
+
+    def least(component: str, units: int) -> int:
+        group = group_of(component, multiple)
+        return units - (units - floor_of(component, units, share)) // group * group
+
     blocks = [
         replace(
             b,
-            **{
-                c: floor_of(c, getattr(b, c), share)
-                for c in components
-                if c != "embed" and (b.mlp if c == "mlp" else b.heads)
-            },
+            **{c: least(c, getattr(b, c)) for c in components if c != "embed" and (b.mlp if c == "mlp" else b.heads)},
         )
         for b in dims.blocks
     ]
-    return ViTDims(floor_of("embed", dims.embed, share) if "embed" in components else dims.embed, tuple(blocks))
+    return ViTDims(least("embed", dims.embed) if "embed" in components else dims.embed, tuple(blocks))
 
 
-def rank(importance: Importance, component: str, dims: ViTDims, share: float | None, norm: int | None) -> Ranking:
+def rank(
+    importance: Importance, component: str, dims: ViTDims, share: float | None, norm: int | None, multiple: int = 1
+) -> Ranking:
     """Units of a component in the order they go, over all blocks; the best of every axis, up to its floor, stay.
 
-    norm: 1 or 2 divides the scores of every axis by their L1 or L2 norm (published `normalize_by_layer`).
+    norm: 1 or 2 divides the scores of every axis by their L1 or L2 norm (published `normalize_by_layer`). multiple: the
+    units of an axis, heads apart, go in groups of so many, neighbours in its order, with the sum of their scores.
     """
-    axes = axes_of_component(dims, component)
-    candidates = []
+    axes, group = axes_of_component(dims, component), group_of(component, multiple)
+    scored, places, members = [], [], []
     for position, axis in enumerate(axes):
         scores = importance.scores[axis].numpy()
         if norm is not None:
             scores = scores / max(np.linalg.norm(scores, norm), np.finfo(float).tiny)
-        units = scores.argsort(kind="stable")[: len(scores) - floor_of(component, len(scores), share)]
-        candidates.append(np.stack([scores[units], np.full(len(units), position), units], 1))
-    score, axis, unit = np.concatenate(candidates).T
+        may_go = (len(scores) - floor_of(component, len(scores), share)) // group * group
+        units = scores.argsort(kind="stable")[:may_go].reshape(-1, group)
+        scored.append(scores[units].sum(1))
+        places.append(np.full(len(units), position))
+        members.append(units)
+    score, axis, unit = (np.concatenate(parts) for parts in (scored, places, members))
     order = score.argsort(kind="stable")
     total = sum(len(importance.scores[axis]) for axis in axes)
-    return Ranking(component, axes, axis[order].astype(np.int64), unit[order].astype(np.int64), score[order], total)
+    return Ranking(component, axes, axis[order], unit[order], score[order], total)
 
 
 def published_sizes(dims: ViTDims, hessian_embed: float) -> dict[str, float]:
@@ -161,11 +173,11 @@ def published_sizes(dims: ViTDims, hessian_embed: float) -> dict[str, float]:
 
 
 def _per_unit(ranking: Ranking, values: dict[str, Tensor]) -> np.ndarray:
-    """(M,) values of a ranking's units, from one vector per axis."""
+    """(M,) sums of a ranking's groups of units, from one vector per axis."""
     result = np.empty(len(ranking.axis))
     for position, axis in enumerate(ranking.axes):
         here = ranking.axis == position
-        result[here] = values[axis].numpy()[ranking.unit[here]]
+        result[here] = values[axis].numpy()[ranking.unit[here]].sum(1)
     return result
 
 
@@ -202,7 +214,7 @@ def objective(
         shares = [np.zeros(len(r.axis) + 1) for r in rankings]
         return Objective([_running(r.scores) for r in rankings], shares, np.zeros((len(rankings),) * 2))
     quadratic = importance.hessian.numpy()
-    shares = [np.arange(len(r.axis) + 1) / r.total for r in rankings]
+    shares = [r.group * np.arange(len(r.axis) + 1) / r.total for r in rankings]
     separate = [np.zeros(len(r.axis)) for r in rankings]
     if formula == "joint":
         roots = {axis: scores.sqrt() for axis, scores in importance.scores.items()}
@@ -232,5 +244,5 @@ def choose(
     masks = Masks(dims, device)
     for ranking, gone in zip(problem.rankings, removed, strict=True):
         for position, axis in enumerate(ranking.axes):
-            masks.remove(axis, torch.from_numpy(ranking.unit[gone & (ranking.axis == position)]).to(device))
+            masks.remove(axis, torch.from_numpy(ranking.unit[gone & (ranking.axis == position)].flatten()).to(device))
     return masks

@@ -14,12 +14,12 @@ from torch import nn
 from loading import shards
 from models import Arch, Masks, ViTDims
 from pruning import savit
-from pruning.gates import axes_of_component
+from pruning.gates import COMPONENTS, axes_of_component
 from pruning.interaction import without_second_derivative
 from pruning.macs_search import Problem
 from pruning.savit import Importance
 from recipes import importance_files, savit_scoring
-from runtime.errors import RunFailed
+from runtime.errors import Problems, RunFailed
 from training import results, resuming
 from training.full_model import FullModel, read_full_model
 from training.parts import Data
@@ -39,6 +39,21 @@ class Setup:
     cnn: nn.Module | None = None
     importance: Importance | None = None
     folder: Path = Path()
+
+
+def check_flags(args: Any, problems: Problems) -> None:
+    """What flags need of each other."""
+    if not 0 < args.pruning_flops_percentage < 1:
+        problems.add(f"--pruning_flops_percentage must be in (0, 1), not {args.pruning_flops_percentage}")
+    if not args.output_dir:
+        problems.add("--output_dir is required")
+    if args.finetune and (args.initial_checkpoint or args.pretrained):
+        problems.add("--finetune names the weights: without --initial-checkpoint and --pretrained")
+    if not (args.finetune or args.initial_checkpoint or args.pretrained):
+        problems.add("no weights to prune: give --finetune FILE, or --pretrained")
+    known = COMPONENTS[:3]
+    if args.hessian_formula == "published" and (odd := [c for c in args.pruning_layers if c not in known]):
+        problems.add(f"--hessian_formula published has no weight for {', '.join(odd)}")
 
 
 def read_full(args: Any) -> FullModel:
@@ -65,7 +80,7 @@ def check_target(args: Any, model: nn.Module) -> None:
     dims, components = model.dims, args.pruning_layers
     if lacking := [c for c in components if not axes_of_component(dims, c)]:
         raise ValueError(f"--pruning_layers: the model has no {', '.join(lacking)} to prune")
-    lowest = savit.floor_dims(dims, components, _floor_share(args))
+    lowest = savit.floor_dims(dims, components, _floor_share(args), args.width_multiple)
     arch = Arch.of_model(model)
     least = arch.macs(lowest)
     if budget(args, model) < least:
@@ -102,7 +117,8 @@ def select(args: Any, model: nn.Module, importance: Importance, device: torch.de
     """What goes. Raises RunFailed where the search finds nothing."""
     dims = model.dims
     norm = args.pruning_normalize_by_layer_type if args.pruning_normalize_by_layer else None
-    rankings = [savit.rank(importance, c, dims, _floor_share(args), norm) for c in args.pruning_layers]
+    share, multiple = _floor_share(args), args.width_multiple
+    rankings = [savit.rank(importance, c, dims, share, norm, multiple) for c in args.pruning_layers]
     objective = savit.objective(
         importance,
         rankings,

@@ -58,7 +58,7 @@ def lines(model: VisionTransformer, masks: Masks, problem: Problem) -> list[str]
         component = told["components"][ranking.component]
         text.append(
             f"component {ranking.component}: pruned_neurons {component['removed']} "
-            f"({component['removed_percent']:.2f} %), neuron_units {len(ranking.unit)} that may go, "
+            f"({component['removed_percent']:.2f} %), neuron_units {ranking.unit.size} that may go, "
             f"all_neuron_units {ranking.total}"
         )
         text += [

@@ -157,3 +157,31 @@ def test_macs_of_counts_are_those_of_the_masks():
     counts = np.array([r.total - sum(masks.alive(a) for a in r.axes) for r in problem.rankings])
     removed = [np.arange(m) < c for m, c in zip(problem.most, counts, strict=True)]
     assert problem.slack(removed, [])[0] == problem.budget - problem.macs(counts)
+
+
+@pytest.mark.parametrize("share", [0.05, None])
+@pytest.mark.parametrize("hessian", [True, False])
+def test_widths_end_at_multiples_and_the_budget_is_met_to_the_last_group(share, hessian):
+    """531 and 1,733 take 3.5 times as long on a GPU as 528 and 1,728."""
+    model, components = DIGITS, ("heads", "mlp", "embed")
+    arch, kwargs = model
+    dims = ViTDims.of(build_vit(arch, **kwargs))
+    importance = random_importance(dims, components, 0, hessian)
+    rankings = [rank(importance, c, dims, share, None, multiple=8) for c in components]
+    assert [r.group for r in rankings] == [1, 8, 8]
+    for ranking in rankings:
+        group = ranking.unit[5]
+        scores = importance.scores[ranking.axes[ranking.axis[5]]]
+        assert ranking.scores[5] == pytest.approx(float(scores[group].sum())) and (np.diff(ranking.scores) >= 0).all()
+    least = floor_dims(dims, components, share, 8)
+    assert least.embed % 8 == 0 and all(b.mlp % 8 == 0 for b in least.blocks)
+    budget = macs(arch, dims, **kwargs) // 2
+    formula = Arch.of(arch, **kwargs).macs_formula(dims)
+    masks = choose(Problem(formula, dims, rankings, objective(importance, rankings, dims), budget), dims)
+    left = masks.dims
+    assert left.embed % 8 == 0 and all(b.mlp % 8 == 0 for b in left.blocks) and macs(arch, left, **kwargs) <= budget
+    for axis, keep in masks.keep.items():
+        step = 1 if axis.endswith("heads") else 8
+        if masks.alive(axis) + step <= len(keep) and axis.split(".")[-1] in components:
+            wider = left.resized({axis: masks.alive(axis) + step})
+            assert macs(arch, wider, **kwargs) > budget, axis

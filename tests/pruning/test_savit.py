@@ -84,8 +84,8 @@ def test_protection_keeps_the_best_and_every_unit_its_identity():
         ranking = rank(importance, component, dims, 0.05, None)
         seen = {}
         for score, axis, unit in zip(ranking.scores, ranking.axis, ranking.unit, strict=True):
-            assert importance.scores[ranking.axes[axis]][unit] == score
-            seen.setdefault(ranking.axes[axis], []).append(int(unit))
+            assert importance.scores[ranking.axes[axis]][unit].tolist() == [score]
+            seen.setdefault(ranking.axes[axis], []).append(int(unit[0]))
         for axis, scores in importance.scores.items():
             if axis in ranking.axes:
                 floor = max(1, int(0.05 * len(scores)))
