@@ -28,7 +28,7 @@ from latency.table import LatencyTable
 from models import ViTDims, build_vit, load_dense
 from models.pretrained import read_dims
 from pruning.config import PruningConfig, load_config
-from recipes import pm_vit_options
+from recipes import nvit_options, pm_vit_options, savit
 from runtime.errors import Problems
 
 SCRIPTS = {
@@ -100,10 +100,10 @@ def arguments(words: bytes | list[str]) -> None:
             if name == "main_savit_deploy":
                 args = script.with_losses(args)
             options.check_values(args, problems)
-            if check := getattr(script, "_check_flags", None):
+            if check := dict(main_savit=savit.check_flags).get(name, getattr(script, "_check_flags", None)):
                 check(args, problems)
             if name == "main_full_global_latency":
-                problems.attempt(script._prune_dict, args.prune_dict)
+                problems.attempt(nvit_options.parse_prune_dict, args.prune_dict)
 
 
 TARGETS = dict(table=table, dims=dims, config=config, checkpoint=checkpoints, arguments=arguments)

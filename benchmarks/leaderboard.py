@@ -52,14 +52,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=f"of {', '.join(METHODS)} (default: {' '.join(USUAL)})",
     )
     add(
-        "--targets", nargs="+", type=float, default=[0.7, 0.5, 0.3, 0.2], help="of dense latency (default: %(default)s)"
+        "--targets",
+        nargs="+",
+        type=float,
+        default=[0.7, 0.5, 0.3, 0.2],
+        help="of dense latency (default: 0.7 0.5 0.3 0.2)",
     )
-    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="rows of each method (default: %(default)s)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="rows of each method (default: 0 1 2)")
     add("--calib", type=int, default=1024, help="calibration images (default: %(default)s)")
     add("--recover_minutes", type=float, default=0.0, help="unlabelled recovery of one-shot rows (default: none)")
     add("--epochs", type=int, default=0, help="of finetuning (default: none)")
     add("--per_class", type=int, default=1000, help="training images a class of both (default: %(default)s)")
-    add("--every", type=int, default=1, metavar="N", help="evaluate on every N-th validation image (default: all)")
+    add("--every", type=int, default=1, metavar="N", help="evaluate on every N-th validation image (default: 1)")
     add("--minutes", type=float, default=600.0, help="start no row after so many (default: %(default)s)")
     add("--report", action="store_true", help="make no row (default: make those that are missing)")
     add("--plot", type=Path, metavar="FILE", help="PNG of top-1 over latency (default: none)")

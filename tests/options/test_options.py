@@ -155,7 +155,7 @@ def is_printed_default(printed, default):
         )
     if isinstance(default, list | tuple):
         return printed == " ".join(map(str, default)) or printed.startswith("all")
-    if default in ("cuda", "cpu") and printed.startswith("cuda"):
+    if default in ("cuda", "cpu") and printed.startswith("cuda") and printed != default:
         return "where there is" in printed  # it depends on the machine
     return printed.removesuffix(", DeiT's") == str(default) or str(default).endswith(f"/{printed}")
 

@@ -34,7 +34,15 @@ def measured(monkeypatch, tmp_path):
 @pytest.fixture
 def flags(runs, tmp_path):
     dense = ["--initial-checkpoint", runs["dense"] / "ft_checkpoint.pth"]
-    return [*PRUNE, *dense, "--table_cache", tmp_path / "cache", "--output_dir", tmp_path / "out"]
+    return [
+        *PRUNE,
+        *dense,
+        "--latency_predicted",
+        "--table_cache",
+        tmp_path / "cache",
+        "--output_dir",
+        tmp_path / "out",
+    ]
 
 
 def test_one_command_without_a_table(measured, flags, tmp_path, capsys):
