@@ -6,9 +6,7 @@ images that no fit has seen and, where images have classes, by nearest neighbour
 
 from __future__ import annotations
 
-import copy
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,19 +114,13 @@ def check_args(
     return Setup(device, full, model.to(device).eval(), table, preparation, *found, folder)
 
 
-class _Judge:
+def _judge(args: Any, setup: Setup, model: nn.Module) -> dict[str, float]:
     """Top-1 of features by each probe, {} where images have no classes."""
-
-    def __init__(self, args: Any, setup: Setup) -> None:
-        self.args, self.setup = args, setup
-
-    def __call__(self, model: nn.Module) -> dict[str, float]:
-        setup, args = self.setup, self.args
-        if setup.bank is None:
-            return {}
-        pair = [probes.embed(model, which, args.batch_size, args.num_workers) for which in (setup.bank, setup.queries)]
-        scores = dict(knn=probes.neighbours(*pair))
-        return scores | (dict(linear=probes.linear(*pair)) if args.linear_probe else {})
+    if setup.bank is None:
+        return {}
+    pair = [probes.embed(model, which, args.batch_size, args.num_workers) for which in (setup.bank, setup.queries)]
+    scores = dict(knn=probes.neighbours(*pair))
+    return scores | (dict(linear=probes.linear(*pair)) if args.linear_probe else {})
 
 
 def _stage(setup: Setup, study: api.Study, model: nn.Module, scores: dict[str, float]) -> dict[str, Any]:
@@ -174,12 +166,13 @@ def _prune(args: Any, study: api.Study, target: float) -> nn.Module:
         raise RunFailed(str(error)) from None
 
 
-def _quickest(args: Any, study: api.Study, judge: Callable[[nn.Module], dict], dense: dict[str, float]) -> nn.Module:
-    """The quickest model that loses at most --max_drop points of k-NN top-1."""
+def _quickest(args: Any, setup: Setup, study: api.Study, dense: dict[str, float]) -> tuple[nn.Module, dict[str, float]]:
+    """The quickest model that loses at most --max_drop points of k-NN top-1, and its scores. dense: the dense ones."""
 
-    def attempt(target: float) -> tuple[float, nn.Module]:
+    def attempt(target: float) -> tuple[float, tuple[nn.Module, dict[str, float]]]:
         model = study.prune(target, recover_minutes=args.recover_minutes, hflip=args.hflip)
-        return dense["knn"] - judge(model)["knn"], model
+        scores = _judge(args, setup, model)
+        return dense["knn"] - scores["knn"], (model, scores)
 
     return bisect_drop(attempt, args.max_drop)
 
@@ -190,8 +183,7 @@ def run(args: Any, setup: Setup) -> None:
     inputs = resuming.inputs_of(data, weights=setup.model.state_dict(), table=setup.table.data)
     provenance.record(args, setup.folder, setup.device, data, inputs)
     images = calibration.images_of(args, setup.preparation, setup.images)
-    judge = _Judge(args, setup)
-    scores = judge(setup.model)
+    scores = _judge(args, setup, setup.model)
     say(f"dense model: {_say_scores(scores) or 'no classes to judge features by'}")
     study = api.analyse(
         setup.model,
@@ -207,13 +199,13 @@ def run(args: Any, setup: Setup) -> None:
     dense = _stage(setup, study, study.analysis.dense, scores)
     wanted, rows = one_shot_options.targets(args), []
     if args.max_drop is not None:
-        model = _quickest(args, study, judge, scores)
-        _write(setup, setup.folder, model, dict(dense=dense, pruned=_stage(setup, study, model, judge(model))))
+        model, its = _quickest(args, setup, study, scores)
+        _write(setup, setup.folder, model, dict(dense=dense, pruned=_stage(setup, study, model, its)))
     for target in wanted:
         folder = make_folder(setup.folder / f"target_{target:g}", lock=False) if len(wanted) > 1 else setup.folder
         model = _prune(args, study, target)
-        pruned = _stage(setup, study, model, judge(model))
-        _write(setup, folder, model, dict(dense=copy.deepcopy(dense), pruned=pruned))
+        pruned = _stage(setup, study, model, _judge(args, setup, model))
+        _write(setup, folder, model, dict(dense=dense, pruned=pruned))
         rows.append(dict(target=target, folder=folder.name) | pruned)
     if len(rows) > 1:
         _say_sizes(setup.folder, dense, rows)

@@ -46,13 +46,15 @@ class FullModel:
     def for_other_classes(self) -> FullModel:
         """Without its classifier, which is for other classes: a fresh one is trained."""
         say(f"new classifier: {self.path} knows other classes of this number")
-        state = {name: value for name, value in self.state.items() if not name.startswith("head")}
-        return replace(self, state=state, class_names=())
+        return self._without_head()
 
     def without_classifier(self) -> FullModel:
         """For its features: weights of a classifier are left out."""
+        return self._without_head().with_kwargs(num_classes=0)
+
+    def _without_head(self) -> FullModel:
         state = self.state and {name: value for name, value in self.state.items() if not name.startswith("head")}
-        return replace(self.with_kwargs(num_classes=0), state=state, class_names=())
+        return replace(self, state=state, class_names=())
 
     def with_kwargs(self, **kwargs: Any) -> FullModel:
         """The same with other arguments of timm."""
