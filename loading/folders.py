@@ -46,7 +46,17 @@ def class_folders(split: Path) -> list[str]:
     return classes
 
 
-class ClassFolders(ImageFolder):
+class _Files:
+    """Reads the images of `samples`, (path, target) each, with `transform`, `exif` and `notes` as of its classes."""
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, target = self.samples[index]
+        image, bits = open_image(path, self.exif)
+        self.notes.add(index, bits)
+        return (self.transform(image) if self.transform else image), target
+
+
+class ClassFolders(_Files, ImageFolder):
     """torchvision's ImageFolder without hidden files, with more formats, and with a line about what it leaves out.
 
     exif: turn images as their EXIF orientation says. Raises DataError for a split without class folders, or with a
@@ -83,14 +93,8 @@ class ClassFolders(ImageFolder):
             return True
         return False
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, target = self.samples[index]
-        image, bits = open_image(path, self.exif)
-        self.notes.add(index, bits)
-        return (self.transform(image) if self.transform else image), target
 
-
-class Pictures(Dataset):
+class Pictures(_Files, Dataset):
     """Every image in a folder and the folders in it, in the order of their paths, without classes: (image, -1).
 
     exif: turn images as their EXIF orientation says. Raises DataError for a folder without images.
@@ -106,12 +110,6 @@ class Pictures(Dataset):
             raise DataError(f"{root} holds no images ({', '.join(sorted(readable_extensions()))})")
         self.samples, self.targets = [(path, -1) for path in shown], [-1] * len(shown)
         self.notes = Notes(len(shown), str(root))
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, target = self.samples[index]
-        image, bits = open_image(path, self.exif)
-        self.notes.add(index, bits)
-        return (self.transform(image) if self.transform else image), target
 
     def __len__(self) -> int:
         return len(self.samples)

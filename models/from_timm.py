@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.arch import Arch
-from models.from_transformers import convert, is_transformers
+from models.from_transformers import ROUNDED, convert, disagreement, is_transformers
 from models.parents import ModelError, why_not_plain
 
 PLAIN, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"  # where timm does not say which it is
@@ -101,11 +101,7 @@ def take(model: nn.Module) -> VisionTransformer:
         ours.pretrained_cfg = ours.default_cfg = cfg  # of these weights: how their images are prepared
     reference = next(model.parameters())
     ours = ours.to(reference.device, reference.dtype).eval()
-    stem, mode = ours.patch_embed, model.training
-    images = torch.randn(2, stem.proj.in_channels, *stem.img_size, generator=torch.Generator().manual_seed(0))
-    expected = model.eval()(images.to(reference))
-    model.train(mode)
-    error = float((ours(images.to(reference)) - expected).norm() / expected.norm().clamp_min(1e-12))
-    if not error <= (AGREE if reference.dtype in (torch.float32, torch.float64) else 0.05):
+    error, exact = disagreement(ours, model, lambda images: (ours(images), model(images)))
+    if not error <= (AGREE if exact else ROUNDED):
         raise ModelError(f"{arch.name}: the model was changed after it was built; rebuilt, it differs by {error:.1e}")
     return ours

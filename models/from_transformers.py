@@ -5,6 +5,7 @@ Nothing of transformers is imported: the model brings what is needed of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ OTHER_ACTIVATION = {
     ("clip_vision_model", "gelu"): "vit_base_patch16_clip_224",
     ("siglip_vision_model", "gelu"): "vit_base_patch16_siglip_gap_224",
 }
-AGREE = 3e-5  # relative difference of outputs, in float32
+AGREE, ROUNDED = 3e-5, 0.05  # relative difference of outputs, in float32, and in half precision
 
 
 def is_transformers(model: nn.Module) -> bool:
@@ -75,6 +76,22 @@ def _outputs(model: nn.Module, images: Tensor) -> Tensor:
     return given.pooler_output if model.config.model_type.startswith("clip") else given.last_hidden_state
 
 
+def disagreement(
+    ours: VisionTransformer, theirs: nn.Module, outputs: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[float, bool]:
+    """(relative difference of outputs on two random images, whether the weights are at least float32).
+
+    outputs: from images to (those of `ours`, those of `theirs`), both in eval mode. The mode of `theirs` is restored.
+    """
+    stem, mode, reference = ours.patch_embed, theirs.training, next(ours.parameters())
+    images = torch.randn(2, stem.proj.in_channels, *stem.img_size, generator=torch.Generator().manual_seed(0))
+    theirs.eval()
+    found, expected = outputs(images.to(reference))
+    theirs.train(mode)
+    error = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
+    return error, reference.dtype in (torch.float32, torch.float64)
+
+
 @torch.no_grad()
 def convert(model: nn.Module) -> VisionTransformer:
     """A copy of a vision model of transformers as one of this project's, in eval mode, on its device.
@@ -96,12 +113,12 @@ def convert(model: nn.Module) -> VisionTransformer:
         raise ModelError(f"a {name} of this config cannot be rebuilt: {reason}")
     ours.load_state_dict(state)
     ours = ours.to(reference.device, reference.dtype).eval()
-    stem, mode = ours.patch_embed, inner.training
-    images = torch.randn(2, stem.proj.in_channels, *stem.img_size, generator=torch.Generator().manual_seed(0))
-    expected = _outputs(inner.eval(), images.to(reference))
-    inner.train(mode)
-    found = ours(images.to(reference)) if expected.dim() == 2 else ours.forward_features(images.to(reference))
-    error = float((found - expected).norm() / expected.norm().clamp_min(1e-12))
-    if not error <= (AGREE if reference.dtype in (torch.float32, torch.float64) else 0.05):
+
+    def outputs(images: Tensor) -> tuple[Tensor, Tensor]:
+        expected = _outputs(inner, images)
+        return (ours(images) if expected.dim() == 2 else ours.forward_features(images)), expected
+
+    error, exact = disagreement(ours, inner, outputs)
+    if not error <= (AGREE if exact else ROUNDED):
         raise ModelError(f"a {name} of this config cannot be rebuilt: it would differ by {error:.1e}")
     return ours
