@@ -18,6 +18,7 @@ import torch.distributed as dist
 from runtime.console import complain
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+GONE = "rank 0, or the launcher, has gone away"
 
 
 _meeting = 1  # how often the ranks of this run have met at their store
@@ -146,7 +147,7 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         """The thread's work: beat, and check the beats of the others."""
         beat = 0
-        with contextlib.suppress(RuntimeError):  # the store is gone; the other thread reports it
+        try:
             while not self._end.wait(self.interval):
                 beat += 1
                 self._exchange(str(beat))
@@ -156,6 +157,9 @@ class Heartbeat(threading.Thread):
             while self.rank == 0 and self._last_word == "done" and self._waited_for():  # this rank may host the store
                 time.sleep(self.interval)
                 self._exchange("done")
+        except RuntimeError:  # whoever hosts the store is gone: nobody would ever stop this process
+            if not self._end.is_set():
+                _end_process(GONE)
 
     def _exchange(self, beat: str) -> None:
         self._store.set(self._keys[self.rank], beat)
@@ -193,7 +197,7 @@ class Heartbeat(threading.Thread):
         """After a failed collective: the ranks at fault, '' if all of them answer."""
         time.sleep(4 * self.interval)
         if time.monotonic() - self._answered > 2.5 * self.interval:
-            return "rank 0, or the launcher, has gone away"
+            return GONE
         return self._named(self._silent(2.5 * self.interval))
 
     def stop(self, failure: str = "") -> None:

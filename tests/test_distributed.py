@@ -225,6 +225,31 @@ def test_the_heartbeat_knows_failed_from_silent():
     assert heart._named(heart._silent(10)) == "rank 2 failed: no disk; rank 3 has not answered for 20 s"
 
 
+def test_a_process_whose_launcher_was_killed_ends(tmp_path):
+    """torchrun's workers are in sessions of their own: nothing else would stop them, and the folder stays theirs."""
+    host = (
+        "import time, torch.distributed as dist\n"
+        "store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)\n"
+        "print(store.port, flush=True); time.sleep(60)\n"
+    )
+    worker = (
+        "import sys, time; sys.path.insert(0, '.')\n"
+        "import torch.distributed as dist\n"
+        "from runtime.elastic import Heartbeat\n"
+        "store = dist.TCPStore('localhost', int(sys.argv[1]), is_master=False, wait_for_workers=False)\n"
+        "Heartbeat(store, 0, 1, timeout=600, interval=0.2).begin()\n"
+        "print('beating', flush=True); time.sleep(60)\n"
+    )
+    pipes = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", host], **pipes) as launcher:
+        port = launcher.stdout.readline().strip()
+        with subprocess.Popen([sys.executable, "-c", worker, port], **pipes) as process:
+            assert process.stdout.readline() == "beating\n"
+            launcher.kill()
+            assert process.wait(timeout=20) == 1
+            assert "error: rank 0, or the launcher, has gone away" in process.stderr.read()
+
+
 @pytest.mark.slow
 def test_sigterm_to_the_whole_group_with_workers_and_a_slow_disk(long_run, tmp_path):
     """As launchers send it: to data workers, too; and the other rank waits while the checkpoint is written."""
