@@ -100,28 +100,41 @@ def measure_importance(
     loss: Callable[[Tensor, Tensor], Tensor],
     mode: str = "attn",
     per_image: bool = False,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """Scores of every patch of `layers`, (L, N) float64, summed over batches and processes: S_l[j] of the paper.
 
     loss(images, targets) runs the model, which must be in eval mode. As published the absolute value is taken of each
-    global batch's mean, in which images cancel; per_image takes it of every image.
+    global batch's mean, in which images cancel; per_image takes it of every image. scaler: scales the loss, so that
+    float16 holds its small derivatives; a batch that overflows is repeated at half the scale. Raises FloatingPointError
+    for scores that are not finite at any scale.
     """
     device = next(model.parameters()).device
+    if scaler is None or mode == "head_entropy":  # which differentiates nothing
+        scaler = torch.amp.GradScaler(enabled=False)
+
+    def score(images: Tensor, targets: Tensor) -> Tensor:
+        """(L, B, N) of one batch, unscaled: scores are linear in the derivatives."""
+        rows.clear()
+        if mode == "head_entropy":
+            with torch.no_grad():
+                loss(images, targets)
+        else:
+            scaler.scale(loss(images.requires_grad_(), targets)).backward()
+        found = [
+            on_patches(model.blocks[i], key_importance(model.blocks[i].attn, qkv, model.num_prefix_tokens, mode))
+            for i, qkv in zip(layers, rows, strict=True)
+        ]
+        return torch.stack(found).double() / scaler.get_scale()
+
     total = torch.zeros(len(layers), model.patch_embed.num_patches, dtype=torch.float64, device=device)
     with record_qkv(model, layers) as rows:
         for images, targets in batches:
-            rows.clear()
-            images = images.to(device)
-            if mode == "head_entropy":
-                with torch.no_grad():
-                    loss(images, targets.to(device))
-            else:
-                loss(images.requires_grad_(), targets.to(device)).backward()
-            importance = [
-                on_patches(model.blocks[i], key_importance(model.blocks[i].attn, qkv, model.num_prefix_tokens, mode))
-                for i, qkv in zip(layers, rows, strict=True)
-            ]
-            importance = torch.stack(importance).double()  # L B N
+            images, targets = images.to(device), targets.to(device)
+            while not (importance := score(images, targets)).isfinite().all():
+                if scaler.get_scale() <= 1:
+                    raise FloatingPointError("the scores of a batch are not finite")
+                scaler.update(scaler.get_scale() / 2)
             batch = (importance.abs() if per_image else importance).mean(1)
             if dist.is_initialized():
                 dist.all_reduce(batch)

@@ -21,6 +21,7 @@ from models.pretrained import read_initial
 from models.vit import TokenLogits
 from pruning import pm_vit, token_merging
 from pruning.token_counts import choose_counts
+from runtime.errors import RunFailed
 from training.class_names import check_class_names
 from training.dense import Run
 from training.full_model import (
@@ -117,7 +118,7 @@ def scoring_batches(loader: Any, count: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def scores(args: Any, run: Run, layers: Sequence[int]) -> Tensor:
-    """Of every patch of `layers`: (L, N) on the CPU."""
+    """Of every patch of `layers`: (L, N) on the CPU. Raises RunFailed where they are not finite."""
     model, (rows, columns) = run.model, run.model.patch_embed.grid_size
     if args.prune_mode == "seq":
         return pm_vit.even_ranks(layers, (rows, columns))
@@ -134,7 +135,11 @@ def scores(args: Any, run: Run, layers: Sequence[int]) -> Tensor:
     batches = scoring_batches(run.data.train, args.prune_iter)
     batches = progress_bar(batches, args.prune_iter or len(run.data.train), "score")
     mode = "attn" if args.prune_mode == "clus" else args.prune_mode
-    return pm_vit.measure_importance(model, layers, batches, loss, mode, args.per_image).cpu()
+    try:
+        found = pm_vit.measure_importance(model, layers, batches, loss, mode, args.per_image, precision.scaler)
+    except FloatingPointError as error:
+        raise RunFailed(f"{error}: check the weights of --resume") from None
+    return found.cpu()
 
 
 def structure(args: Any, run: Run, images: Tensor | None) -> pm_vit.Structure:

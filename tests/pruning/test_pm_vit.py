@@ -1,5 +1,7 @@
 """Prune and Merge: scores against autograd's attention gradient, exact budgets, groups, matrices."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,34 @@ def test_weights_do_not_move_while_scoring(model, batches):
     pm_vit.measure_importance(model, range(2), batches, loss_of(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["attn", "head"])
+def test_float16_scores_are_those_of_float32(model, batches, mode):
+    """Derivatives that float16 rounds to 0 are kept by a scaled loss; a scale that overflows is halved."""
+    small = 1e-5  # of the loss, as where a batch is large and a model sure of itself
+    model, batches = model.float(), [(images.float(), targets) for images, targets in batches]
+
+    def loss(images, targets, dtype):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            logits = model(images)
+        return small * F.cross_entropy(logits.float(), targets)
+
+    half, full = partial(loss, dtype=torch.float16), partial(loss, dtype=None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    expected = pm_vit.measure_importance(model, range(2), batches, full, mode)
+    bare = pm_vit.measure_importance(model, range(2), batches, half, mode)
+    scaled = pm_vit.measure_importance(model, range(2), batches, half, mode, scaler=scaler)
+    assert 1 < scaler.get_scale() < 2.0**60
+    error, wanted = (((found - expected).norm() / expected.norm()).item() for found in (bare, scaled))
+    assert wanted < 0.02 < 5 * error
+
+
+def test_scores_that_no_scale_makes_finite_are_refused(model, batches):
+    with torch.no_grad():
+        model.blocks[1].norm2.weight[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="the scores of a batch are not finite"):
+        pm_vit.measure_importance(model, range(2), batches, loss_of(model), scaler=torch.amp.GradScaler("cpu"))
 
 
 def test_scores_of_a_compressed_model_stand_for_patches(model, batches):
