@@ -15,75 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from runtime.errors import RunFailed
+from runtime.precision import Precision
 from runtime.ranks import is_main, world_size
 from runtime.seeds import seed_everything
-
-
-class Precision:
-    """Mixed precision: autocast to `dtype` (None: off), with loss scaling where float16 needs it.
-
-    overflows: updates that the scaler has skipped in total; in_a_row: the current run of skipped updates.
-    """
-
-    MOST_IN_A_ROW = 30  # after so many halvings of 2^16 the scale is far below 1: the gradients are at fault
-
-    def __init__(self, device: torch.device, dtype: torch.dtype | None) -> None:
-        self.device, self.dtype = device, dtype
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-        self.overflows = self.in_a_row = 0
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def overflowed(self, yes: bool) -> bool:
-        """Count an update; True once too many in a row have overflowed."""
-        self.overflows += yes
-        self.in_a_row = self.in_a_row + 1 if yes else 0
-        return self.in_a_row > self.MOST_IN_A_ROW
-
-
-class FiniteGuard:
-    """Stops a run before an update whose loss or gradients are not finite, and names epoch, step, batch and tensor.
-
-    The losses of an update are checked together with its gradients, so that each update costs one transfer to the host.
-    """
-
-    def __init__(self, precision: Precision, epoch: int = 0) -> None:
-        self.precision, self.epoch = precision, epoch
-        self.losses: list[tuple[int, Tensor]] = []
-
-    def see(self, loss: Tensor, batch: int) -> None:
-        """Remember the loss of a batch for `check`. batch: its number in the epoch, from 0."""
-        self.losses.append((batch, loss.detach()))
-
-    def check(self, model: nn.Module, step: int) -> bool:
-        """Whether the optimizer may use the gradients; False after an overflow under loss scaling.
-
-        Raises RunFailed for a loss that is not finite, and for such a gradient where nothing is scaled.
-        """
-        losses, self.losses = self.losses, []
-        gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in gradients]))
-        seen = torch.cat([torch.stack([loss.float() for _, loss in losses]), norms.float()]).isfinite()
-        scaled = self.precision.scaler.is_enabled()
-        if bool(seen.all()):
-            return not (scaled and self.precision.overflowed(False))
-        where, sound = f"in epoch {self.epoch}, step {step}", seen.tolist()
-        for (batch, _), finite in zip(losses, sound[: len(losses)], strict=True):
-            if not finite:
-                raise RunFailed(f"the loss of batch {batch} is not finite {where}")
-        odd = [
-            name
-            for (name, g), finite in zip(gradients, sound[len(losses) :], strict=True)
-            if not finite and not g.isfinite().all()
-        ]  # a norm may overflow where its values do not
-        if odd and (not scaled or self.precision.overflowed(True)):
-            name = odd[0].removeprefix("module.").removeprefix("model.")
-            batches = f"batch {losses[0][0]}" + (f" to {losses[-1][0]}" if len(losses) > 1 else "")
-            raise RunFailed(f"the gradient of {name} ({batches}) is not finite {where}")
-        return not odd
 
 
 def progress_bar(iterable: Iterable, total: int, label: str, done: int = 0) -> tqdm:
@@ -177,6 +111,7 @@ def train_one_epoch(
     clip_grad: float | None = None,
     before_step: Callable[[int], Any] = do_nothing,
     after_backward: Callable[[], Any] = do_nothing,
+    after_overflow: Callable[[], Any] = do_nothing,
     after_step: Callable[[Tensor], bool | None] = do_nothing,
     log_interval: int = 50,
 ) -> dict[str, float]:
@@ -186,12 +121,11 @@ def train_one_epoch(
     its parts. `loader` starts with the first batch that is left; an update takes `accumulate` batches. The random
     numbers of an update depend on the seed, the rank and the update's number alone. Hooks: before_step gets the number
     of the update since training began (timm's `scheduler.step_update`); after_backward runs with gradients unscaled and
-    weights not yet moved; after_step(loss) runs with the weights moved and the update counted, and ends the epoch early
-    by returning True. An update that overflows under loss scaling is skipped, with its after_backward. The caller
-    chooses train or eval mode. Raises RunFailed, before the weights move, for a loss or gradient that is not finite.
+    weights not yet moved, after_overflow in its place where loss scaling skips the update; after_step(loss) runs once
+    the update is counted, and ends the epoch early by returning True. The caller chooses train or eval mode. Raises
+    RunFailed for a loss or gradient that is not finite (`runtime.precision`).
     """
-    meters, guard = progress.meters, FiniteGuard(precision, progress.epoch)
-    overflows = precision.overflows
+    meters, guard, overflows = progress.meters, precision.guard, precision.overflows
     left = range(progress.step, progress.step if progress.ended else progress.updates)
     bar = progress_bar(left, progress.updates, f"epoch {progress.epoch}", done=progress.step)
     with reading(loader) as batches:
@@ -199,27 +133,27 @@ def train_one_epoch(
             update = progress.epoch * progress.updates + step
             seed_everything(seed, update)
             before_step(update)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss = torch.zeros((), device=precision.device)
             for number in range(accumulate):
-                images, targets = (t.to(precision.device, non_blocking=True) for t in next(batches))
                 with contextlib.nullcontext() if number + 1 == accumulate or world_size() == 1 else model.no_sync():
-                    part, values = _backward(model, criterion, images, targets, precision, mixup, 1 / accumulate)
+                    part, values, images = _backward(model, criterion, next(batches), precision, mixup, 1 / accumulate)
                 guard.see(part, step * accumulate + number)
-                meters.add(dict(loss=part) | values, len(images))
+                meters.add(dict(loss=part) | values, images)
                 loss += part / accumulate
             precision.scaler.unscale_(optimizer)
-            if guard.check(model, step):
+            if guard.check(model, progress.epoch, step, last=step + 1 == progress.updates):
                 after_backward()
                 if clip_grad is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-            precision.scaler.step(optimizer)
-            precision.scaler.update()
+            else:
+                after_overflow()
+            precision.step(optimizer)
             progress.step = step + 1
             if step % log_interval == 0:
                 bar.set_postfix({name: f"{mean:.4f}" for name, mean in meters.fetch().items()}, refresh=False)
-            if after_step(loss):
-                progress.ended = True
+            progress.ended = bool(after_step(loss))
+            if progress.ended:
                 break
     skipped = dict(overflows=precision.overflows - overflows) if precision.scaler.is_enabled() else {}
     return meters.fetch() | dict(lr=optimizer.param_groups[0]["lr"]) | skipped
@@ -252,19 +186,19 @@ def _iterate(batches: Iterator) -> Iterator:
 def _backward(
     model: nn.Module,
     criterion: Criterion,
-    images: Tensor,
-    targets: Tensor,
+    batch: tuple[Tensor, Tensor],
     precision: Precision,
     mixup: Callable | None,
     weight: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Add weight x the gradients of one batch; returns its loss and the parts of that loss."""
+) -> tuple[Tensor, dict[str, Tensor], int]:
+    """Add weight x the gradients of a batch of (images, targets); returns its loss, the loss's parts, its images."""
+    images, targets = (t.to(precision.device, non_blocking=True) for t in batch)
     if mixup is not None:
         images, targets = mixup(images, targets)
     with precision.autocast():
         loss, parts = criterion(model(images), images, targets)
     precision.scaler.scale(loss * weight).backward()
-    return loss.detach(), parts
+    return loss.detach(), parts, len(images)
 
 
 @torch.inference_mode()

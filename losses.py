@@ -83,14 +83,20 @@ class NViTLoss(nn.Module):
         self.original, self.original_coeff = original, original_coeff
         self.teacher, self.kl_coeff, self.tau, self.per_token = teacher, kl_coeff, tau, per_token
 
-    def forward(self, logits: Logits, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    @torch.no_grad()
+    def teach(self, images: Tensor) -> Logits:
+        """The full model's logits, float32."""
+        return tuple(t.float() for t in self.teacher(images))
+
+    def forward(
+        self, logits: Logits, images: Tensor, targets: Tensor, taught: Logits | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """taught: what `teach` has given for these images, where the caller has asked already."""
         logits = tuple(t.float() for t in logits)
         original = kl = logits[0].new_zeros(())
         if self.original_coeff:
             original = self.original(logits, images, targets)
         if self.kl_coeff:
-            with torch.no_grad():
-                taught = tuple(t.float() for t in self.teacher(images))
-            kl = full_model_kl(logits, taught, self.tau, self.per_token)
+            kl = full_model_kl(logits, taught or self.teach(images), self.tau, self.per_token)
         loss = self.original_coeff * original + self.kl_coeff / 1000 * kl
         return loss, dict(orig_loss_value=original.detach(), main_loss_value=kl.detach())

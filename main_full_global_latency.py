@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 import options
-from engine import Precision, Progress, evaluate, train_one_epoch
+from engine import Progress, evaluate, train_one_epoch
 from latency.table import LatencyTable
 from loading.loaders import start_epoch
 from loading.preparation import Preparation
@@ -24,6 +24,7 @@ from recipes.nvit_files import CHECKPOINT, State, conclude, make_report, read_re
 from runtime.console import say, warn
 from runtime.errors import FailedTogether, Problems
 from runtime.folders import append_log, make_folder
+from runtime.precision import Precision
 from runtime.processes import start_processes
 from runtime.script import run_script
 from training import provenance, results, resuming
@@ -261,6 +262,7 @@ def train(
                     mixup=mixup,
                     clip_grad=args.clip_grad,
                     after_backward=steps.after_backward,
+                    after_overflow=steps.after_overflow,
                     after_step=after_step,
                     log_interval=args.log_interval,
                 )
@@ -269,15 +271,9 @@ def train(
             epoch, ratio = progress.epoch, setup.pruner.ratio
             progress.next_epoch()
             state.metrics = test | dict(latency=ratio)
-            keeper.attempt(
-                append_log,
-                setup.folder,
-                epoch=epoch,
-                events=steps.events,
-                latency=ratio,
-                **results.log_line(stats, test),
-            )
-            keeper.attempt(steps.curves.epoch, results.log_line(stats, test), epoch)
+            line = results.log_line(stats, test)
+            keeper.attempt(append_log, setup.folder, epoch=epoch, events=steps.events, latency=ratio, **line)
+            keeper.attempt(steps.curves.epoch, line, epoch)
             keeper.write()
             say(f"epoch {epoch}: loss {stats['loss']:.4f}, top-1 {test['acc1']:.2f}, predicted latency {ratio:.4f}")
     _finish(args, setup, report, state, top1_dense)

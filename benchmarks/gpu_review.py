@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import FiniteGuard, Precision, Progress, train_one_epoch
+from engine import Progress, train_one_epoch
 from latency.kernels import attention_kernels
 from latency.measure import stopwatch, warm_up
 from models import BlockDims, Masks, TokenLogits, ViTDims, build_vit, compact, sparsity
@@ -33,6 +33,7 @@ from pruning.moments import all_reduced
 from pruning.refit import refit_
 from pruning.saliency import Saliency
 from runtime.device import device_name
+from runtime.precision import FiniteGuard, Precision
 from runtime.processes import BACKENDS
 
 ARCH = "deit_base_distilled_patch16_224"
@@ -116,7 +117,7 @@ class Steps:
             Precision(self.case.device, torch.bfloat16),
             Progress(number),
             log_interval=10**9,
-            after_backward=(lambda: (self.saliency.step(), self.saliency.not_finite())) if hooks else lambda: None,
+            after_backward=self.saliency.step if hooks else lambda: None,
             after_step=(lambda _: self.masks.zero_weights_(self.model) and False) if hooks else lambda _: None,
         )
 
@@ -146,7 +147,7 @@ def hooks(case: Case) -> None:
     steps, check = Steps(case), FiniteGuard.check
     full = case.milliseconds(partial(steps, 10), 2) / 10
     bare = case.milliseconds(partial(steps, 10, hooks=False), 2) / 10
-    FiniteGuard.check = lambda self, *_: self.losses.clear() or True
+    FiniteGuard.check = lambda self, *_, **__: self._losses.clear() or True
     try:
         unguarded = case.milliseconds(partial(steps, 10, hooks=False), 2) / 10
     finally:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import main_savit
 from benchmarks.footing import BATCH, Bench, Pruner
-from engine import Precision
 from models import Masks, TokenLogits, compact
 from pruning.align import align_
 from pruning.allocation import allocate
@@ -31,6 +30,7 @@ from pruning.value import ValuePruner
 from recipes import savit
 from recipes.api import random_batches
 from recipes.savit_scoring import GROUP, Scoring
+from runtime.precision import Precision
 
 LAMBDA, GROUPS_AT_ONCE = 5e-4, 8
 SAVIT_BATCH = 32  # images
@@ -60,12 +60,16 @@ ONE_SHOT = {
 }
 
 
-def _scores(model: nn.Module, saliency: EventMean, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+def _scores(
+    model: nn.Module, saliency: EventMean, dense: nn.Module, images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
     """One pass over the images, in eval mode, without a step."""
-    both = TokenLogits(model)
+    both, teacher = TokenLogits(model), TokenLogits(dense)
     for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         logits = both(x)
-        saliency.see(logits, x)
+        with torch.no_grad():
+            taught = teacher(x)
+        saliency.see(logits, taught)
         model.zero_grad()
         F.cross_entropy(sum(logits) / 2, y).backward()
         saliency.step()
@@ -107,10 +111,9 @@ class Gradient(Pruner):
             criterion = config.criterion if saliency == "weights" else saliency
             estimate = Saliency(scored, scored.dims, criterion)
         else:
-            taught = TokenLogits(self.dense) if teacher else None
             scaler = torch.amp.GradScaler("cpu", enabled=False)
-            estimate = GateSaliency(scored, masks, saliency, 0.0, scaler, taught)
-        self.scores = _scores(scored, estimate, self.images, bench.calibration(seed)[1])
+            estimate = GateSaliency(scored, masks, saliency, 0.0, scaler, taught=teacher)
+        self.scores = _scores(scored, estimate, self.dense, self.images, bench.calibration(seed)[1])
 
     @torch.no_grad()
     def __call__(self, aim: float) -> nn.Module:

@@ -15,7 +15,6 @@ import time
 
 import torch
 
-from engine import Precision
 from latency.table import LatencyTable
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models import Masks, build_vit
@@ -25,6 +24,7 @@ from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner
 from pruning.saliency import Saliency
 from runtime.device import device_name
+from runtime.precision import Precision
 from training.full_model import freeze
 
 DIGITS = (

@@ -23,7 +23,7 @@ class GateSaliency(EventMean):
     """kind: `gates` squares the derivative of the batch's mean loss, `gate_samples` averages its images' squares, from
     the same backward pass: every image has gates of its own.
 
-    teacher: differentiate the cross-entropy to labels drawn from its predictions (TokenLogits, in eval mode) instead of
+    taught: differentiate the cross-entropy to labels drawn from a teacher's predictions, which `see` gets, instead of
     the training loss: the Fisher information of the distillation loss, whose own gradient is 0 while student and
     teacher agree. With several processes, scores are averaged over them at every step.
     """
@@ -35,10 +35,10 @@ class GateSaliency(EventMean):
         kind: str,
         momentum: float,
         scaler: torch.amp.GradScaler,
-        teacher: nn.Module | None = None,
+        taught: bool = False,
     ) -> None:
         super().__init__(model.dims.sizes(), momentum, next(model.parameters()).device)
-        self.kind, self.masks, self.scaler, self.teacher = kind, masks, scaler, teacher
+        self.kind, self.masks, self.scaler, self.taught = kind, masks, scaler, taught
         self._leaves: list[dict[str, Tensor]] = []
         self._found: list[list[Tensor]] = []  # of the teacher's loss, one list per forward pass
         self._gates = Gates(model, behind=True)
@@ -56,30 +56,32 @@ class GateSaliency(EventMean):
             }
             self._leaves.append(self._gates.values)
 
-    def see(self, logits: tuple[Tensor, Tensor], images: Tensor) -> None:
-        """Differentiate the loss on labels drawn from the teacher, where there is one; logits: both (B, classes)."""
-        if self.teacher is None:
+    def see(self, logits: tuple[Tensor, Tensor], taught: tuple[Tensor, Tensor]) -> None:
+        """Differentiate the loss on labels drawn from the teacher, where `taught`; all logits are (B, classes)."""
+        if not self.taught:
             return
-        with torch.no_grad():
-            taught = sum(t.float() for t in self.teacher(images)) / 2
-            drawn = torch.multinomial(taught.softmax(1), 1).flatten()
+        drawn = torch.multinomial((sum(t.float() for t in taught) / 2).softmax(1), 1).flatten()
         loss = self.scaler.scale(F.cross_entropy(sum(t.float() for t in logits) / 2, drawn))
         leaves = list(self._leaves[-1].values())
         self._found.append(list(torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)))
 
+    def discard(self) -> None:
+        """Forget the forward passes since the last step."""
+        self._gates.values = {}
+        self._leaves, self._found = [], []
+
     @torch.no_grad()
     def step(self) -> None:
         """Add this step's scores: after backward, with gradients unscaled."""
-        self._gates.values = {}
         passes = len(self._leaves)
-        scale = self.scaler.scale(torch.ones_like(self.steps)) * (1 if self.teacher is None else passes)
+        scale = self.scaler.scale(torch.ones_like(self.steps)) * (passes if self.taught else 1)
         total = torch.zeros_like(self.average)
         for k, leaves in enumerate(self._leaves):
-            gradients = self._found[k] if self.teacher else [leaf.grad for leaf in leaves.values()]
+            gradients = self._found[k] if self.taught else [leaf.grad for leaf in leaves.values()]
             pairs = zip(gradients, leaves.values(), strict=True)
             each = torch.cat([torch.zeros_like(leaf) if g is None else g for g, leaf in pairs], 1) / scale  # B units
             total += each.sum(0) if self.kind == "gates" else (each * len(each) * passes).square().mean(0) / passes
-        self._leaves, self._found = [], []
+        self.discard()
         if dist.is_initialized():
             dist.all_reduce(total)
             total /= dist.get_world_size()

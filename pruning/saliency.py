@@ -45,27 +45,30 @@ class EventMean:
         self.accumulated = torch.zeros(sum(self.sizes.values()), device=device)  # one axis behind the other
         self.average = torch.zeros_like(self.accumulated)
         self.steps = torch.zeros((), device=device)
+        self._odd = torch.zeros_like(self.accumulated, dtype=torch.bool)
         self.events = 0
 
-    def see(self, logits: tuple[Tensor, Tensor], images: Tensor) -> None:
-        """A training step's outputs, before the backward pass."""
+    def see(self, logits: tuple[Tensor, Tensor], taught: tuple[Tensor, Tensor]) -> None:
+        """A training step's outputs beside a teacher's, before the backward pass."""
+
+    def discard(self) -> None:
+        """Forget a training step that is skipped: what `see` and hooks have gathered since the last `step`."""
 
     def step(self) -> None:
         """Add this step's scores: after backward, with gradients unscaled and weights not yet moved."""
         raise NotImplementedError
 
     def _add(self, scores: Tensor) -> None:
-        finite = torch.isfinite(scores).all()  # a step that overflowed under AMP is skipped whole, without a host sync
+        odd = ~torch.isfinite(scores)
+        finite = ~odd.any()  # a step with such a score is left out whole, and nothing waits for the device
         self.accumulated += torch.where(finite, scores, 0.0)
-        self._last, self._finite = scores, finite
         self.steps += finite
+        self._odd |= odd
 
     def not_finite(self) -> list[str]:
-        """Axes with a score that was not finite in the last step."""
-        if bool(self._finite):
-            return []
-        parts = self._last.split(list(self.sizes.values()))
-        return [axis for axis, part in zip(self.sizes, parts, strict=True) if not part.isfinite().all()]
+        """Axes with a score that was not finite since the last event, in steps that were left out."""
+        parts = self._odd.cpu().split(list(self.sizes.values()))
+        return [axis for axis, part in zip(self.sizes, parts, strict=True) if part.any()]
 
     def close_window(self) -> dict[str, Tensor]:
         """Scores (float64, on the CPU) per axis at a pruning event: the mean over the steps since the last, averaged.
@@ -78,8 +81,8 @@ class EventMean:
         self.events += 1
         self.average = self.momentum * self.average + (1 - self.momentum) * window
         scores = (self.average / (1 - self.momentum**self.events)).double().cpu()
-        self.accumulated.zero_()
-        self.steps.zero_()
+        for gathered in (self.accumulated, self.steps, self._odd):
+            gathered.zero_()
         return dict(zip(self.sizes, scores.split(list(self.sizes.values())), strict=True))
 
     def forget(self) -> None:

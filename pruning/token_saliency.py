@@ -70,6 +70,10 @@ class TokenSaliency(EventMean):
             self._near[block] = alive, tuple(t.to(self.average.device) for t in places)
         return self._near[block][1]
 
+    def discard(self) -> None:
+        """Forget the forward passes since the last step."""
+        self._seen = []
+
     @torch.no_grad()
     def step(self) -> None:
         """Add this step's scores: after backward, with the gradients of activations still scaled."""
@@ -82,7 +86,7 @@ class TokenSaliency(EventMean):
                 moved = self._loss_change(tokens, out, survivors, near, stands) / scale  # B K
                 each = (moved * len(moved) * len(self._seen)).square().mean(0) / len(self._seen)
                 views[str(Axis("tokens", block))][survivors] += each
-        self._seen = []
+        self.discard()
         if dist.is_initialized():
             dist.all_reduce(total)
             total /= dist.get_world_size()

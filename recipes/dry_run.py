@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from pruning.gate_saliency import GateSaliency
 from pruning.global_latency import GlobalPruner
+from pruning.saliency import EventMean
+from pruning.token_saliency import TokenSaliency
 from recipes.nvit import Setup
 from runtime.console import say, table
 from runtime.device import device_name
@@ -39,13 +41,16 @@ def plan(pruner: GlobalPruner, seed: int) -> list[tuple[float, Any]]:
     return events
 
 
-def _gates(args: Any, setup: Setup, teacher: nn.Module) -> GateSaliency | None:
-    """The gates that --saliency scores by: they, and what they multiply, stay in memory until the backward pass."""
-    if args.saliency == "weights":
-        return None
-    judge = teacher if args.saliency_loss == "teacher" else None
-    scaler = torch.amp.GradScaler(enabled=False)
-    return GateSaliency(setup.model, setup.student.masks, args.saliency, setup.config.momentum, scaler, judge)
+def _hooks(args: Any, setup: Setup) -> list[EventMean]:
+    """What --saliency and --tokens score by: what their hooks note stays in memory until backward ends."""
+    model, masks, momentum = setup.model, setup.student.masks.fresh(), setup.config.momentum  # the plan used those up
+    scaler, hooks = torch.amp.GradScaler(enabled=False), []
+    if args.saliency != "weights":
+        taught = args.saliency_loss == "teacher"
+        hooks.append(GateSaliency(model, masks, args.saliency, momentum, scaler, taught))
+    if args.tokens:
+        hooks.append(TokenSaliency(model, masks, momentum, scaler))
+    return hooks
 
 
 def trial(args: Any, setup: Setup) -> tuple[float, float]:
@@ -55,7 +60,7 @@ def trial(args: Any, setup: Setup) -> tuple[float, float]:
     teacher = freeze(copy.deepcopy(setup.model), setup.device)
     student = wrap_for_training(args, setup.model, setup.device).train()
     optimizer = make_optimizer(args, setup.model)
-    gates = _gates(args, setup, teacher)
+    hooks = _hooks(args, setup)
     criterion, precision = nn.CrossEntropyLoss(), make_precision(args, setup.device)
     stem = setup.model.patch_embed
     images = torch.randn(images_per_step, stem.proj.in_channels, *stem.img_size, device=setup.device)
@@ -72,14 +77,14 @@ def trial(args: Any, setup: Setup) -> tuple[float, float]:
         kept.clear()
         with precision.autocast(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             with torch.no_grad():
-                teacher(images)
+                taught = teacher(images)
             logits = student(images)
-            if gates:
-                gates.see(logits, images)
+            for saliency in hooks:
+                saliency.see(logits, taught)
             loss = criterion(logits[0], labels)
         loss.backward()
-        if gates:
-            gates.step()
+        for saliency in hooks:
+            saliency.step()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if setup.device.type == "cuda":

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import Precision
 from latency.table import LatencyTable
 from losses import NViTLoss
 from models import Masks
@@ -27,6 +26,7 @@ from recipes import nvit_log
 from recipes.calibration import Compensation
 from runtime.console import say
 from runtime.errors import RunFailed
+from runtime.precision import Precision
 from runtime.ranks import check_identical, is_main
 from training.curves import Curves
 from training.full_model import FullModel
@@ -86,8 +86,8 @@ def make_pruner(
 class PruningSteps:
     """Pruning inside the training loop: score after backward, keep removed weights at zero, remove at events.
 
-    precision: its scaler scales the loss; compensation: see there; measure: the measured ratio of widths to the dense
-    model, the same on all ranks, where that must meet the target (None: the predicted one must).
+    precision: scales the loss, and knows whether it was finite; compensation: see there; measure: the measured ratio of
+    widths to the dense model, the same on all ranks, where that must meet the target (None: the predicted one must).
     """
 
     def __init__(
@@ -102,13 +102,13 @@ class PruningSteps:
     ) -> None:
         self.measure, self.points = measure, []  # (predicted, measured) where the predicted target was met
         self.args, self.setup, self.optimizer, self.criterion = args, setup, optimizer, criterion
-        self.interval, self.kl_coeff, self.scaler = args.interval_prune[0], criterion.kl_coeff, precision.scaler
+        self.interval, self.kl_coeff, self.precision = args.interval_prune[0], criterion.kl_coeff, precision
         self.pruner, self.student, self.compensation = setup.pruner, setup.student, compensation
         self.student.prepare(optimizer, lambda model: wrap_for_training(args, model, setup.device))
         self.saliency = self._make_saliency()
         self.tokens = None
         if args.tokens:
-            self.tokens = TokenSaliency(setup.model, self.student.masks, setup.config.momentum, self.scaler)
+            self.tokens = TokenSaliency(setup.model, self.student.masks, setup.config.momentum, precision.scaler)
         purge = setup.resumed and setup.resumed["step"]
         self.curves = Curves(setup.folder, purge_step=purge)
         self.steps = self.events = 0
@@ -123,8 +123,8 @@ class PruningSteps:
         config, args, model = self.setup.config, self.args, self.student.model
         if args.saliency == "weights":
             return Saliency(model, model.dims, config.criterion, config.momentum)
-        teacher = self.criterion.teacher if args.saliency_loss == "teacher" else None
-        return GateSaliency(model, self.student.masks, args.saliency, config.momentum, self.scaler, teacher)
+        scaler, taught = self.precision.scaler, args.saliency_loss == "teacher"
+        return GateSaliency(model, self.student.masks, args.saliency, config.momentum, scaler, taught)
 
     def _saliencies(self) -> list[EventMean]:
         return [self.saliency, self.tokens] if self.tokens else [self.saliency]
@@ -136,28 +136,36 @@ class PruningSteps:
 
     def loss(self, logits: tuple[Tensor, Tensor], images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss and its parts; the saliency may differentiate another."""
-        self.saliency.see(logits, images)
-        return self.criterion(logits, images, targets)
+        taught = None
+        if self.criterion.kl_coeff or self.args.saliency_loss == "teacher":
+            taught = self.criterion.teach(images)
+            self.saliency.see(logits, taught)
+        return self.criterion(logits, images, targets, taught)
 
     def after_backward(self) -> None:
-        """Raises RunFailed, before the weights move, for a score that is not finite."""
         self.student.masks.drop_gradients_(self.student.model)
         for saliency in self._saliencies():
             saliency.step()
-            if odd := saliency.not_finite():
-                raise RunFailed(f"the saliency of {odd[0]} is not finite in update {self.steps} of the run")
+
+    def after_overflow(self) -> None:
+        """An update that is skipped: what its backward pass left behind belongs to no update."""
+        for saliency in self._saliencies():
+            saliency.discard()
 
     def after_step(self, loss: Tensor) -> bool:
-        """True once the run is over: the target is met or nothing may be removed any more."""
+        """True once the run is over: the target is met or nothing may be removed any more. Raises RunFailed."""
         student = self.student
         student.masks.zero_weights_(student.model)
         self.steps += 1
         if self.steps % self.interval:
             return False
+        self.precision.guard.settle()
         self.compensation.remember(student.model)
         try:
             scores: dict[str, Tensor] = {}
             for saliency in self._saliencies():
+                if (odd := saliency.not_finite()) and not self.precision.scaler.is_enabled():
+                    raise ValueError(f"the saliency of {odd[0]} was not finite in an update since the last event")
                 scores |= saliency.close_window()
             event = self.pruner.event(scores)
         except ValueError as error:

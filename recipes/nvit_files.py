@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from engine import Precision, Progress
+from engine import Progress
 from files import checkpoint
 from models import compact
 from pruning.config import PruningConfig
 from recipes import one_shot_options
 from recipes.nvit import PruningSteps, Setup
 from runtime.console import say, say_result
+from runtime.precision import Precision
 from runtime.ranks import is_main
 from runtime.seeds import rng_state
 from training import results, resuming
@@ -56,7 +57,8 @@ class State:
 
 
 def save(name: str, args: Any, setup: Setup, state: State) -> None:
-    """Write a checkpoint into the run's folder, on the main rank."""
+    """Write a checkpoint into the run's folder, on the main rank. Raises RunFailed where a loss was not finite."""
+    state.precision.guard.settle()
     if not is_main():
         return
     steps, progress = state.steps, state.progress.state_dict()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from engine import Precision, evaluate
+from engine import evaluate
 from files import checkpoint
 from loading.preparation import Preparation
 from models.arch import Arch
@@ -29,6 +29,7 @@ from recipes.tables import measures_target
 from runtime.console import say
 from runtime.errors import FailedTogether
 from runtime.folders import append_log, make_folder
+from runtime.precision import Precision
 from runtime.ranks import is_main, world_size
 from runtime.seeds import rng_state
 from training import provenance, results, resuming

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from engine import Precision, progress_bar
+from engine import progress_bar
 from losses import DistillationLoss, base_criterion
 from models.vit import TokenLogits
 from pruning.gates import Gates
@@ -25,6 +25,7 @@ from pruning.interaction import SampledMean, component_hessian
 from pruning.savit import Importance, Scores
 from runtime.console import say, table, warn
 from runtime.errors import RunFailed
+from runtime.precision import Precision
 from runtime.ranks import rank, world_size
 from training.parts import make_mixup, make_precision
 

@@ -275,7 +275,7 @@ def test_ctrl_c_writes_a_checkpoint_first(runs, tmp_path, monkeypatch, capsys):
     assert checkpoint.load(path)["step"] == 5
 
 
-def test_a_saliency_that_is_not_finite_stops_before_the_weights_move(runs, tmp_path, monkeypatch):
+def test_a_saliency_that_is_not_finite_stops_the_run_at_its_next_event(runs, tmp_path, monkeypatch):
     step = Saliency.step
 
     def spoilt(self):
@@ -293,7 +293,7 @@ def test_a_saliency_that_is_not_finite_stops_before_the_weights_move(runs, tmp_p
         "--latency_look_up_table",
         runs["table"],
     ]
-    with pytest.raises(RunFailed, match=r"the saliency of blocks\.0\.\w+ is not finite in update 1 of the run"):
+    with pytest.raises(RunFailed, match=r"event 1: the saliency of blocks\.0\.\w+ was not finite"):
         run(main_full_global_latency, *flags)
 
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import Precision, Progress, evaluate, train_one_epoch
+from engine import Progress, evaluate, train_one_epoch
 from runtime.errors import RunFailed
+from runtime.precision import Precision
 
 CPU = torch.device("cpu")
 
@@ -139,6 +140,46 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(parts):
     assert len(seen) == 2 and torch.equal(model.linear.weight, seen[-1])
 
 
+class TestCheckedTogether:
+    """A GPU's losses and gradients are read every few updates: later, but before anything is written."""
+
+    @pytest.fixture
+    def precision(self):
+        precision = Precision(CPU, None)
+        precision.guard.every = 3
+        return precision
+
+    def run(self, parts, precision, odd, updates=4):
+        model, loader, optimizer = parts
+        moved = []
+        hooks = dict(after_step=lambda loss: moved.append(1))
+        try:
+            train_one_epoch(model, spoilt_in(*odd), loader, optimizer, precision, Progress(updates), **hooks)
+        finally:
+            self.moved = len(moved)
+
+    def test_the_first_that_is_not_finite_is_named(self, parts, precision):
+        with pytest.raises(
+            RunFailed, match=r"the gradient of linear.weight \(batch 1\) is not finite in epoch 0, step 1"
+        ):
+            self.run(parts, precision, odd=(1,))
+        assert self.moved == 2  # the third update was not made
+
+    def test_the_last_update_of_an_epoch_waits_for_none(self, parts, precision):
+        with pytest.raises(RunFailed, match="step 3"):
+            self.run(parts, precision, odd=(3,))
+        assert self.moved == 3
+
+    def test_nothing_is_written_before_it_is_checked(self, parts, precision):
+        self.run(parts, precision, odd=(), updates=3)
+        model = parts[0]
+        precision.guard.see(torch.tensor(math.nan), 7)
+        assert precision.guard.check(model, epoch=2, step=7)
+        with pytest.raises(RunFailed, match="the loss of batch 7 is not finite in epoch 2, step 7"):
+            precision.guard.settle()
+        precision.guard.settle()
+
+
 def scaled():
     precision = Precision(CPU, None)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -147,7 +188,7 @@ def scaled():
 
 def test_an_overflow_under_loss_scaling_is_left_out_and_counted(parts):
     model, loader, optimizer = parts
-    precision, weights, scored = scaled(), [], []
+    precision, weights, scored, skipped = scaled(), [], [], []
     stats = train_one_epoch(
         model,
         spoilt_in(1),
@@ -156,8 +197,10 @@ def test_an_overflow_under_loss_scaling_is_left_out_and_counted(parts):
         precision,
         Progress(4),
         after_backward=lambda: scored.append(1),
+        after_overflow=lambda: skipped.append(len(scored)),
         after_step=lambda loss: weights.append(model.linear.weight.clone()),
     )
+    assert skipped == [1]
     assert stats["overflows"] == precision.overflows == 1 and len(scored) == 3
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
     assert precision.scaler.get_scale() == 2.0**9

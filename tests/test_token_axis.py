@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -227,6 +228,14 @@ def test_pruned_with_widths_resumed_and_finetuned(job, tmp_path, monkeypatch):
     assert tuned.dims == small.dims
     i, tokens = next(layers(tuned))
     assert not torch.equal(tokens.merge, small.blocks[i].tokens.merge)  # M trains, on its support
+
+
+def test_a_dry_run_tries_steps_that_score_tokens(job, tmp_path, monkeypatch, capsys):
+    step, seen = TokenSaliency.step, []
+    monkeypatch.setattr(TokenSaliency, "step", lambda self: (step(self), seen.append(float(self.accumulated.sum()))))
+    run(main_full_global_latency, *job, "--latency_target", "0.5", "--dry-run", "--output_dir", tmp_path / "out")
+    assert re.search(r"estimate: [\d.]+ s a step, .* GiB of memory", capsys.readouterr().out)
+    assert len(seen) == 3 and min(seen) > 0 and not (tmp_path / "out").exists()
 
 
 def test_recomputed_blocks_are_scored_once(job, tmp_path):

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from engine import Precision
 from models import Masks, build_vit, compact
 from pruning import pm_vit
 from pruning.align import align_
@@ -27,6 +26,7 @@ from pruning.probe import block_curves
 from pruning.refit import refit_
 from pruning.token_saliency import TokenSaliency
 from recipes.savit_scoring import Scoring
+from runtime.precision import Precision
 
 Shares = list[tuple[Tensor, Tensor]]  # images (n, 3, S, S) and labels (n,) of every process, or of this one
 OFF = torch.amp.GradScaler("cpu", enabled=False)

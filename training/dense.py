@@ -13,13 +13,14 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from engine import Precision, Progress, evaluate, train_one_epoch
+from engine import Progress, evaluate, train_one_epoch
 from files import checkpoint
 from files.atomic import name_also, older
 from loading.loaders import start_epoch
 from models.vit import TokenLogits
 from runtime.console import say
 from runtime.folders import append_log
+from runtime.precision import Precision
 from runtime.ranks import is_main
 from runtime.seeds import rng_state
 from training import provenance, results, resuming
@@ -77,10 +78,11 @@ class State:
 
 
 def save(name: str, args: Any, run: Run, state: State) -> None:
-    """Write a checkpoint into the run's folder, on the main rank.
+    """Write a checkpoint into the run's folder, on the main rank. Raises RunFailed where a loss was not finite.
 
     Equal runs write equal files, wherever they lie: the dense weights' path is relative to the folder.
     """
+    state.precision.guard.settle()
     if not is_main():
         return
     origin = os.path.relpath(run.origin, run.folder.resolve()) if run.origin else ""

@@ -16,12 +16,12 @@ from torch import nn
 
 import options
 from datasets import build_dataset
-from engine import Precision
 from loading.loaders import build_loader
 from loading.preparation import Preparation
 from losses import DistillationLoss, NViTLoss, base_criterion
 from models.vit import TokenLogits
 from runtime.console import warn
+from runtime.precision import Precision
 from runtime.ranks import rank, world_size
 from training.class_names import class_names_of
 

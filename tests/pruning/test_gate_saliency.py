@@ -20,11 +20,13 @@ def problem(tiny, randomise):
 
 
 def scores_of(model, masks, kind, images, targets, parts=1, teacher=None, scaler=OFF):
-    saliency = GateSaliency(model, masks, kind, 0.0, scaler, teacher)
+    saliency = GateSaliency(model, masks, kind, 0.0, scaler, taught=teacher is not None)
     both = TokenLogits(model)
     for x, y in zip(images.chunk(parts), targets.chunk(parts), strict=True):
         logits = both(x)
-        saliency.see(logits, x)
+        with torch.no_grad():
+            taught = teacher and teacher(x)
+        saliency.see(logits, taught)
         scaler.scale(F.cross_entropy(sum(logits) / 2, y) / parts).backward()
     saliency.step()
     return saliency.close_window()

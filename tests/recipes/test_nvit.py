@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jobs import token_table
 
 import main_full_global_latency
-from engine import Precision
+from engine import Progress, train_one_epoch
 from models import Masks, TokenLogits, build_vit, compact
 from pruning.config import PruningConfig
 from pruning.global_latency import GlobalPruner
@@ -16,6 +16,7 @@ from pruning.saliency import Saliency
 from pruning.shrink import Student
 from recipes.calibration import Compensation
 from recipes.nvit import PruningSteps, Setup
+from runtime.precision import Precision
 from training.parts import make_loss
 
 CPU, TAU, KL = torch.device("cpu"), 3.0, 5e4
@@ -25,8 +26,10 @@ FLAGS = ["--interval_prune", "2", "--mixup", "0", "--cutmix", "0", "--smoothing"
 class Run:
     """Pruning of a two-block model, an event every second update."""
 
-    def __init__(self, model, masks, folder):
-        args = main_full_global_latency.get_args_parser().parse_args([*FLAGS, "--kl_loss_coeff", str(KL)])
+    def __init__(self, model, masks, folder, *flags, precision=None):
+        flags = [*FLAGS, "--kl_loss_coeff", str(KL), *flags]
+        args = main_full_global_latency.get_args_parser().parse_args(flags)
+        self.precision = precision or Precision(CPU, None)
         self.model, self.teacher, self.config = model, TokenLogits(copy.deepcopy(model)), PruningConfig()
         masks.install_(model)
         groups = self.config.group_sizes(model.dims)
@@ -35,7 +38,7 @@ class Run:
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
         criterion = make_loss(args, None, self.teacher, tau=TAU, per_token=False)
         never = Compensation(None, self.teacher.model, None, 8)
-        self.steps = PruningSteps(args, setup, self.optimizer, criterion, Precision(CPU, None), never)
+        self.steps = PruningSteps(args, setup, self.optimizer, criterion, self.precision, never)
 
     def backward(self):
         """A batch up to the hook after its backward pass: (images, labels, loss)."""
@@ -56,12 +59,13 @@ class Run:
 def pruned(tiny, randomise, tmp_path):
     """Starts a run whose model lacks these axes already."""
 
-    def start(*gone):
+    def start(*gone, flags=(), **more):
+        torch.manual_seed(0)
         model = randomise(build_vit(**tiny))
-        masks = Masks(model.dims)
+        masks = Masks(model.dims, grid=model.patch_embed.grid_size if "--tokens" in flags else None)
         for axis in gone:
             masks.remove(axis, torch.arange(len(masks.keep[axis])))
-        return Run(model, masks, tmp_path)
+        return Run(model, masks, tmp_path, *flags, **more)
 
     return start
 
@@ -130,3 +134,30 @@ def test_gradients_are_those_of_the_compact_model(pruned):
         return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
 
     torch.testing.assert_close(norm(run.model), norm(small), rtol=1e-4, atol=0)
+
+
+SCORED_BY_HOOKS = (
+    ["--saliency", "gates"],
+    ["--saliency", "gate_samples", "--saliency_loss", "teacher"],
+    ["--tokens", "place"],
+)
+
+
+@pytest.mark.parametrize("flags", SCORED_BY_HOOKS, ids=" ".join)
+def test_an_overflow_in_float16_leaves_nothing_behind_in_the_saliency(pruned, flags):
+    """Scaled by 2^40, gradients overflow until the scale has come down; scores are then those without scaling."""
+    precision = Precision(CPU, torch.float16)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    runs = [pruned(flags=flags, precision=precision), pruned(flags=flags)]
+    data = [(torch.randn(8, 3, 16, 16), torch.randint(0, 10, (8,)))] * 40
+    found = []
+    for run in runs:
+        still = torch.optim.SGD(run.model.parameters(), lr=0.0)
+        hooks = dict(after_backward=run.steps.after_backward, after_overflow=run.steps.after_overflow)
+        train_one_epoch(run.steps.student, run.steps.loss, data, still, run.precision, Progress(40), **hooks)
+        found.append([saliency.close_window() for saliency in run.steps._saliencies()])
+    assert 5 < precision.overflows < 30
+    for half, full in zip(*found, strict=True):
+        for axis, scores in full.items():
+            pair = torch.stack([half[axis], scores]).sqrt()
+            assert torch.corrcoef(pair)[0, 1] > 0.99, axis
