@@ -83,7 +83,7 @@ def test_a_newcomers_path(tmp_path):
     out = tmp_path / "runs" / "tutorial"
     summary = json.loads((out / "summary.json").read_text())
     dense, pruned, tuned = (summary[name] for name in ("dense", "pruned", "finetuned"))
-    assert dense["top1"] > 80 and min(pruned["top1"], tuned["top1"]) > dense["top1"] - 3
+    assert dense["top1"] > 80 and tuned["top1"] > dense["top1"] - 3 and pruned["top1"] > dense["top1"] - 8
     assert pruned["latency_predicted"] <= 0.6 and tuned["latency_measured"] < 0.8 and (out / "report.html").exists()
     (moved,) = (out / "transfer").glob("ft_dense_*/summary.json")
     assert list(json.loads(moved.read_text())) == ["finetuned"]

@@ -33,7 +33,7 @@ def test_beside_busy_processes_the_time_that_a_thread_ran_counts():
             beside = [watch.time(spin) for _ in range(5)]
             wall = (time.perf_counter() - begin) / 5
     assert sum(sample.is_disturbed for sample in beside) >= 3
-    assert np.median([sample.seconds for sample in beside]) < 1.5 * alone < wall
+    assert np.median([sample.seconds for sample in beside]) < min(2 * alone, 0.8 * wall)  # two threads share a core
 
 
 def test_with_several_threads_their_waits_are_counted():
