@@ -15,6 +15,7 @@ from latency.disturbance import Sample, Watch
 from latency.measure import DTYPES, WARM_UP, caller, settle_allocator, warm_up
 from latency.points import branches
 from models.arch import Arch
+from models.content import OnGroups
 from models.dims import BlockDims, ViTDims
 
 PASS_SECONDS = dict(cpu=0.0, cuda=0.006)  # what a pass of a branch lasts at least: one call on a CPU
@@ -44,6 +45,12 @@ class _Pool:
             self.next += -(-parameter.numel() // 64) * 64  # aligned as the allocator would
         module.load_state_dict(state, assign=True)
         return module
+
+
+def as_merged(arch: Arch, branch: str, block: nn.Module, batch: int, tokens: int, total: int) -> nn.Module:
+    """A block as it is timed on `tokens` of `total`: attention on groups by content knows how large they are."""
+    biased = branch == "attention" and arch.merge == "content" and tokens < total
+    return OnGroups(block, batch, tokens, total) if biased else block
 
 
 class Bench:
@@ -77,7 +84,8 @@ class Bench:
             modules = _without_storage(arch, embed, [replace(d, tokens=tokens) for _, d in chosen])
             kinds: dict[tuple[str, int], list[nn.Module]] = {}
             for (key, d), module in zip(chosen, modules, strict=True):
-                kinds.setdefault((key[0], d.tokens), []).append(pool.fill(module))
+                module = as_merged(arch, key[0], pool.fill(module), batch, d.tokens, tokens)
+                kinds.setdefault((key[0], d.tokens), []).append(module.to(self.device, self.dtype))
                 others = kinds.setdefault((OTHER[key[0]], d.tokens), [])
                 self._points[key] = module, streams[embed, d.tokens], others, streams[embed, d.tokens]
             others, stream = kinds["mlp", tokens], streams[embed, tokens]

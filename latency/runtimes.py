@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from latency.bench import as_merged
 from latency.measure import DTYPES
 from latency.points import branches
 from latency.whole import build_random, random_images
@@ -185,7 +186,8 @@ class RuntimeBench:
         built = block and (block if merges else replace(block, tokens=self.tokens))
         model = build_random(self.arch, ViTDims(embed, (built,) if block else ()), torch.device("cpu"))
         x = torch.randn(self.batch, self.tokens if merges else block.tokens, embed) if block else self._images()
-        timer = self._timer(model.blocks[0] if block else model, x)
+        module = as_merged(self.arch, key[0], model.blocks[0], *x.shape[:2], self.tokens) if block else model
+        timer = self._timer(module, x)
         return [(timer(), len(self.clock) - 1) for _ in range(times)]
 
     def _images(self) -> Tensor:

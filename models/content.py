@@ -108,3 +108,18 @@ class ContentMerge(nn.Module):
         owner = owner.scatter(1, alone, torch.arange(P + A, P + groups, device=x.device).expand(x.shape[0], -1))
         member = (owner[:, None] == torch.arange(P + groups, device=x.device)[:, None]).to(x.dtype)
         return Groups(owner, member, member.sum(-1, keepdim=True), P)
+
+
+class OnGroups(nn.Module):
+    """A block's branches on tokens that stand for groups already, (B, K, E) -> (B, K, E): what is timed apart from
+    the grouping. Attention has the bias of the groups' sizes, which some kernels cannot take.
+    """
+
+    def __init__(self, block: nn.Module, batch: int, tokens: int, total: int) -> None:
+        super().__init__()
+        self.block = block
+        sizes = torch.full((batch, tokens, 1), total / tokens)
+        self.register_buffer("bias", Groups(sizes, sizes, sizes, 0).bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.block.branches(z, self.bias)

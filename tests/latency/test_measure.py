@@ -1,11 +1,14 @@
 """Measurements of wall time: bands are loose, because test machines are shared."""
 
+import math
+
 import pytest
 import torch
 
 from latency.bench import Bench
 from latency.measure import Timing, interleaved, ratio
 from models import Arch, ViTDims, build_vit, skeleton
+from models.content import OnGroups
 from runtime.device import device_name
 
 ARCH = "deit_tiny_distilled_patch16_224"
@@ -109,6 +112,21 @@ def test_bench_branches_are_those_of_the_compact_model():
     assert not attention.training and attention.dims.tokens == ViTDims.of(parent).blocks[0].tokens
     outside = bench._points["overhead", "EMB_48"][0]
     assert len(outside.blocks) == 0 and outside(bench.images).shape == (1, 10)
+
+
+def test_attention_on_groups_by_content_is_timed_with_their_bias():
+    """As the model runs it: some kernels take no bias. What sees all tokens, and MLPs, have none."""
+    grid = dict(embed=[48], heads=[3], qk=[16], v=[16], mlp=[192], tokens=[6, 9, 18])
+    arch = Arch.of(ARCH, **KWARGS, content_merge=True)
+    assert arch.dims.blocks[0].tokens == 18
+    bench = Bench(arch, grid, batch=2, device="cpu", dtype="fp32", compiled=False)
+    biased = {key for key, (module, *_) in bench._points.items() if isinstance(module, OnGroups)}
+    assert biased == {("attention", f"N_{n}", "EMB_48", "QK_3_16", "V_16") for n in (6, 9)}
+    module, z, *_ = bench._points["attention", "N_6", "EMB_48", "QK_3_16", "V_16"]
+    seen, mix = [], module.block.attn.mix
+    module.block.attn.mix = lambda qkv, bias=None: seen.append(bias) or mix(qkv, bias)
+    assert module(z).shape == (2, 6, 48) and bench.samples(next(iter(biased)))[0][0] > 0
+    torch.testing.assert_close(seen[0], torch.full((2, 1, 1, 6), math.log(18 / 6)))
 
 
 @pytest.mark.gpu
