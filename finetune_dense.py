@@ -15,6 +15,7 @@ import options
 from engine import evaluate
 from files import checkpoint
 from models import sparsity
+from models.pooling import new_classifier_
 from models.tokens import layers
 from runtime.console import say
 from runtime.errors import Problems
@@ -130,7 +131,7 @@ def _model(args: argparse.Namespace, full: FullModel, parent: Checkpoint | None)
     if (other := are_others(parent.class_names, full.data_names)) or model.num_classes != full.classes:
         classes, what = full.classes, "other" if other else model.num_classes
         say(f"new classifier: {args.finetune} knows {what} classes, the data has {classes}")
-        model.reset_classifier(classes)
+        new_classifier_(model, classes)
         model.arch_kwargs = model.arch_kwargs | dict(num_classes=classes)
     return model
 

@@ -127,7 +127,7 @@ class Arch:
             return parent, dims or dims_of(parent)
         deep = self if dims is None else self.with_kwargs(depth=max(1, len(dims.blocks)))
         parent = deep.skeleton
-        return parent, vit.settle_queries(self.name, dims or dims_of(parent), deep.kwargs)[0]
+        return parent, vit.settle(self.name, dims or dims_of(parent), deep.kwargs)[0]
 
     def params(self, dims: Dims | None = None) -> int:
         """Trainable parameters of `build(dims)`."""

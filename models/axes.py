@@ -36,7 +36,13 @@ OUTSIDE: dict[str, tuple[Dim, ...]] = {
     "head.bias": (FIXED,),
     "head_dist.weight": (FIXED, EMBED),
     "head_dist.bias": (FIXED,),
+    "attn_pool.latent": (FIXED, FIXED, FIXED),  # of a pool by attention only what reads the embedding
+    "attn_pool.kv.weight": (FIXED, EMBED),
+    **{f"attn_pool.{layer}.weight": (FIXED, FIXED) for layer in ("q", "proj", "mlp.fc1", "mlp.fc2")},
+    **{f"attn_pool.{layer}.bias": (FIXED,) for layer in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2")},
+    "attn_pool.norm.weight": (FIXED,),
 }
+BEHIND_POOL: dict[str, tuple[Dim, ...]] = {"head.weight": (FIXED, FIXED)}
 SWIN_OUTSIDE: dict[str, tuple[Dim, ...]] = {
     **{f"patch_embed.proj.{p}": OUTSIDE[f"patch_embed.proj.{p}"] for p in ("weight", "bias")},
     **{f"{norm}.{p}": (EMBED,) for norm in ("patch_embed.norm", "norm") for p in ("weight", "bias")},
@@ -75,6 +81,18 @@ def _take_apart(name: str) -> tuple[int | None, int | None, str]:
     return stage and int(stage), block and int(block), local
 
 
+class Structure(NamedTuple):
+    """What decides which axes a plain ViT's parameters carry, where their names do not.
+
+    pooled: the classifier reads a pool by attention, which has a width of its own.
+    """
+
+    pooled: bool = False
+
+
+USUAL = Structure()
+
+
 class Axis(NamedTuple):
     """The parts of an axis's name; `str` gives the name (`embed`, `blocks.3.qk`, `layers.2.blocks.0.qk`).
 
@@ -105,16 +123,18 @@ def local_name(parameter: str) -> str:
     return _take_apart(parameter)[2]
 
 
-def axes_of(parameter: str, stages: int = 0) -> tuple[Dim, ...]:
+def axes_of(parameter: str, stages: int = 0, structure: Structure = USUAL) -> tuple[Dim, ...]:
     """Axes of each dimension of a parameter, by its timm name; stages: of a Swin Transformer, 0 for a plain ViT.
 
-    Raises KeyError for a name that no such model has.
+    structure: a plain ViT's. Raises KeyError for a name that no such model has.
     """
     stage, block, local = _take_apart(parameter)
     if block is not None:
         dims = BLOCK[local]
     elif stage is not None:
         dims = DOWNSAMPLE[local]
+    elif structure.pooled and parameter in BEHIND_POOL:
+        dims = BEHIND_POOL[parameter]
     else:
         dims = (SWIN_OUTSIDE if stages else OUTSIDE)[parameter]
         stage = None if not stages else 0 if parameter.startswith("patch_embed.") else stages - 1

@@ -55,7 +55,8 @@ class MacsFormula:
     reconstructing tokens count as the two matrix products that they are (without gradients less is computed), by
     content as its likenesses and its means.
     stem, classifier, compression: MACs per embedding channel; tokens, queries: (L,) int64, of each block the
-    tokens that it computes on, and those that are queries and pass the MLP.
+    tokens that it computes on, and those that are queries and pass the MLP; pool: MACs of a pool by attention and of
+    what reads it, whatever the embedding.
     """
 
     stem: int
@@ -63,6 +64,7 @@ class MacsFormula:
     tokens: np.ndarray
     queries: np.ndarray
     compression: int
+    pool: int = 0
 
     @classmethod
     def of(cls, parent: VisionTransformer, dims: ViTDims, by_content: bool = False) -> MacsFormula:
@@ -72,6 +74,7 @@ class MacsFormula:
         """
         patch = prod(parent.patch_embed.patch_size) * parent.patch_embed.proj.in_channels
         heads = sum(hasattr(parent, name) for name in ("head", "head_dist"))
+        classifier, pool = _pool_macs(parent) if parent.attn_pool else (heads * parent.num_classes, 0)
         tokens = np.array([b.tokens for b in dims.blocks], dtype=np.int64)
         patches, prefix = parent.patch_embed.num_patches, parent.num_prefix_tokens
         merged = tokens < patches + prefix
@@ -81,7 +84,7 @@ class MacsFormula:
         else:
             rebuilt = merged & (queries == tokens)
             compression = int(tokens[merged].sum() + tokens[rebuilt].sum()) * (patches + prefix)
-        return cls(patches * patch, heads * parent.num_classes, tokens, queries, compression)
+        return cls(patches * patch, classifier, tokens, queries, compression, pool)
 
     def parts(
         self, embed: np.ndarray, heads: np.ndarray, qk: np.ndarray, v: np.ndarray, mlp: np.ndarray
@@ -96,8 +99,16 @@ class MacsFormula:
             attention=attention.sum(-1),
             mlp=hidden.sum(-1),
             tokens=self.compression * embed,
-            classifier=self.classifier * embed,
+            classifier=self.classifier * embed + self.pool,
         )
+
+
+def _pool_macs(parent: VisionTransformer) -> tuple[int, int]:
+    """MACs of timm's pool by attention, with the classifier behind it: per embedding channel, and in all besides."""
+    pool, width = parent.attn_pool, parent.attn_pool.out_features
+    tokens = parent.patch_embed.num_patches + parent.num_prefix_tokens * parent.pool_include_prefix
+    linears = 2 * width + 2 * pool.mlp.fc1.out_features + parent.num_classes  # q, proj, MLP, classifier, of one token
+    return tokens * 2 * width, width * (linears + 2 * tokens)
 
 
 def _swin_macs(parent: SwinTransformer, dims: SwinDims) -> dict[str, int]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
-from models.axes import Axis, Dim, axes_of
+from models.axes import USUAL, Axis, Dim, Structure, axes_of
 
 MOST = 1_000_000  # of any width; what a model is built from never comes unchecked from a file
 MOST_BLOCKS = 1_000
@@ -28,7 +28,7 @@ def _whole(name: str, value: Any, minimum: int) -> int:
 
 def _check_keys(data: Any, cls: type, what: str) -> None:
     names = [f.name for f in fields(cls) if f.default is MISSING]
-    optional = {f.name for f in fields(cls)} - set(names)
+    optional = {f.name for f in fields(cls) if f.compare} - set(names)
     if not isinstance(data, dict) or set(data) - optional != set(names):
         given = ", ".join(map(str, data))[:200] if isinstance(data, dict) else type(data).__name__
         raise DimsError(f"{what} needs exactly the keys {', '.join(names)}; found: {given}")
@@ -70,10 +70,15 @@ BLOCK_AXES = ("heads", "qk", "v", "mlp")
 
 @dataclass(frozen=True)
 class ViTDims:
-    """Widths of a whole model. embed: the residual width, shared by every block."""
+    """Widths of a whole model. embed: the residual width, shared by every block.
+
+    structure: which axes parameters carry (`models.axes`); it belongs to the architecture, whose model gives it, and
+    is neither stored nor compared.
+    """
 
     embed: int
     blocks: tuple[BlockDims, ...]
+    structure: Structure = field(default=USUAL, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         _whole("embed", self.embed, 1)
@@ -91,7 +96,7 @@ class ViTDims:
             BlockDims(b.attn.num_heads, b.attn.head_dim, b.attn.head_dim, b.mlp.fc1.out_features, tokens)
             for b in model.blocks
         )
-        return cls(model.embed_dim, tuple(blocks))
+        return cls(model.embed_dim, tuple(blocks), Structure(pooled=model.attn_pool is not None))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in checkpoints and `dims.json`."""
@@ -154,7 +159,7 @@ class ViTDims:
             if axis.block is not None:
                 widths.setdefault(axis.block, {})[axis.kind] = units
         blocks = (replace(b, **widths[i]) if i in widths else b for i, b in enumerate(self.blocks))
-        return ViTDims(sizes.get("embed", self.embed), tuple(blocks))
+        return replace(self, embed=sizes.get("embed", self.embed), blocks=tuple(blocks))
 
     def width(self, axis: str) -> int:
         """Units of one axis; of `blocks.3.tokens`, the tokens."""
@@ -173,7 +178,7 @@ class ViTDims:
         """These dims with `queries` queries in the last block; None makes every token a query."""
         blocks = [replace(block, queries=None) for block in self.blocks]
         blocks[-1:] = [replace(block, queries=queries) for block in blocks[-1:]]
-        return ViTDims(self.embed, tuple(blocks))
+        return replace(self, blocks=tuple(blocks))
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -191,4 +196,4 @@ class ViTDims:
 
     def axes_of(self, parameter: str) -> tuple[Dim, ...]:
         """Axes of each dimension of a parameter of such a model (`models.axes`)."""
-        return axes_of(parameter)
+        return axes_of(parameter, structure=self.structure)

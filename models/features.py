@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from timm.layers import LayerNorm2d
 from timm.models._features import FeatureGetterNet, FeatureInfo
@@ -12,7 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.arch import Model
-from models.dims import ViTDims
 from models.swin_dims import SwinDims
 from models.tokens import TokenMerge
 
@@ -31,7 +31,7 @@ def backbone(model: Model, blocks: Sequence[int] | int = 4, norm: bool = False) 
     if isinstance(inner.dims, SwinDims):
         inner.dims = SwinDims(inner.dims.stages[: len(inner.layers)])
     else:
-        inner.dims = ViTDims(inner.dims.embed, inner.dims.blocks[: len(inner.blocks)]).with_queries(None)
+        inner.dims = replace(inner.dims, blocks=inner.dims.blocks[: len(inner.blocks)]).with_queries(None)
         inner.arch_kwargs = {k: v for k, v in inner.arch_kwargs.items() if k != "lean_last"}
         for block in inner.blocks:
             if block.num_queries is not None:

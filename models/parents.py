@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
@@ -24,6 +24,25 @@ class ModelError(ValueError):
     """A model name or structure that this project cannot build; the message says why and what would do."""
 
 
+def _why_not_pooled(model: nn.Module) -> str | None:
+    """What keeps a pool by attention from being described here, or None."""
+    if model.attn_pool is None:
+        return None
+    if type(model.attn_pool) is not AttentionPoolLatent:
+        return f"it pools by {type(model.attn_pool).__name__}"
+    return None if isinstance(model.fc_norm, nn.Identity) else "a norm follows its pool by attention"
+
+
+def _why_not_block(block: nn.Module) -> str | None:
+    """What keeps a block from being described here, or None."""
+    if type(block) is not TimmBlock or type(block.attn) is not TimmAttention or type(block.mlp) is not Mlp:
+        parts = (block, getattr(block, "attn", None), getattr(block, "mlp", None))
+        return f"its blocks are not plain ({', '.join(type(m).__name__ for m in parts)})"
+    if not isinstance(block.norm1, nn.LayerNorm):
+        return f"it normalises with {type(block.norm1).__name__}"
+    return None
+
+
 def why_not_plain(model: nn.Module) -> str | None:
     """What keeps a timm model from being pruned by width here, or None."""
     if not len(model.blocks):
@@ -32,16 +51,9 @@ def why_not_plain(model: nn.Module) -> str | None:
         return f"it is a {type(model).__name__}"
     if not isinstance(model.patch_embed, PatchEmbed):
         return f"its stem is a {type(model.patch_embed).__name__}"
-    if model.attn_pool is not None:
-        return "it pools by attention"
-    for block in model.blocks:
-        if type(block) is not TimmBlock or type(block.attn) is not TimmAttention or type(block.mlp) is not Mlp:
-            parts = ", ".join(
-                type(m).__name__ for m in (block, getattr(block, "attn", None), getattr(block, "mlp", None))
-            )
-            return f"its blocks are not plain ({parts})"
-        if not isinstance(block.norm1, nn.LayerNorm):
-            return f"it normalises with {type(block.norm1).__name__}"
+    for reason in (_why_not_pooled(model), *map(_why_not_block, model.blocks)):
+        if reason:
+            return reason
     for name, _ in model.named_parameters():
         try:
             axes_of(name)

@@ -6,6 +6,7 @@ so a timm state dict loads unchanged at full width. Legend: B batch, N tokens, E
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from models.attention import attend
 from models.dims import BlockDims, ViTDims
 from models.parents import ModelError, left_alone, skeleton
+from models.pooling import pool_by_attention_
 from models.tokens import can_be_lean, merging, plain, train_matrices_
 
 
@@ -198,15 +200,16 @@ class TokenLogits(nn.Module):
         return self.model.head(cls), self.model.head_dist(dist)
 
 
-def settle_queries(arch: str, dims: ViTDims, kwargs: dict[str, Any]) -> tuple[ViTDims, dict[str, Any]]:
-    """The two ways to say that the last block is lean made one: queries in the dims, and lean_last in the arguments.
+def settle(arch: str, dims: ViTDims, kwargs: dict[str, Any]) -> tuple[ViTDims, dict[str, Any]]:
+    """Dims with the architecture's structure, and the two ways to say that the last block is lean made one: queries in
+    the dims, and lean_last in the arguments.
 
     Files of an earlier format have the argument alone. Raises ModelError where such a model cannot be.
     """
-    asked = {b.queries for b in dims.blocks} - {None}
+    parent, asked = skeleton(arch, **kwargs), {b.queries for b in dims.blocks} - {None}
+    dims = replace(dims, structure=ViTDims.of(parent).structure)
     if not asked and not kwargs.get("lean_last"):
         return dims, kwargs
-    parent = skeleton(arch, **kwargs)
     prefix = parent.num_prefix_tokens
     if asked - {prefix} or any(b.queries is not None for b in dims.blocks[:-1]):
         raise ModelError(f"{arch}: only the {prefix} prefix tokens of the last block can be its queries")
@@ -228,7 +231,7 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
     """
     pretrained = kwargs.pop("pretrained", False)
     parent = skeleton(arch, **kwargs)
-    dims, kwargs = settle_queries(arch, dims or ViTDims.of(parent), kwargs)
+    dims, kwargs = settle(arch, dims or ViTDims.of(parent), kwargs)
     blocks = iter(dims.blocks)
     prefix = parent.num_prefix_tokens
     total = parent.patch_embed.num_patches + prefix
@@ -248,13 +251,19 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
             f"a block computes on {odd[0]} tokens, but {arch} has {total}, of which {prefix} are never "
             f"merged: {prefix + 1} to {total} are possible"
         )
+    pool = parent.attn_pool
+    widths = dict(embed_dim=dims.embed, depth=len(dims.blocks)) | (dict(global_pool="") if pool else {})
     model = timm.create_model(
         arch,
-        pretrained=pretrained,
-        **plain(kwargs) | dict(embed_dim=dims.embed, depth=len(dims.blocks)),
+        pretrained=pretrained and not pool,
+        **plain(kwargs) | widths,
         norm_layer=partial(LayerNorm, eps=parent.blocks[0].norm1.eps),
         block_fn=block,
     )
+    if pool:
+        pool_by_attention_(model, pool)
+        if pretrained:
+            model.load_state_dict(timm.create_model(arch, pretrained=True, **plain(kwargs)).state_dict())
     if kwargs.get("lean_last"):
         train_matrices_(model)
     model.dims, model.arch, model.arch_kwargs = dims, arch, kwargs

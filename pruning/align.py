@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.axes import EMBED, axes_of
+from models.axes import EMBED
 from models.vit import Block
 from pruning import streams
 from pruning.moments import FLOOR, TINY, Moments, all_reduced, removal, set_
@@ -165,12 +165,12 @@ def _final(model: VisionTransformer) -> tuple[nn.Module, Callable[[Tensor], Tens
 def why_not_rotated(model: VisionTransformer) -> str | None:
     """What reads or writes the residual stream in a way that a rotation would change, or None."""
     layers = [layer for block in model.blocks for layer in (block.attn.qkv, block.mlp.fc1)]
-    layers += [model.head, getattr(model, "head_dist", model.head)]
+    layers += streams.outlets(model) or [model.head]
     if isinstance(model.norm_pre, nn.LayerNorm):
         return "a norm before the first block writes to it"
     if isinstance(model.norm, nn.LayerNorm) == isinstance(model.fc_norm, nn.LayerNorm):
         return "there is not one norm before the classifier"
-    if model.global_pool not in ("token", "avg"):
+    if model.global_pool not in ("token", "avg", "map"):
         return f"it is pooled by {model.global_pool or 'nothing'}"
     if any(getattr(layer, "bias", None) is None for layer in layers):
         return "a layer that reads it has no bias"
@@ -203,7 +203,7 @@ def _sort_(model: VisionTransformer, readers: list[_Reader]) -> None:
     covariances = torch.stack([reader.moments.covariance for reader in readers])
     order = removal(covariances, torch.stack([reader.weight() for reader in readers]))
     for name, parameter in model.named_parameters():
-        for position, dim in enumerate(axes_of(name)):
+        for position, dim in enumerate(model.dims.axes_of(name)):
             if dim == EMBED:
                 parameter.copy_(parameter.index_select(position, order))
 
@@ -240,8 +240,7 @@ def align_(model: VisionTransformer, batches: Sequence[Tensor], embedding: bool 
         return ["the embedding stays as it is"]
     norm, given = _final(model)
     if isinstance(norm, nn.LayerNorm):
-        heads = [head for head in (model.head, getattr(model, "head_dist", None)) if isinstance(head, nn.Linear)]
-        readers.append(_Reader(norm, heads))
+        readers.append(_Reader(norm, streams.outlets(model)))
         for x in stream:
             readers[-1].see(given(x))
         readers[-1].moments.all_reduce()

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from models.axes import Axis
 from models.dims import ViTDims
 from models.vit import LayerNorm
+from pruning import streams
 
 COMPONENTS = ("heads", "mlp", "embed", "qk", "v")  # SAViT's numbers 0, 1, 2, then two of ours
 
@@ -57,9 +58,8 @@ class Gates:
                 writes = module is getattr(self.model, "norm_pre", None)
                 handles.append(module.register_forward_hook(self._norm(writes)))
         if not any(isinstance(getattr(self.model, name), LayerNorm) for name in ("norm", "fc_norm")):
-            for name in ("head", "head_dist"):  # no norm before the classifier: it reads the residual stream itself
-                if isinstance(module := getattr(self.model, name, None), nn.Linear):
-                    handles.append(module.register_forward_pre_hook(self._classifier))
+            for module in streams.outlets(self.model):  # no norm before them: they read the residual stream itself
+                handles.append(module.register_forward_pre_hook(self._outlet))
         try:
             yield self
         finally:
@@ -115,6 +115,6 @@ class Gates:
 
         return hook
 
-    def _classifier(self, module: nn.Module, args: tuple) -> tuple | None:
-        gate = self.values.get("embed")
-        return None if gate is None else (args[0] * gate,)
+    def _outlet(self, module: nn.Module, args: tuple) -> tuple | None:
+        gate, (x,) = self.values.get("embed"), args  # x: B E, or B N E before a pool
+        return None if gate is None else (x * (gate if x.dim() == 2 else gate[:, None]),)

@@ -82,7 +82,7 @@ class Predictions:
         return list(onehot.to(dense.dtype).unbind(1))
 
     def last_layers(self, model: VisionTransformer, stream: Tensor) -> list[tuple[nn.Linear, Tensor]]:
-        return streams.classifiers(model, stream)
+        return [*streams.pool(model, stream), *streams.classifiers(model, stream)]
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class Features:
     """Tokens behind the final norm; the divergence is the lost share of their variance, averaged over features.
 
     tokens: `class` (all prefix tokens), `patches`, `all`, or `pooled`, as the model pools them. A linear head, which a
-    model may have to restore its width, is applied. scale: 1 / standard deviation of every feature over calibration
-    images, (features,).
+    model may have to restore its width, is applied, unless it reads a pool by attention and the tokens are others.
+    scale: 1 / standard deviation of every feature over calibration images, (features,).
     """
 
     tokens: str
@@ -131,9 +131,11 @@ class Features:
         return model.fc_norm(model.norm(stream)[:, self.read(model)])
 
     def outputs(self, model: VisionTransformer, stream: Tensor) -> Tensor:
+        """Features in units of their standard deviation: (B, features), or (B, tokens, features)."""
         if self.tokens == "pooled":
             return streams.head(model, stream) * self.scale
-        return model.head(self._features(model, stream)) * self.scale
+        head = model.head if model.attn_pool is None else nn.Identity()
+        return head(self._features(model, stream)) * self.scale
 
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
         return (outputs.double() - dense.double()).square().flatten(1).mean(1)
@@ -145,11 +147,13 @@ class Features:
         return list(torch.stack(noise, 1).to(dense).unbind(0))
 
     def last_layers(self, model: VisionTransformer, stream: Tensor) -> list[tuple[nn.Linear, Tensor]]:
-        """The layers that restore the width, two in a distilled model; none where the features are the stream."""
+        """The layers that restore the width, two in a distilled model, and those of a pool by attention; none where the
+        features are the stream."""
+        pool = streams.pool(model, stream)
         if not isinstance(model.head, nn.Linear):
-            return []
-        if self.tokens == "pooled":
-            return streams.classifiers(model, stream)
+            return pool
+        if self.tokens == "pooled" or pool:
+            return [*pool, *streams.classifiers(model, stream)]
         return [(model.head, self._features(model, stream))]
 
 

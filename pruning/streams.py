@@ -68,8 +68,27 @@ def read(model: VisionTransformer) -> slice:
     return slice(0 if everything else model.num_prefix_tokens, None)
 
 
+def outlets(model: VisionTransformer) -> list[nn.Linear]:
+    """The linear layers that read the residual stream behind the last block: classifiers, or a pool's keys and values.
+
+    None where the stream itself is what the model gives.
+    """
+    if model.attn_pool is not None:
+        return [model.attn_pool.kv]
+    heads = (model.head, getattr(model, "head_dist", None))
+    return [head for head in heads if isinstance(head, nn.Linear)]
+
+
+def pool(model: VisionTransformer, stream: Tensor) -> list[tuple[nn.Linear, Tensor]]:
+    """The layers of a pool by attention up to its projection, each with what it is given; none where there is none."""
+    if (pool := model.attn_pool) is None:
+        return []
+    tokens = model.norm(stream)[:, read(model)]
+    return [(pool.kv, tokens), (pool.proj, pool.mix(pool.kv(tokens)))]
+
+
 def classifiers(model: VisionTransformer, stream: Tensor) -> list[tuple[nn.Linear, Tensor]]:
-    """Every classifier with what it is given: (B, E)."""
+    """Every classifier with what it is given: (B, width)."""
     features = model.norm(stream)
     if isinstance(model, VisionTransformerDistilled):
         return [(model.head, features[:, 0]), (model.head_dist, features[:, 1])]

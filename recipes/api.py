@@ -144,9 +144,10 @@ def analyse(
     folder of image files, nested or flat; `max_images` of them calibrate. table: a `LatencyTable` or its file; without
     one a coarse table of the model's device, at `latency_batch_size`, is measured and kept for the next time, in the
     folder `table_cache` or the user's cache folder. objective: `predictions` of the classifier, or `features` for a
-    model without one, of the `feature_tokens` class, patches, pooled or all. The width of features stays, unless
-    keep_output: then the embedding is pruned too, and the model ends in a linear layer, `head`, that restores its
-    width. progress: called with a line of text after every stage. Raises ValueError.
+    model without one, of the `feature_tokens` class, patches, pooled or all. The width of features stays, and with it
+    the embedding, unless keep_output: then the embedding is pruned too, and the model ends in a linear layer, `head`,
+    that restores its width. What a pool by attention gives keeps its width at any embedding. progress: called with a
+    line of text after every stage. Raises ValueError.
     """
     say = progress or _say_nothing
     if isinstance(table, str | Path):
@@ -163,13 +164,10 @@ def analyse(
         arch = Arch.of_model(dense).plain.without_drops
         table = find_or_measure(arch, latency_batch_size, device.type, folder=table_cache, progress=say)
     table.check_covers(dense.dims)
-    if keep_output and isinstance(dense.head, nn.Linear):
-        raise ValueError("keep_output is for a model without a classifier: this one's outputs keep their width")
-    if keep_output and feature_tokens != "pooled" and hasattr(dense, "head_dist"):
-        raise ValueError("keep_output of a distilled model, which has two outputs, goes with feature_tokens='pooled'")
     if keep_output:
-        dense = with_linear_output(dense)
-    keeps_width = objective == "features" and not keep_output  # outputs are the stream itself, which others read
+        dense = with_linear_output(dense, feature_tokens)
+    pooled = dense.attn_pool and feature_tokens == "pooled"
+    keeps_width = objective == "features" and not keep_output and not pooled  # others read the stream itself
     left = align_(dense, [part.to(device) for part in calibration.split(batch_size)], embedding=not keeps_width)
     say(f"aligned on {len(calibration)} images" + (f": {'; '.join(left)}" if left else ""))
     goal = PREDICTIONS
@@ -202,8 +200,17 @@ def prune(
 
 
 @torch.no_grad()
-def with_linear_output(model: VisionTransformer) -> VisionTransformer:
-    """A headless model with the identity as every head, (E, E), a linear map once the embedding is cut."""
+def with_linear_output(model: VisionTransformer, tokens: str = "pooled") -> VisionTransformer:
+    """A headless model with the identity as every head, (E, E), a linear map once the embedding is cut.
+
+    tokens: the features that are wanted. Raises ValueError for a model that cannot have such an output, or needs none.
+    """
+    if isinstance(model.head, nn.Linear):
+        raise ValueError("keep_output is for a model without a classifier: this one's outputs keep their width")
+    if model.attn_pool is not None:
+        raise ValueError("keep_output is for models that give their residual stream: a pool's outputs keep their width")
+    if tokens != "pooled" and hasattr(model, "head_dist"):
+        raise ValueError("keep_output of a distilled model, which has two outputs, goes with feature_tokens='pooled'")
     arch = Arch.of_model(model).with_kwargs(num_classes=model.embed_dim)
     wider = arch.build()
     wider.load_state_dict(model.state_dict(), strict=False)

@@ -124,7 +124,7 @@ def test_models(place):
     message = prune_problems(place, *fresh, "--model", "deit_tiny_distiled_patch16_224")[0]
     assert "knows no model" in message and ARCH in message
     assert "not a plain" in prune_problems(place, *fresh, "--model", "resnet18")[0]
-    assert "pools by attention" in prune_problems(place, *fresh, "--model", "vit_base_patch16_siglip_224")[0]
+    assert "blocks are not plain" in prune_problems(place, *fresh, "--model", "vit_small_patch16_18x2_224")[0]
     assert "holds deit_tiny" in one(prune_problems(place, "--model", "vit_tiny_patch16_224"))
     assert "--initial-checkpoint FILE or --pretrained" in prune_problems(place, *fresh, "--model", ARCH)[-1]
 

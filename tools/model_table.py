@@ -68,7 +68,7 @@ def obstacles(model: nn.Module) -> list[str]:
     attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
     mixed = any(isinstance(m, RotaryEmbeddingMixed) for m in modules)
     rotary = "learned (mixed) rotary position embedding" if mixed else "rotary position embedding"
-    stem = getattr(model, "patch_embed", getattr(model, "embeds", None))
+    stem, pool = getattr(model, "patch_embed", getattr(model, "embeds", None)), getattr(model, "attn_pool", None)
     found = {
         f"blocks are {type(block).__name__}": type(block) is not Block,
         f"attention is {type(attention).__name__}": attention is not None and type(attention).__name__ != "Attention",
@@ -79,7 +79,7 @@ def obstacles(model: nn.Module) -> list[str]:
         "norm inside attention": not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity),
         "norm inside the MLP": not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity),
         "RMSNorm": any(isinstance(m, RmsNorm) for m in modules),
-        "attention pooling": any(isinstance(m, AttentionPoolLatent) for m in modules),
+        f"pool is {type(pool).__name__}": pool is not None and type(pool) is not AttentionPoolLatent,
         f"stem is {type(stem).__name__}": stem is not None and not isinstance(stem, PatchEmbed),
     }
     return [obstacle for obstacle, present in found.items() if present]

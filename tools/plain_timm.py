@@ -46,6 +46,11 @@ def plain_timm(model: VisionTransformer, **pretrained_cfg: Any) -> VisionTransfo
 
     pretrained_cfg: what timm is told about input size and normalisation.
     """
+    if model.attn_pool is not None and model.attn_pool.out_features != model.dims.embed:
+        raise ModelError(
+            f"timm's pool by attention is as wide as the embedding, and this one reads {model.dims.embed} of "
+            f"{model.attn_pool.out_features} channels; --format standalone keeps any widths"
+        )
     uniform, block = uniform_dims(model.dims), uniform_dims(model.dims).blocks[0]
     parent_width = skeleton(model.arch, **model.arch_kwargs).blocks[0].attn.head_dim
     dims = ViTDims(

@@ -15,12 +15,14 @@ from types import ModuleType
 from typing import Any
 
 import timm
+import torch
 from safetensors.torch import load_file
 from timm.data import create_transform
 from torch import nn
 
-from models import attention, content, tokens, vit
+from models import attention, content, pooling, tokens, vit
 from models.dims import BlockDims
+from models.pooling import pool_by_attention_
 from models.tokens import COMPRESSIONS, merging
 from models.vit import Block
 
@@ -45,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.data import create_transform
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import AttentionPoolLatent, DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
@@ -74,12 +76,17 @@ def build(config: dict[str, Any]) -> nn.Module:
         tokens = merging(dims.tokens, config["tokens"], config["prefix_tokens"], ours)
         return Block(dims=dims, scale=config["scale"], tokens=tokens, **timm_kwargs)
 
+    with torch.device("meta"):
+        pool = timm.create_model(config["arch"]["name"], **kwargs).attn_pool
+    widths = dict(embed_dim=config["dims"]["embed"], depth=len(blocks)) | (dict(global_pool="") if pool else {})
     model = timm.create_model(
         config["arch"]["name"],
-        **kwargs | dict(embed_dim=config["dims"]["embed"], depth=len(blocks)),
+        **kwargs | widths,
         norm_layer=partial(nn.LayerNorm, eps=config["norm_eps"]),
         block_fn=block,
     )
+    if pool:
+        pool_by_attention_(model, pool)
     if ours["lean_last"] and blocks:
         model.blocks[-1].num_queries = config["prefix_tokens"]
     return model
@@ -120,6 +127,7 @@ def source(title: str) -> str:
         definitions(content),
         compression,
         definitions(vit, {"Attention", "Block"}),
+        definitions(pooling),
         *ours,
     ]
     return "\n\n\n".join(part.strip() for part in parts) + "\n"

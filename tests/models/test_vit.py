@@ -173,8 +173,8 @@ def test_unknown_names_come_with_the_closest(arch, closest):
     [
         ("resnet50", {}, "timm.models.resnet"),
         ("beit_base_patch16_224", {}, "timm.models.beit"),
-        ("vit_base_patch16_siglip_224", {}, "pools by attention"),
-        ("vit_giant_patch14_dinov2", {}, "blocks are not plain"),
+        ("vit_tiny_patch16_224", dict(global_pool="prr"), "pools by AttentionPoolPrr"),
+        ("vit_small_patch16_18x2_224", {}, "blocks are not plain"),
         ("vit_base_patch16_xp_224", {}, "ParallelScalingBlock"),
         ("vit_tiny_patch16_224", dict(scale_attn_norm=True), "attn.norm"),
         ("vit_tiny_patch16_224", dict(colour=3), "unexpected keyword argument 'colour'"),

@@ -33,7 +33,7 @@ def test_every_name_has_one_row_and_every_refusal_a_reason():
     [
         ("vit_tiny_patch16_224", []),
         ("vit_giant_patch14_dinov2", ["gated MLP"]),
-        ("vit_base_patch16_siglip_224", ["attention pooling"]),
+        ("vit_base_patch16_siglip_224", []),
         ("beit3_base_patch16_224", ["norm inside attention", "norm inside the MLP"]),
         ("aimv2_large_patch14_224", ["gated MLP", "RMSNorm"]),
         ("naflexvit_base_patch16_gap", ["stem is NaFlexEmbeds"]),

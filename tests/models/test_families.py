@@ -1,0 +1,135 @@
+"""Every name whose structure is more than that of a plain block, shrunken: the same function, masked, compact, counted.
+
+The references are timm's own model and torch's own counter.
+"""
+
+import re
+
+import pytest
+import timm
+import torch
+from conftest import CASES, TINY
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.one_shot_cost import table_of_macs
+from models import Masks, build_vit, compact, left_alone, macs, params
+from models.from_timm import take
+from models.vit import Attention
+from pruning.align import align_
+from pruning.gates import Gates
+from recipes import api
+from tools import formats
+
+STRUCTURES = dict(pool=r"siglip_\d+$|_map_256$")
+LISTED = timm.list_models(module="vision_transformer")
+NAMES = {kind: [name for name in LISTED if re.search(rule, name)] for kind, rule in STRUCTURES.items()}
+EVERY = sorted({name for names in NAMES.values() for name in names})
+REPRESENTATIVES = [names[0] for names in NAMES.values()]
+SIZE = TINY | dict(embed_dim=36)
+IMAGES = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def relative_error(found, expected):
+    found, expected = found.detach(), expected.detach()
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+@pytest.fixture
+def model(request, randomise):
+    return randomise(build_vit(request.param, **SIZE)).double().eval()
+
+
+every = pytest.mark.parametrize("model", EVERY, indirect=True)
+representative = pytest.mark.parametrize("model", REPRESENTATIVES, indirect=True)
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+@pytest.mark.parametrize("name", EVERY)
+def test_full_width_is_timms_function_and_counted_as_torch_counts(name, classes, images, randomise, monkeypatch):
+    monkeypatch.setattr(Attention, "route", "fused")
+    kwargs = SIZE | dict(num_classes=classes)
+    theirs = randomise(timm.create_model(name, **kwargs)).double().eval()
+    ours = take(theirs)
+    assert ours.arch == name and relative_error(ours(images.double()), theirs(images.double())) <= 1e-12
+    for model in (ours, compact(ours, Masks.first(ours.dims, smaller(ours.dims)))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            model(images[:1].double())
+        assert 2 * macs(name, model.dims, **kwargs) == counter.get_total_flops()
+        assert params(name, model.dims, **kwargs) == sum(p.numel() for p in model.parameters())
+
+
+def smaller(dims):
+    """About half of every axis, none of it a multiple of anything."""
+    alone = left_alone(EVERY[0])
+    return dims.resized({axis: n // 2 + 1 for axis, n in dims.sizes().items() if axis.split(".")[-1] not in alone})
+
+
+@every
+@pytest.mark.parametrize("case", CASES)
+def test_masked_is_compact(model, case, images, prune):
+    images = images.double()
+    dense, masks = model(images), prune(Masks(model.dims), CASES[case])
+    masks.install_(model)
+    masked = model(images)
+    assert relative_error(masked, dense) > 1e-6  # something was removed that mattered
+    assert relative_error(compact(model, masks)(images), masked) <= 1e-10
+
+
+@every
+def test_alignment_keeps_the_function(model, images):
+    images = images.double()
+    expected = model(images)
+    align_(model, [IMAGES.double()])
+    assert relative_error(model(images), expected) <= 1e-9
+
+
+@every
+def test_gates_of_zero_and_one_are_masks(model, images, prune):
+    """The derivatives that NViT and SAViT rank by are of the function that masks give."""
+    images = images.double()
+    masks = prune(Masks(model.dims), CASES["every_width"])
+    for behind in (False, True):
+        gates = Gates(model, behind)
+        gates.values = {axis: keep.double()[None] for axis, keep in masks.keep.items()}
+        with gates.attach():
+            gated = model(images)
+        assert relative_error(gated, compact(model, masks)(images)) <= 1e-10
+
+
+def one_shot(model, tmp_path):
+    """A model pruned to half of the MACs, saved and loaded again: (dense, pruned)."""
+    dense = take(model)
+    table = table_of_macs(dense.dims)
+    small = api.prune(model.float(), IMAGES, latency=0.5, table=table).eval()
+    assert table.ratio(small.dims, dense.dims) <= 0.5 and small.divergence < 1
+    loaded = api.load(api.save(small, tmp_path))
+    assert loaded.dims == small.dims and torch.equal(loaded(IMAGES), small(IMAGES))
+    return dense, small
+
+
+@every
+def test_one_shot_to_the_end(model, tmp_path):
+    dense, small = one_shot(model, tmp_path)
+    assert small(IMAGES).shape == dense.float()(IMAGES).shape == (96, 10) and small.dims.embed < dense.dims.embed
+
+
+@pytest.mark.parametrize("tokens", ["pooled", "patches"])
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_features_keep_their_width(name, tokens, randomise):
+    """What a pool by attention gives is as wide as before, though the embedding is narrower; other features are it."""
+    model = randomise(build_vit(name, **SIZE | dict(num_classes=0))).eval()
+    small = api.prune(model, IMAGES, latency=0.5, table=table_of_macs(model.dims), feature_tokens=tokens).eval()
+    assert small(IMAGES).shape == (96, 36) and small.divergence < 1
+    assert (small.dims.embed < 36) == (tokens == "pooled" and model.attn_pool is not None)
+
+
+@representative
+@pytest.mark.parametrize("kind", ["standalone", "onnx"])
+def test_a_pruned_model_is_exported(model, kind, tmp_path):
+    if missing := formats.FORMATS[kind].missing:
+        pytest.skip(f"needs {missing}")
+    _, small = one_shot(model, tmp_path / "saved")
+    (tmp_path / "out").mkdir()
+    formats.FORMATS[kind].write(small, tmp_path / "out")
+    assert relative_error(formats.FORMATS[kind].read(tmp_path / "out")(IMAGES[:3]), small(IMAGES[:3])) <= 1e-5
