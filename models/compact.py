@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from models.arch import Arch, Model, build_empty
+from models.exact import full_float32
 from models.masks import Masks
 from models.tokens import layers
 
@@ -31,6 +32,7 @@ def compact(model: Model, masks: Masks) -> Model:
 
 
 @torch.inference_mode()
+@full_float32()
 def difference(model: Model, small: Model) -> float:
     """Relative difference of the logits of a masked model and its compact one on random images, both in eval mode."""
     shape = (4, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)

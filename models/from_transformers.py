@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.arch import Arch
+from models.exact import full_float32
 from models.foreign import adapt, extract, mismatch
 from models.parents import ModelError
 
@@ -76,6 +77,7 @@ def _outputs(model: nn.Module, images: Tensor) -> Tensor:
     return given.pooler_output if model.config.model_type.startswith("clip") else given.last_hidden_state
 
 
+@full_float32()
 def disagreement(
     ours: VisionTransformer, theirs: nn.Module, outputs: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[float, bool]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models import Masks, build_vit, compact, macs, params
+from models.compact import difference
 
 
 def relative_error(found, expected):
@@ -102,3 +103,33 @@ def test_a_block_without_both_branches_is_gone(family, images, randomise):
     kwargs = {name: value for name, value in family.items() if name not in ("arch", "depth")}
     assert macs(family["arch"], small.dims, depth=2, **kwargs) == macs(family["arch"], depth=1, **kwargs)
     assert sum(p.numel() for p in small.parameters()) == params(family["arch"], depth=1, **kwargs)
+
+
+def test_models_are_compared_without_tf32():
+    """Whichever switches a program has set; they are as they were afterwards, also when something fails."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches = [(products, "allow_tf32", True, False), (convolutions, "allow_tf32", True, False)]
+    if hasattr(products, "fp32_precision"):
+        switches = [(where, "fp32_precision", "tf32", "ieee") for where in (products, convolutions.conv)]
+    seen = []
+
+    def look(*_):
+        seen.append([getattr(where, name) for where, name, *_ in switches])
+
+    class Fails(torch.nn.Module):
+        def forward(self, images):
+            look()
+            raise ArithmeticError
+
+    model = build_vit("deit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1)
+    before = [getattr(where, name) for where, name, *_ in switches]
+    try:
+        for where, name, allowed, _ in switches:
+            setattr(where, name, allowed)
+        with pytest.raises(ArithmeticError):
+            difference(model, Fails())
+        look()
+    finally:
+        for (where, name, *_), value in zip(switches, before, strict=True):
+            setattr(where, name, value)
+    assert seen == [[exact for *_, exact in switches], [allowed for _, _, allowed, _ in switches]]
