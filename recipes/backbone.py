@@ -159,9 +159,10 @@ def _write(setup: Setup, folder: Path, model: nn.Module, stages: dict[str, dict[
     )
 
 
-def _prune(args: Any, study: api.Study, target: float) -> nn.Module:
+def _prune(args: Any, setup: Setup, study: api.Study, target: float) -> nn.Module:
+    measured = tables.measures_target(args, setup.table, setup.device)
     try:
-        return study.prune(target, args.latency_measured, args.recover_minutes, args.hflip)
+        return study.prune(target, measured, args.recover_minutes, args.hflip)
     except ValueError as error:  # NotReached
         raise RunFailed(str(error)) from None
 
@@ -203,7 +204,7 @@ def run(args: Any, setup: Setup) -> None:
         _write(setup, setup.folder, model, dict(dense=dense, pruned=_stage(setup, study, model, its)))
     for target in wanted:
         folder = make_folder(setup.folder / f"target_{target:g}", lock=False) if len(wanted) > 1 else setup.folder
-        model = _prune(args, study, target)
+        model = _prune(args, setup, study, target)
         pruned = _stage(setup, study, model, _judge(args, setup, model))
         _write(setup, folder, model, dict(dense=dense, pruned=pruned))
         rows.append(dict(target=target, folder=folder.name) | pruned)

@@ -11,7 +11,7 @@ import main_full_global_latency
 from loading.folders import Pictures
 from loading.images import DataError
 from models import Arch, load_dense
-from recipes import backbone
+from recipes import api, backbone, tables
 from runtime.errors import BadArguments
 from training import probes
 from training.full_model import FullModel
@@ -46,6 +46,15 @@ def test_every_size_of_a_backbone(flags, tmp_path, capsys):
         assert json.loads((folder / row["folder"] / "summary.json").read_text())["pruned"]["macs"] == row["macs"]
     assert sizes["sizes"][0]["divergence"] <= sizes["sizes"][1]["divergence"]
     assert sizes["sizes"][0]["knn"] >= sizes["dense"]["knn"] - 10
+
+
+@pytest.mark.parametrize("more, measured", [([], True), (["--latency_predicted"], False)])
+def test_a_target_is_a_measured_one_where_the_table_is_of_this_device(flags, tmp_path, monkeypatch, more, measured):
+    seen, prune = [], api.Study.prune
+    monkeypatch.setattr(tables, "can_be_measured", lambda table, device: True)
+    monkeypatch.setattr(api.Study, "prune", lambda self, target, *how: seen.append(how[0]) or prune(self, target))
+    run(main_full_global_latency, *flags, "--latency_target", 0.8, "--output_dir", tmp_path, *more)
+    assert seen == [measured]
 
 
 def pictures(root, number):
