@@ -31,6 +31,7 @@ from training import provenance, results, resuming
 from training.full_model import FullModel, freeze, read_full_model
 from training.keeper import Keeper
 from training.parts import (
+    LossWeights,
     drop_rate_kwargs,
     images_per_update,
     load_data,
@@ -209,7 +210,7 @@ def _begin(
     """What training moves, from the start or from the resumed checkpoint, and what keeps its checkpoints."""
     progress = Progress(setup.data.updates)
     optimizer = make_optimizer(args, setup.model.to(setup.device))
-    criterion = make_loss(args, setup.cnn, teacher, tau=KL_TEMPERATURE, per_token=False)
+    criterion = make_loss(args, LossWeights.of(args, KL_TEMPERATURE), setup.cnn, teacher, per_token=False)
     if not setup.resumed:
         resuming.start_anew(setup.folder, CHECKPOINT, resuming.PRUNED)
     compensation = calibration.Compensation(args.compensate, teacher.model, images, args.batch_size)

@@ -123,7 +123,7 @@ def freeze_(args: argparse.Namespace, model: nn.Module) -> None:
 def finetune(args: argparse.Namespace, run: Run, effort: results.Effort) -> None:
     """Train the compressed model to the last epoch."""
     freeze_(args, run.model)
-    metrics = train(steps.with_losses(args), run)
+    metrics = train(args, run)
     if is_main():
         conclude(args, run, metrics["acc1"], effort, results.earlier(Path(args.resume).parent))
 
@@ -204,12 +204,12 @@ def _check_finetuning(args: argparse.Namespace, run: Run, problems: Problems) ->
             run.teacher, run.cnn = teacher, None
         else:
             run.teacher, run.cnn = None, steps.MeanLogits(teacher)
-    run.alias = PUBLISHED
+    run.alias, run.losses = PUBLISHED, steps.losses_of(args)
     own = is_own(run, args.resume)
     if own:  # what it started from is in the checkpoint alone
         run.start = None
     resume = "auto" if own else ""
-    run.resumed = problems.attempt(read_resumed, steps.with_losses(args), run, run.folder, resume)
+    run.resumed = problems.attempt(read_resumed, args, run, run.folder, resume)
     if own and run.resumed:
         run.inputs = run.resumed["args"].get("inputs", {}) | run.inputs
 

@@ -20,7 +20,7 @@ from training import results, resuming
 from training.class_names import check_class_names
 from training.dense import CHECKPOINT, PUBLISHED, Run, conclude, read_resumed, train
 from training.full_model import FullModel, read_full_model
-from training.parts import drop_rate_kwargs, load_data
+from training.parts import LossWeights, drop_rate_kwargs, load_data
 from training.preparing import settle
 from training.sources import Checkpoint, Source, Teacher
 from training.teachers import load_cnn, load_full
@@ -126,14 +126,11 @@ def _model(args: argparse.Namespace, parent: Checkpoint, classes: int) -> nn.Mod
     return parent.build(**drop_rate_kwargs(args))
 
 
-def with_losses(args: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with the shared loss's own weights.
-
-    The published full-model loss is alpha x tau^2 x the mean of the KL over batch and 1000 classes.
-    """
-    soft = args.distillation_type_full == "soft"
-    kl = args.distillation_alpha_full * args.distillation_tau_full**2 if soft else 0.0
-    return argparse.Namespace(**vars(args), kl_loss_coeff=kl, original_loss_coeff=1.0)
+def losses_of(args: argparse.Namespace) -> LossWeights:
+    """The published full-model loss is alpha x tau^2 x the mean of the KL over batch and 1000 classes."""
+    alpha, tau = args.distillation_alpha_full, args.distillation_tau_full
+    kl = alpha * tau**2 if args.distillation_type_full == "soft" else 0.0
+    return LossWeights(1.0, kl, args.distillation_type, args.distillation_alpha, args.distillation_tau, kl_tau=tau)
 
 
 def check_args(args: argparse.Namespace) -> Run:
@@ -160,9 +157,9 @@ def check_args(args: argparse.Namespace) -> Run:
     problems.attempt(check_class_names, parent.class_names, data.names, args.masked_model)
     run = Run(device, full, data, problems.attempt(_model, args, parent, data.classes), folder=Path(args.output_dir))
     run.origin, run.start, run.alias = parent.origin, parent.weights, PUBLISHED
-    run.teacher_tau = args.distillation_tau_full
+    run.losses = losses_of(args)
     teacher = problems.attempt(_teacher, args, full) if args.distillation_type_full != "none" else None
-    if teacher is not None and args.kl_loss_coeff:
+    if teacher is not None and run.losses.kl:
         run.teacher = problems.attempt(load_full, teacher, data, device, parent)
     run.cnn = problems.attempt(load_cnn, Teacher.of(args), data, device)
     if run.model is not None:
@@ -174,7 +171,6 @@ def check_args(args: argparse.Namespace) -> Run:
 
 
 def main(args: argparse.Namespace, effort: results.Effort = results.EFFORT) -> None:
-    args = with_losses(args)
     run = check_args(args)
     if args.teacher_path and args.distillation_type == "none":
         warn("--teacher-path without --distillation-type hard or soft: no CNN teaches, as in the published recipe")

@@ -97,8 +97,6 @@ def arguments(words: bytes | list[str]) -> None:
             if name == "main_pm_vit":
                 pm_vit_options.check_flags(args, problems)
                 continue
-            if name == "main_savit_deploy":
-                args = script.with_losses(args)
             options.check_values(args, problems)
             if check := dict(main_savit=savit.check_flags).get(name, getattr(script, "_check_flags", None)):
                 check(args, problems)

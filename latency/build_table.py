@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 import options
 from latency.assemble import assemble
-from latency.bench import Bench
 from latency.disturbance import MOSTLY
 from latency.disturbance import describe as disturbances
 from latency.fit import choose_models
@@ -34,7 +33,7 @@ from latency.quick import describe
 from latency.runtimes import RuntimeBench, RuntimeFailed
 from latency.samples import NOISY, OutOfTime, Progress
 from latency.steady import steady_threads
-from latency.swin_bench import SwinBench
+from latency.swin_bench import make_bench
 from latency.table import LatencyTable
 from latency.table_plan import find_problems, grid_for, read_arch, runtime_of
 from latency.whole import Measured, measure_ratios
@@ -154,8 +153,7 @@ def _build(args: argparse.Namespace, arch: Arch, wanted: int) -> tuple[LatencyTa
         bench = RuntimeBench(arch, grid, args.batch_size, args.dtype, where)
         measure = bench.measure_ratios
     else:
-        kind = SwinBench if arch.is_swin else Bench
-        bench = kind(arch, grid, args.batch_size, args.device, args.dtype, args.compile)
+        bench = make_bench(arch, grid, args.batch_size, args.device, args.dtype, args.compile)
         measure = partial(_measure_models, args, arch, bench.device)
     models, say = choose_models(dims, fixed), partial(complain, "warning")
     table = assemble(

@@ -12,11 +12,10 @@ import timm
 import torch
 
 from latency.assemble import assemble
-from latency.bench import Bench
 from latency.fit import choose_models
 from latency.points import grid_of
 from latency.samples import Progress
-from latency.swin_bench import SwinBench
+from latency.swin_bench import make_bench
 from latency.table import STAGE, LatencyTable
 from latency.whole import Measured, measure_ratios
 from models.arch import Arch
@@ -37,7 +36,7 @@ def describe(arch: Arch, grid: dict[str, Any], batch_size: int, dtype: str, devi
         model_kwargs=arch.kwargs,
         batch=batch_size,
         img_size=list(arch.skeleton.patch_embed.img_size),
-        tokens=tokens if arch.is_swin else tokens[0],
+        tokens=tokens if len(tokens) > 1 else tokens[0],
         dtype=dtype,
         device=device,
         runtime="torch",
@@ -53,9 +52,9 @@ def describe(arch: Arch, grid: dict[str, Any], batch_size: int, dtype: str, devi
 
 def choose_grid(arch: Arch, by_tokens: bool = False) -> dict[str, Any]:
     """The coarse points of every axis, of a Swin Transformer by stage. by_tokens: at several token counts, too."""
-    if arch.is_swin:
-        return {f"{STAGE}{i}": grid_of(POINTS_MORE, stage, arch.left_alone) for i, stage in enumerate(arch.dims.stages)}
     dims = arch.dims
+    if len(dims.stages) > 1:
+        return {f"{STAGE}{i}": grid_of(POINTS_MORE, stage, arch.left_alone) for i, stage in enumerate(dims.stages)}
     grid = grid_of(POINTS_MORE if by_tokens else POINTS, dims, arch.left_alone)
     if not by_tokens:
         return grid
@@ -87,7 +86,7 @@ def measure_table(
     def measure(chosen: Sequence[Dims]) -> Measured:
         return measure_ratios(arch, chosen, batch_size, torch.device(device), dtype, rounds=5, builds=BUILDS)
 
-    bench = (SwinBench if arch.is_swin else Bench)(arch, meta["grid"], batch_size, device, dtype, compiled=False)
+    bench = make_bench(arch, meta["grid"], batch_size, device, dtype, compiled=False)
     with tempfile.TemporaryDirectory() as folder:
         return assemble(
             bench,

@@ -104,3 +104,9 @@ class SwinBench(Bench):
         """As of `Bench`: seconds of one branch, the mean of its kinds of blocks."""
         kinds = len(self._points[key][0]) if key[1] == "attention" else 1
         return [(seconds / kinds, index) for seconds, index in super().samples(key, count)]
+
+
+def make_bench(arch: Arch, grid: dict[str, Any], batch: int, device: str, dtype: str, compiled: bool) -> Bench:
+    """The bench of an architecture. grid: of a plain ViT the points of every axis, else those by stage."""
+    kind = SwinBench if isinstance(arch.dims, SwinDims) else Bench
+    return kind(arch, grid, batch, device, dtype, compiled)

@@ -43,7 +43,7 @@ def read_arch(args: Any) -> Arch:
         raise ValueError("--model or --initial-checkpoint is needed")
     arch = Arch.of(name, **kwargs | key_values(args.model_kwargs, "--model-kwargs")).plain
     sizes = {k: v for k, v in dict(img_size=args.input_size, num_classes=args.num_classes).items() if v is not None}
-    arch = replace(arch.with_kwargs(**sizes), merge="place" if arch.is_swin else args.merge)
+    arch = replace(arch.with_kwargs(**sizes), merge=args.merge if arch.merges_tokens else "place")
     return arch
 
 
@@ -89,7 +89,7 @@ def runtime_of(args: Any) -> OnnxRuntime | Command | None:
 
 def _check_plain(args: Any, arch: Arch) -> None:
     """Raises ValueError where a flag is for plain ViTs and the model is none."""
-    if arch.is_swin and (flags := [f"--{name}" for name in ("tokens", "runtime") if getattr(args, name)]):
+    if not arch.merges_tokens and (flags := [f"--{name}" for name in ("tokens", "runtime") if getattr(args, name)]):
         raise ValueError(f"{' and '.join(flags)}: for plain ViTs, not for {arch.name}, a Swin Transformer")
 
 

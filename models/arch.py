@@ -95,6 +95,11 @@ class Arch:
         return is_swin(self.name)
 
     @property
+    def merges_tokens(self) -> bool:
+        """Whether its blocks can compute on fewer tokens."""
+        return not self.is_swin
+
+    @property
     def skeleton(self) -> Model:
         """timm's model at full width without storage: `skeleton`. Raises ModelError."""
         return skeleton(self.name, **self.timm_kwargs)

@@ -67,7 +67,7 @@ def from_checkpoint(content: dict[str, Any], path: str | Path, ema: bool = False
         parent = full_dims(dims, content["masks"], total)
         _check_size(weights, arch.params(parent), path)
         student = arch.build(parent)
-        grid = student.patch_embed.grid_size if has_tokens(content["masks"]) and not arch.is_swin else None
+        grid = student.patch_embed.grid_size if has_tokens(content["masks"]) and arch.merges_tokens else None
         masks = Masks(student.dims, grid=grid)
         masks.load_state_dict(content["masks"])
         masks.install_tokens_(student)

@@ -294,7 +294,6 @@ def streamline_(model: Any) -> Any:
         if follower and not (tokens.has_shortcut or follower.has_shortcut) and tokens.tokens <= follower.gathered:
             follower.folded = follower.matrices()[0] @ tokens.matrices()[1]
             tokens.hands_on = "tokens"
-    last = model.blocks[-1]
-    if can_be_lean(model) and not isinstance(last.tokens, DenseTokenMerge):
+    if can_be_lean(model) and not isinstance((last := model.blocks[-1]).tokens, DenseTokenMerge):
         last.num_queries, last.drop_rest = model.num_prefix_tokens, True
     return model

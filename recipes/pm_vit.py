@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from training.full_model import (
     load_full_teacher,
     read_full_model,
 )
-from training.parts import drop_rate_kwargs, make_precision
+from training.parts import LossWeights, drop_rate_kwargs, make_precision
 from training.sources import Checkpoint, Source, Teacher, structural_kwargs
 from training.teachers import adapt, load_cnn, of_full_teacher
 
@@ -172,20 +171,17 @@ class MeanLogits(nn.Module):
         return sum(self.model(images)) / 2
 
 
-def with_losses(args: Any) -> SimpleNamespace:
-    """The arguments with the shared loss's own weights.
-
-    Published: base + alpha x distillation, not DeiT's mix. `soft` is the KL at temperature tau, times tau^2, over batch
-    x 1000 classes; `hard` the cross-entropy with the teacher's label.
+def losses_of(args: Any) -> LossWeights:
+    """Published: base + alpha x distillation, not DeiT's mix. `soft` is the KL at temperature tau, times tau^2, over
+    batch x 1000 classes; `hard` the cross-entropy with the teacher's label.
     """
-    alpha, kind = args.distillation_alpha, args.distillation_type
+    alpha, tau, kind = args.distillation_alpha, args.distillation_tau, args.distillation_type
+    usual = LossWeights(original=1.0, kl=0.0, kind="none", alpha=alpha, tau=tau, kl_tau=tau)
     if kind == "soft":
-        own = dict(kl_loss_coeff=alpha * args.distillation_tau**2, original_loss_coeff=1.0, distillation_type="none")
-    elif kind == "hard":  # (1 + alpha) ((1 - a) base + a hard)
-        own = dict(kl_loss_coeff=0.0, original_loss_coeff=1 + alpha, distillation_alpha=alpha / (1 + alpha))
-    else:
-        own = dict(kl_loss_coeff=0.0, original_loss_coeff=1.0)
-    return SimpleNamespace(**vars(args) | own)
+        return replace(usual, kl=alpha * tau**2)
+    if kind == "hard":  # (1 + alpha) ((1 - a) base + a hard)
+        return replace(usual, original=1 + alpha, kind=kind, alpha=alpha / (1 + alpha))
+    return usual
 
 
 def teacher(args: Any, run: Run) -> nn.Module:

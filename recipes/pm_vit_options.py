@@ -164,7 +164,7 @@ def _settle_merging(args: Any, problems: Problems) -> None:
 
 def check_flags(args: Any, problems: Problems) -> None:
     """Complaints about flags and how they go together."""
-    options.check_values(steps.with_losses(args), problems)
+    options.check_values(args, problems)
     _settle_merging(args, problems)
     if sum((args.prune, args.eval, args.speed_only)) > 1:
         problems.add("--prune, --eval and --speed-only are three things to do: give one")

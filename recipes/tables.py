@@ -28,7 +28,7 @@ def load(args: Any, full: FullModel) -> LatencyTable | None:
         return None
     table = LatencyTable.load(args.latency_look_up_table)
     table.check_covers(full.dims)
-    if not args.tokens or full.arch.is_swin:
+    if not (args.tokens and full.arch.merges_tokens):
         return table
     if not table.tokens:
         raise ValueError(
@@ -82,7 +82,7 @@ def find(args: Any, full: FullModel, device: torch.device, dtype: torch.dtype | 
 
 def _own(args: Any, full: FullModel, device: torch.device, dtype: torch.dtype | None) -> LatencyTable:
     arch = full.arch.plain.without_drops
-    by_tokens = bool(args.tokens) and not arch.is_swin
+    by_tokens = bool(args.tokens) and arch.merges_tokens
     return find_or_measure(
         replace(arch, merge=args.tokens) if by_tokens else arch,
         args.latency_batch_size,

@@ -19,7 +19,7 @@ from torch import Tensor
 from latency.runtimes import OnnxRuntime, export
 from loading.preparation import Preparation
 from models import hub, load_dense
-from models.arch import Model, is_swin
+from models.arch import Model
 from models.tokens import streamline_
 from runtime.folders import write_text
 from tools import standalone
@@ -64,7 +64,7 @@ def _write_standalone(model: Model, folder: Path) -> None:
 
 def _classifier(model: Model) -> Model:
     """A copy that computes what its logits need alone: an exported program can do nothing else."""
-    return copy.deepcopy(model) if is_swin(model.arch) else streamline_(copy.deepcopy(model))
+    return streamline_(copy.deepcopy(model))
 
 
 def _write_onnx(model: Model, folder: Path) -> None:

@@ -29,6 +29,7 @@ from training.full_model import FullModel
 from training.keeper import Keeper
 from training.parts import (
     Data,
+    LossWeights,
     images_per_update,
     make_loss,
     make_mixup,
@@ -45,9 +46,9 @@ PUBLISHED = "checkpoint.pth"  # what scripts that are based on DeiT's look for
 @dataclass
 class Run:
     """What the arguments named, loaded and checked. origin: path of the dense weights; resumed: the checkpoint;
-    transfer: whether the model was pruned on other data; teacher_tau: temperature of the teacher's KL where it is not
-    --distillation-tau; start: weights of the pruned checkpoint; alias: second name of the newest checkpoint; inputs:
-    see `resuming.inputs_of`."""
+    transfer: whether the model was pruned on other data; losses: how the loss is weighed where flags do not say it;
+    start: weights of the pruned checkpoint; alias: second name of the newest checkpoint; inputs: see
+    `resuming.inputs_of`."""
 
     device: torch.device
     full: FullModel
@@ -57,7 +58,7 @@ class Run:
     cnn: nn.Module | None = None
     folder: Path = Path()
     origin: str = ""
-    teacher_tau: float | None = None
+    losses: LossWeights | None = None
     resumed: dict[str, Any] | None = None
     transfer: bool = False
     start: dict[str, Any] | None = None
@@ -207,7 +208,7 @@ def train(args: Any, run: Run) -> dict[str, Any]:
     optimizer = make_optimizer(args, run.model)
     scheduler, epochs = make_scheduler(args, optimizer, progress.updates)
     state = State(ema, optimizer, scheduler, make_precision(args, run.device), progress)
-    criterion = make_loss(args, run.cnn, run.teacher, tau=run.teacher_tau or args.distillation_tau, per_token=True)
+    criterion = make_loss(args, run.losses or LossWeights.of(args), run.cnn, run.teacher, per_token=True)
     mixup = make_mixup(args, run.data.classes)
     if run.resumed:
         restore(run, state)

@@ -111,7 +111,7 @@ class FullModel:
                     "(finetune_dense.py --initial-checkpoint FILE --kl_loss_coeff 0); --one_shot can keep its features "
                     "instead (--objective features)"
                 )
-            head = "head.fc.weight" if self.arch.is_swin else "head.weight"
+            head = next((name for name in heads if name.endswith("weight")), "")
             known = len(self.state.get(head, range(classes)))
         if known != classes:
             raise ValueError(

@@ -154,11 +154,34 @@ def make_scheduler(args: Any, optimizer: torch.optim.Optimizer, updates_per_epoc
     )
 
 
-def make_loss(args: Any, cnn: nn.Module | None, full: nn.Module | None, *, tau: float, per_token: bool) -> NViTLoss:
-    """The published loss; tau is the temperature of the full model's KL."""
+@dataclass(frozen=True)
+class LossWeights:
+    """What `NViTLoss` weighs its parts by.
+
+    original, kl: coefficients of the task's loss and of the full model's KL; kind, alpha, tau: of the distillation
+    within the former; kl_tau: temperature of the latter.
+    """
+
+    original: float
+    kl: float
+    kind: str
+    alpha: float
+    tau: float
+    kl_tau: float
+
+    @classmethod
+    def of(cls, args: Any, kl_tau: float | None = None) -> LossWeights:
+        """As the flags say. kl_tau: by default --distillation-tau."""
+        tau = args.distillation_tau
+        kind, alpha = args.distillation_type, args.distillation_alpha
+        return cls(args.original_loss_coeff, args.kl_loss_coeff, kind, alpha, tau, kl_tau or tau)
+
+
+def make_loss(
+    args: Any, weights: LossWeights, cnn: nn.Module | None, full: nn.Module | None, per_token: bool
+) -> NViTLoss:
+    """The published loss, on the targets that --mixup, --cutmix and --smoothing make; cnn, full: its teachers."""
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-    kind = args.distillation_type if cnn is not None else "none"
-    original = DistillationLoss(
-        base_criterion(mixing, args.smoothing), cnn, kind, args.distillation_alpha, args.distillation_tau
-    )
-    return NViTLoss(original, args.original_loss_coeff, full, args.kl_loss_coeff, tau, per_token)
+    kind = weights.kind if cnn is not None else "none"
+    original = DistillationLoss(base_criterion(mixing, args.smoothing), cnn, kind, weights.alpha, weights.tau)
+    return NViTLoss(original, weights.original, full, weights.kl, weights.kl_tau, per_token)

@@ -73,6 +73,8 @@ def _show(value: Any) -> Any:
 
 def _differences(now: dict[str, Any], before: dict[str, Any], may_differ: set[str]) -> list[str]:
     may_differ = {n for n, flag in options.FLAGS.items() if flag.path or flag.may_differ} | may_differ | NOT_FLAGS
+    if "kl_loss_coeff" in before and "kl_loss_coeff" not in now:  # older files: the loss's weights under flags' names
+        may_differ |= {"distillation_type", "distillation_alpha"}
     names = [n for n in now if n in before and n not in may_differ and now[n] != before[n]]
     differences = [f"{options.flag(name)} was {_show(before[name])}, now {_show(now[name])}" for name in names]
     if _global_batch(now) != _global_batch(before):

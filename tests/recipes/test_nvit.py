@@ -17,7 +17,7 @@ from pruning.shrink import Student
 from recipes.calibration import Compensation
 from recipes.nvit import PruningSteps, Setup
 from runtime.precision import Precision
-from training.parts import make_loss
+from training.parts import LossWeights, make_loss
 
 CPU, TAU, KL = torch.device("cpu"), 3.0, 5e4
 FLAGS = ["--interval_prune", "2", "--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--original_loss_coeff", "1"]
@@ -36,7 +36,7 @@ class Run:
         pruner = GlobalPruner(masks, token_table(), groups, regularization=0.0, target=None, per_event=6)
         setup = Setup(CPU, None, None, Student(model, masks), None, token_table(), self.config, pruner, folder, None)
         self.optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-        criterion = make_loss(args, None, self.teacher, tau=TAU, per_token=False)
+        criterion = make_loss(args, LossWeights.of(args, TAU), None, self.teacher, per_token=False)
         never = Compensation(None, self.teacher.model, None, 8)
         self.steps = PruningSteps(args, setup, self.optimizer, criterion, self.precision, never)
 
