@@ -22,6 +22,7 @@ EMBED: Dim = (("embed",),)
 QKV: Dim = (("heads", "qk"), ("heads", "qk"), ("heads", "v"))  # fused rows: q of all heads, k of all, v of all
 HEADS_V: Dim = (("heads", "v"),)
 MLP: Dim = (("mlp",),)
+PAIRS: Dim = (("mlp",), ("mlp",))  # of a gated MLP packed into one layer: the gates of all units and their values
 MERGED: Dim = (("before",),) * 4  # the embedding of the stage before, of a patch and its three neighbours
 
 OUTSIDE: dict[str, tuple[Dim, ...]] = {
@@ -64,12 +65,15 @@ BLOCK: dict[str, tuple[Dim, ...]] = {
     "ls1.gamma": (EMBED,),
     "mlp.fc1.weight": (MLP, EMBED),
     "mlp.fc1.bias": (MLP,),
+    **{f"mlp.{layer}.weight": (MLP, EMBED) for layer in ("fc1_g", "fc1_x")},  # of a gated MLP in two layers
+    **{f"mlp.{layer}.bias": (MLP,) for layer in ("fc1_g", "fc1_x")},
     "mlp.fc2.weight": (EMBED, MLP),
     "mlp.fc2.bias": (EMBED,),
     "ls2.gamma": (EMBED,),
     **{f"tokens.{p}": (FIXED,) for p in ("merge", "reconstruct")},
     **{f"tokens.{p}": (FIXED, FIXED) for p in ("merge_matrix", "reconstruct_matrix")},
 }
+PACKED: dict[str, tuple[Dim, ...]] = {"mlp.fc1.weight": (PAIRS, EMBED), "mlp.fc1.bias": (PAIRS,)}
 KINDS = ("embed", "heads", "qk", "v", "mlp", "tokens")
 BRANCH = dict(norm1="heads", attn="heads", ls1="heads", norm2="mlp", mlp="mlp", ls2="mlp")
 _PLACE = re.compile(r"(?:layers\.(\d+)\.)?(?:blocks\.(\d+)\.)?(.+)")
@@ -84,9 +88,11 @@ def _take_apart(name: str) -> tuple[int | None, int | None, str]:
 class Structure(NamedTuple):
     """What decides which axes a plain ViT's parameters carry, where their names do not.
 
-    pooled: the classifier reads a pool by attention, which has a width of its own.
+    packed: `mlp.fc1` holds two rows of every MLP unit, one of which gates the other; pooled: the classifier reads a
+    pool by attention, which has a width of its own.
     """
 
+    packed: bool = False
     pooled: bool = False
 
 
@@ -130,7 +136,7 @@ def axes_of(parameter: str, stages: int = 0, structure: Structure = USUAL) -> tu
     """
     stage, block, local = _take_apart(parameter)
     if block is not None:
-        dims = BLOCK[local]
+        dims = PACKED[local] if structure.packed and local in PACKED else BLOCK[local]
     elif stage is not None:
         dims = DOWNSAMPLE[local]
     elif structure.pooled and parameter in BEHIND_POOL:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import GluMlp, SwiGLU
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
@@ -56,7 +57,7 @@ class MacsFormula:
     content as its likenesses and its means.
     stem, classifier, compression: MACs per embedding channel; tokens, queries: (L,) int64, of each block the
     tokens that it computes on, and those that are queries and pass the MLP; pool: MACs of a pool by attention and of
-    what reads it, whatever the embedding.
+    what reads it, whatever the embedding; matrices: of an MLP, 2, or 3 where it is gated.
     """
 
     stem: int
@@ -65,6 +66,7 @@ class MacsFormula:
     queries: np.ndarray
     compression: int
     pool: int = 0
+    matrices: int = 2
 
     @classmethod
     def of(cls, parent: VisionTransformer, dims: ViTDims, by_content: bool = False) -> MacsFormula:
@@ -84,7 +86,8 @@ class MacsFormula:
         else:
             rebuilt = merged & (queries == tokens)
             compression = int(tokens[merged].sum() + tokens[rebuilt].sum()) * (patches + prefix)
-        return cls(patches * patch, classifier, tokens, queries, compression, pool)
+        matrices = 3 if isinstance(parent.blocks[0].mlp, GluMlp | SwiGLU) else 2
+        return cls(patches * patch, classifier, tokens, queries, compression, pool, matrices)
 
     def parts(
         self, embed: np.ndarray, heads: np.ndarray, qk: np.ndarray, v: np.ndarray, mlp: np.ndarray
@@ -93,7 +96,7 @@ class MacsFormula:
         e = np.asarray(embed)[..., None]
         each = e * heads * (qk + v)  # queries and proj of the query tokens, keys and values of all
         attention = (self.queries + self.tokens) * each + self.queries * self.tokens * heads * (qk + v)
-        hidden = 2 * self.queries * e * mlp
+        hidden = self.matrices * self.queries * e * mlp
         return dict(
             patch_embed=self.stem * embed,
             attention=attention.sum(-1),

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any
 
+from timm.layers import GluMlp
+
 from models.axes import USUAL, Axis, Dim, Structure, axes_of
 
 MOST = 1_000_000  # of any width; what a model is built from never comes unchecked from a file
@@ -93,10 +95,13 @@ class ViTDims:
             return model.dims
         tokens = model.patch_embed.num_patches + model.num_prefix_tokens
         blocks = (
-            BlockDims(b.attn.num_heads, b.attn.head_dim, b.attn.head_dim, b.mlp.fc1.out_features, tokens)
+            BlockDims(b.attn.num_heads, b.attn.head_dim, b.attn.head_dim, b.mlp.fc2.in_features, tokens)
             for b in model.blocks
         )
-        return cls(model.embed_dim, tuple(blocks), Structure(pooled=model.attn_pool is not None))
+        structure = Structure(
+            packed=any(isinstance(b.mlp, GluMlp) for b in model.blocks), pooled=model.attn_pool is not None
+        )
+        return cls(model.embed_dim, tuple(blocks), structure)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in checkpoints and `dims.json`."""

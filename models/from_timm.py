@@ -7,13 +7,14 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Mlp
+from timm.layers import GluMlp
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.arch import Arch
 from models.from_transformers import ROUNDED, convert, disagreement, is_transformers
+from models.mlps import MLPS
 from models.parents import ModelError, why_not_plain
 
 PLAIN, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"  # where timm does not say which it is
@@ -29,6 +30,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def _mlp_ratio(model: VisionTransformer) -> float:
+    """timm's argument: of a gated MLP in one layer both rows of every unit count."""
+    mlp = model.blocks[0].mlp
+    return mlp.fc2.in_features * (2 if isinstance(mlp, GluMlp) else 1) / model.embed_dim
+
+
 def _arguments(model: VisionTransformer) -> dict[str, Any]:
     """timm's arguments that a model was built with, read from its modules."""
     block, stem = model.blocks[0], model.patch_embed
@@ -41,7 +48,7 @@ def _arguments(model: VisionTransformer) -> dict[str, Any]:
         embed_dim=model.embed_dim,
         depth=len(model.blocks),
         num_heads=block.attn.num_heads,
-        mlp_ratio=block.mlp.fc1.out_features / model.embed_dim if isinstance(block.mlp, Mlp) else None,
+        mlp_ratio=_mlp_ratio(model) if isinstance(block.mlp, MLPS) else None,
         qkv_bias=block.attn.qkv.bias is not None,
         proj_bias=block.attn.proj.bias is not None,
         qk_norm=isinstance(block.attn.q_norm, nn.LayerNorm),

@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import AttentionPoolLatent, Mlp, PatchEmbed
+from timm.layers import AttentionPoolLatent, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from models.axes import axes_of
+from models.mlps import MLPS
 from models.tokens import plain
 
 
@@ -35,7 +36,7 @@ def _why_not_pooled(model: nn.Module) -> str | None:
 
 def _why_not_block(block: nn.Module) -> str | None:
     """What keeps a block from being described here, or None."""
-    if type(block) is not TimmBlock or type(block.attn) is not TimmAttention or type(block.mlp) is not Mlp:
+    if type(block) is not TimmBlock or type(block.attn) is not TimmAttention or type(block.mlp) not in MLPS:
         parts = (block, getattr(block, "attn", None), getattr(block, "mlp", None))
         return f"its blocks are not plain ({', '.join(type(m).__name__ for m in parts)})"
     if not isinstance(block.norm1, nn.LayerNorm):

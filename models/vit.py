@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.attention import attend
 from models.dims import BlockDims, ViTDims
+from models.mlps import sized_mlp
 from models.parents import ModelError, left_alone, skeleton
 from models.pooling import pool_by_attention_
 from models.tokens import can_be_lean, merging, plain, train_matrices_
@@ -141,6 +142,7 @@ class Block(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         act_layer: Any = nn.GELU,
+        mlp_layer: Any = Mlp,
         qk_norm: bool = False,
         tokens: nn.Module | None = None,
         **_: Any,
@@ -155,7 +157,7 @@ class Block(nn.Module):
             self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if dims.mlp:
             self.norm2 = norm_layer(dim)
-            self.mlp = Mlp(dim, dims.mlp, act_layer=act_layer, bias=proj_bias, drop=proj_drop)
+            self.mlp = sized_mlp(mlp_layer, dim, dims.mlp, act_layer=act_layer, bias=proj_bias, drop=proj_drop)
             self.ls2 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

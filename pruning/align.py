@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.axes import EMBED
+from models.mlps import first_layers
 from models.vit import Block
 from pruning import streams
 from pruning.moments import FLOOR, TINY, Moments, all_reduced, removal, set_
@@ -79,7 +80,7 @@ class _Attention:
 
     def align_(self) -> None:
         H, d = self.heads, self.width
-        qkv, proj = self.branch.first, self.branch.last
+        (qkv,), proj = self.branch.readers.values(), self.branch.last
         covariance = self.outputs.all_reduce().covariance
         columns = proj.weight.double().view(-1, H, d).transpose(0, 1)  # H E d
         to_v, from_v = v_bases(covariance.view(H, d, H, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1), columns)
@@ -111,9 +112,12 @@ class _MLP:
         self.hidden.add(mixed)
 
     def align_(self) -> None:
-        first, last = self.branch.first, self.branch.last
+        last = self.branch.last
         order = removal(self.hidden.all_reduce().covariance[None], last.weight[None])
-        set_(first, first.weight[order], None if first.bias is None else first.bias[order])
+        for reader in self.branch.readers.values():
+            for parameter in filter(lambda p: p is not None, (reader.weight, reader.bias)):
+                rows = parameter.unflatten(0, (-1, len(order)))  # two segments where gates are packed with values
+                parameter.copy_(rows[:, order].flatten(0, 1))
         set_(last, last.weight[:, order], None)
 
 
@@ -164,7 +168,7 @@ def _final(model: VisionTransformer) -> tuple[nn.Module, Callable[[Tensor], Tens
 
 def why_not_rotated(model: VisionTransformer) -> str | None:
     """What reads or writes the residual stream in a way that a rotation would change, or None."""
-    layers = [layer for block in model.blocks for layer in (block.attn.qkv, block.mlp.fc1)]
+    layers = [layer for block in model.blocks for layer in (block.attn.qkv, *first_layers(block.mlp).values())]
     layers += streams.outlets(model) or [model.head]
     if isinstance(model.norm_pre, nn.LayerNorm):
         return "a norm before the first block writes to it"
@@ -212,7 +216,7 @@ def _align_block_(block: Block, stream: list[Tensor]) -> list[_Reader]:
     """Align both branches, and move the stream past the block."""
     readers = []
     for branch in streams.branches(block):
-        reader = _Reader(branch.norm, [branch.first])
+        reader = _Reader(branch.norm, [*branch.readers.values()])
         is_attention = branch.last is block.attn.proj
         seen = _attention(block, branch) if is_attention else _MLP(branch)
         for i, x in enumerate(stream):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -36,7 +37,8 @@ class Gates:
     """Gates of a model's units, applied by hooks while `attach`.
 
     values: by axis, (B, units) for one gate per image, or (1, units); an axis that is absent is not gated.
-    behind: gates of MLP units stand behind the activation (removed units are the same, derivatives are not).
+    behind: gates of MLP units stand behind the activation (removed units are the same, derivatives are not), as those
+    of gated MLPs always do.
     """
 
     def __init__(self, model: nn.Module, behind: bool = False) -> None:
@@ -92,7 +94,7 @@ class Gates:
             gate = self.values.get(str(Axis("mlp", block)))  # at 0 the activation gives 0
             return x if gate is None else x * gate[:, None]
 
-        if self.behind:
+        if self.behind or not isinstance(mlp, Mlp):  # a product of gate and value has one gate, behind it
             return mlp.fc2.register_forward_pre_hook(lambda module, args: (gated(args[0]),))
         return mlp.fc1.register_forward_hook(lambda module, args, output: gated(output))
 

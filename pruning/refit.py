@@ -65,24 +65,36 @@ def _refit_branch(
     merged: Sequence[Callable[[Tensor], Tensor]],
     biases: Sequence[tuple[Tensor, ...]],
 ) -> None:
-    """Refit both layers of a branch, and move both streams past it.
+    """Refit the layers of a branch, and move both streams past it.
 
-    rows: of the dense first layer that survive; kept: embedding channels that survive; read: tokens that count in what
-    the branch writes; merged: per batch, from the dense model's tokens to those that the pruned block computes on;
-    biases: per batch, what the pruned branch mixes with besides its first layer.
+    rows: of the dense first layers, side by side, that survive; kept: embedding channels that survive; read: tokens
+    that count in what the branch writes; merged: per batch, from the dense model's tokens to those that the pruned
+    block computes on; biases: per batch, what the pruned branch mixes with besides its first layers.
     """
     targets = []
     for i, (x, compress) in enumerate(zip(s.dense, merged, strict=True)):
         first = big.first(big.norm(x))
         targets.append(compress(first[..., rows]))
         s.dense[i] = x + big.write(big.mix(first))
-    s.fit_(small.first, (small.norm(z) for z in s.pruned), targets)
+    begin = 0
+    for reader in small.readers.values():
+        part = slice(begin, begin := begin + reader.out_features)
+        s.fit_(reader, (small.norm(z) for z in s.pruned), (target[..., part] for target in targets))
     mixed = [small.mix(small.first(small.norm(z)), *bias) for z, bias in zip(s.pruned, biases, strict=True)]
     gamma = 1 if small.gamma is None else small.gamma
     pairs = zip(s.dense, s.pruned, merged, strict=True)
     missing = (((compress(x[..., kept]) - z) / gamma)[:, read] for x, z, compress in pairs)
     s.fit_(small.last, (m[:, read] for m in mixed), missing)
     s.pruned = [z + small.write(m) for z, m in zip(s.pruned, mixed, strict=True)]
+
+
+def _rows_kept(block: str, branch: Branch, masks: Masks) -> Tensor:
+    """Indices of the rows of a dense branch's first layers, side by side, that survive."""
+    begin, parts = 0, []
+    for name, reader in branch.readers.items():
+        parts.append(begin + masks.kept(f"{block}.{name}.weight", 0))
+        begin += reader.out_features
+    return torch.cat(parts)
 
 
 def unseen_of(images: Sequence[T]) -> Sequence[T]:
@@ -127,10 +139,10 @@ def _refit_block(index: int, big: Block, small: Block, masks: Masks, kept: Tenso
     inside = s.pruned = [compress(z) for compress, z in zip(merged, before, strict=True)]
     none = [()] * len(before)
     biases = [() if t.bias is None else (t.bias,) for t in tokens] or none
-    for branch_of, first, also in ((streams.attention, "attn.qkv", biases), (streams.mlp, "mlp.fc1", none)):
+    for branch_of, also in ((streams.attention, biases), (streams.mlp, none)):
         branch = branch_of(big)
         if branch_of(small):
-            rows = masks.kept(f"blocks.{index}.{first}.weight", 0)
+            rows = _rows_kept(f"blocks.{index}", branch, masks)
             _refit_branch(branch, branch_of(small), rows, kept, s, read, merged, also)
         elif branch:
             s.dense = [x + branch(x) for x in s.dense]

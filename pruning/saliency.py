@@ -26,6 +26,8 @@ SCORED = {
     "attn.proj.bias": ("embed",),
     "mlp.fc1.weight": ("mlp", "embed"),
     "mlp.fc1.bias": ("mlp",),
+    **{f"mlp.{layer}.weight": ("mlp", "embed") for layer in ("fc1_g", "fc1_x")},  # of a gated MLP in two layers
+    **{f"mlp.{layer}.bias": ("mlp",) for layer in ("fc1_g", "fc1_x")},
     "mlp.fc2.weight": ("embed",),
     "mlp.fc2.bias": ("embed",),
     "downsample.reduction.weight": ("embed",),  # a stage's own, which it writes, and that of the stage before

@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from models.mlps import between, first_layers
 from models.vit import Block
 
 
 class Branch(NamedTuple):
-    """x + gamma last(mix(first(norm(x)))): attention (qkv, proj) or MLP (fc1, fc2). No LayerScale: gamma is None."""
+    """x + gamma last(mix(first(norm(x)))): attention (qkv, proj) or MLP (fc1, fc2). No LayerScale: gamma is None.
+
+    readers: the first layers by their names in the block; `mix` takes their outputs side by side.
+    """
 
     norm: nn.Module
-    first: nn.Linear
+    readers: dict[str, nn.Linear]
     mix: Callable[[Tensor], Tensor]
     last: nn.Linear
     gamma: Tensor | None
@@ -25,6 +30,11 @@ class Branch(NamedTuple):
         """What the branch adds to the residual stream x."""
         return self.write(self.mix(self.first(self.norm(x))))
 
+    def first(self, normed: Tensor) -> Tensor:
+        """The readers' outputs side by side: (B, N, E) -> (B, N, rows)."""
+        outputs = [reader(normed) for reader in self.readers.values()]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
     def write(self, mixed: Tensor) -> Tensor:
         """The branch from its mixed values on."""
         out = self.last(mixed)
@@ -32,15 +42,19 @@ class Branch(NamedTuple):
 
 
 def attention(block: Block) -> Branch | None:
+    """A block's attention branch, None where it has none."""
     if not block.dims.heads:
         return None
-    return Branch(block.norm1, block.attn.qkv, block.attn.mix, block.attn.proj, getattr(block.ls1, "gamma", None))
+    readers = {"attn.qkv": block.attn.qkv}
+    return Branch(block.norm1, readers, block.attn.mix, block.attn.proj, getattr(block.ls1, "gamma", None))
 
 
 def mlp(block: Block) -> Branch | None:
+    """A block's MLP branch, gated or not, None where it has none."""
     if not block.dims.mlp:
         return None
-    return Branch(block.norm2, block.mlp.fc1, block.mlp.act, block.mlp.fc2, getattr(block.ls2, "gamma", None))
+    readers = {f"mlp.{name}": layer for name, layer in first_layers(block.mlp).items()}
+    return Branch(block.norm2, readers, between(block.mlp), block.mlp.fc2, getattr(block.ls2, "gamma", None))
 
 
 def branches(block: Block) -> list[Branch]:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.layers import AttentionPoolLatent, GluMlp, Mlp, PatchEmbed, RmsNorm, RotaryEmbeddingMixed, SwiGLU
+from timm.layers import AttentionPoolLatent, PatchEmbed, RmsNorm, RotaryEmbeddingMixed
 from timm.models.vision_transformer import Block
 from torch import nn
 
 import options
 from models.dims import BLOCK_AXES
+from models.mlps import MLPS
 from models.parents import ModelError, left_alone, skeleton
 from models.tokens import can_be_lean
 from pruning.align import why_not_rotated
@@ -73,8 +74,7 @@ def obstacles(model: nn.Module) -> list[str]:
         f"blocks are {type(block).__name__}": type(block) is not Block,
         f"attention is {type(attention).__name__}": attention is not None and type(attention).__name__ != "Attention",
         "fewer heads of keys than of queries": any(_grouped(b) for b in model.blocks),
-        "gated MLP": isinstance(mlp, GluMlp | SwiGLU),
-        f"MLP is {type(mlp).__name__}": mlp is not None and not isinstance(mlp, Mlp | GluMlp | SwiGLU),
+        f"MLP is {type(mlp).__name__}": mlp is not None and not isinstance(mlp, MLPS),
         rotary: getattr(model, "rope", None) is not None,
         "norm inside attention": not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity),
         "norm inside the MLP": not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity),

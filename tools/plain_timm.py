@@ -66,7 +66,7 @@ def plain_timm(model: VisionTransformer, **pretrained_cfg: Any) -> VisionTransfo
         embed_dim=uniform.embed,
         depth=len(uniform.blocks),
         num_heads=block.heads,
-        mlp_ratio=_mlp_ratio(uniform.embed, block.mlp),
+        mlp_ratio=_mlp_ratio(uniform.embed, block.mlp * (2 if padded.dims.structure.packed else 1)),
     )
     timm_model = timm.create_model(
         model.arch, **Arch.of_model(model).timm_kwargs | shape, pretrained_cfg_overlay=pretrained_cfg

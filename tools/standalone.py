@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform
 from torch import nn
 
-from models import attention, content, pooling, tokens, vit
+from models import attention, content, mlps, pooling, tokens, vit
 from models.dims import BlockDims
 from models.pooling import pool_by_attention_
 from models.tokens import COMPRESSIONS, merging
@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.data import create_transform
-from timm.layers import AttentionPoolLatent, DropPath, LayerScale, Mlp
+from timm.layers import AttentionPoolLatent, DropPath, GluMlp, LayerScale, Mlp
 from torch import Tensor, nn
 
 HERE = Path(__file__).parent
@@ -126,6 +126,7 @@ def source(title: str) -> str:
         definitions(attention),
         definitions(content),
         compression,
+        definitions(mlps, {"sized_mlp"}),
         definitions(vit, {"Attention", "Block"}),
         definitions(pooling),
         *ours,
