@@ -15,9 +15,9 @@ from latency.points import branches
 from latency.table import STAGE
 from models.arch import Arch
 from models.dims import BlockDims
+from models.norms import LayerNorm
 from models.swin import Block, stem_of, tail_of
 from models.swin_dims import SwinDims
-from models.vit import LayerNorm
 
 
 def _kinds(stage: SwinTransformerStage) -> list[SwinTransformerBlock]:

@@ -32,7 +32,11 @@ OUTSIDE: dict[str, tuple[Dim, ...]] = {
     "dist_token": (FIXED, FIXED, EMBED),
     "reg_token": (FIXED, FIXED, EMBED),
     "pos_embed": (FIXED, FIXED, EMBED),
-    **{f"{norm}.{p}": (EMBED,) for norm in ("norm_pre", "norm", "fc_norm") for p in ("weight", "bias")},
+    **{
+        f"{norm}.{p}": (EMBED,)
+        for norm in ("patch_embed.norm", "norm_pre", "norm", "fc_norm")
+        for p in ("weight", "bias")
+    },
     "head.weight": (FIXED, EMBED),
     "head.bias": (FIXED,),
     "head_dist.weight": (FIXED, EMBED),
@@ -60,6 +64,7 @@ BLOCK: dict[str, tuple[Dim, ...]] = {
     "attn.qkv.bias": (QKV,),
     "attn.relative_position_bias_table": (FIXED, (("heads",),)),  # Swin's alone
     **{f"attn.{norm}.{p}": (FIXED,) for norm in ("q_norm", "k_norm") for p in ("weight", "bias")},  # over all of qk
+    **{f"attn.norm.{p}": (HEADS_V,) for p in ("weight", "bias")},  # over what all heads pass on
     "attn.proj.weight": (EMBED, HEADS_V),
     "attn.proj.bias": (EMBED,),
     "ls1.gamma": (EMBED,),
@@ -67,6 +72,7 @@ BLOCK: dict[str, tuple[Dim, ...]] = {
     "mlp.fc1.bias": (MLP,),
     **{f"mlp.{layer}.weight": (MLP, EMBED) for layer in ("fc1_g", "fc1_x")},  # of a gated MLP in two layers
     **{f"mlp.{layer}.bias": (MLP,) for layer in ("fc1_g", "fc1_x")},
+    **{f"mlp.norm.{p}": (MLP,) for p in ("weight", "bias")},
     "mlp.fc2.weight": (EMBED, MLP),
     "mlp.fc2.bias": (EMBED,),
     "ls2.gamma": (EMBED,),

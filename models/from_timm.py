@@ -15,6 +15,7 @@ from torch import nn
 from models.arch import Arch
 from models.from_transformers import ROUNDED, convert, disagreement, is_transformers
 from models.mlps import MLPS
+from models.norms import NORMS
 from models.parents import ModelError, why_not_plain
 
 PLAIN, DISTILLED = "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"  # where timm does not say which it is
@@ -51,7 +52,9 @@ def _arguments(model: VisionTransformer) -> dict[str, Any]:
         mlp_ratio=_mlp_ratio(model) if isinstance(block.mlp, MLPS) else None,
         qkv_bias=block.attn.qkv.bias is not None,
         proj_bias=block.attn.proj.bias is not None,
-        qk_norm=isinstance(block.attn.q_norm, nn.LayerNorm),
+        qk_norm=isinstance(block.attn.q_norm, NORMS),
+        scale_attn_norm=isinstance(block.attn.norm, NORMS),
+        scale_mlp_norm=isinstance(block.mlp.norm, NORMS),
         init_values=1e-5 if hasattr(block.ls1, "gamma") else None,  # the values are among the weights
         global_pool=model.global_pool,
     )
@@ -61,9 +64,9 @@ def _arguments(model: VisionTransformer) -> dict[str, Any]:
             reg_tokens=getattr(model, "num_reg_tokens", 0),
             no_embed_class=model.no_embed_class,
             pos_embed="none" if model.pos_embed is None else "learn",
-            pre_norm=isinstance(model.norm_pre, nn.LayerNorm),
-            fc_norm=isinstance(model.fc_norm, nn.LayerNorm),
-            final_norm=isinstance(model.norm, nn.LayerNorm) or isinstance(model.fc_norm, nn.LayerNorm),
+            pre_norm=isinstance(model.norm_pre, NORMS),
+            fc_norm=isinstance(model.fc_norm, NORMS),
+            final_norm=isinstance(model.norm, NORMS) or isinstance(model.fc_norm, NORMS),
         )
     return known
 

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from models.axes import Axis, Dim, branch_of
+from models.norms import MASKED
 from models.patch_grid import spread_order
 from models.swin_dims import Dims
 from models.tokens import around, by_content, spread_merge
-from models.vit import LayerNorm
 
 
 class Masks:
     """One bool vector per axis (`embed`, `blocks.3.heads`, …) over the units of the full-size model `dims`.
 
-    A masked model is a full-size one whose removed units are exact zeros and whose LayerNorms run over the survivors:
+    A masked model is a full-size one whose removed units are exact zeros and whose norms run over the survivors:
     it computes the same function as the compact model (DESIGN: masked equals compact).
 
     grid: rows and columns of patches; then every block has an axis of them too (`blocks.3.tokens`), and a patch that is
@@ -168,13 +168,13 @@ class Masks:
                 parameter.grad = None
 
     def install_(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Make `model` the masked model: zero weights, zero moments of the optimizer, LayerNorms over survivors, and
+        """Make `model` the masked model: zero weights, zero moments of the optimizer, norms over survivors, and
         patches merged around the survivors."""
         self.install_tokens_(model)
         self.zero_weights_(model)
         for name, module in model.named_modules():
-            if isinstance(module, LayerNorm):
-                module.set_mask(self._keep_along(self.full.axes_of(f"{name}.weight")[0]))
+            if isinstance(module, MASKED) and (dim := self.full.axes_of(f"{name}.weight")[0]):
+                module.set_mask(self._keep_along(dim))
         for name, parameter in model.named_parameters():
             for value in (optimizer.state.get(parameter, {}) if optimizer else {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:

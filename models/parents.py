@@ -18,6 +18,7 @@ from torch import nn
 
 from models.axes import axes_of
 from models.mlps import MLPS
+from models.norms import NORMS
 from models.tokens import plain
 
 
@@ -39,9 +40,9 @@ def _why_not_block(block: nn.Module) -> str | None:
     if type(block) is not TimmBlock or type(block.attn) is not TimmAttention or type(block.mlp) not in MLPS:
         parts = (block, getattr(block, "attn", None), getattr(block, "mlp", None))
         return f"its blocks are not plain ({', '.join(type(m).__name__ for m in parts)})"
-    if not isinstance(block.norm1, nn.LayerNorm):
-        return f"it normalises with {type(block.norm1).__name__}"
-    return None
+    norms = [block.norm1, block.norm2, block.attn.q_norm, block.attn.k_norm, block.attn.norm, block.mlp.norm]
+    odd = [norm for norm in norms if not isinstance(norm, (*NORMS, nn.Identity))]
+    return f"it normalises with {type(odd[0]).__name__}" if odd else None
 
 
 def why_not_plain(model: nn.Module) -> str | None:
@@ -95,6 +96,6 @@ def skeleton(arch: str, **kwargs: Any) -> VisionTransformer:
 
 def left_alone(arch: str, **kwargs: Any) -> dict[str, str]:
     """Axes of a model that cannot be pruned (`qk`, in every block), each with the reason."""
-    if isinstance(skeleton(arch, **kwargs).blocks[0].attn.q_norm, nn.LayerNorm):
+    if isinstance(skeleton(arch, **kwargs).blocks[0].attn.q_norm, NORMS):
         return dict(qk="queries and keys are normalised over it")
     return {}

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from models.attention import by_kernel
 from models.dims import MOST_BLOCKS, BlockDims
+from models.norms import LayerNorm
 from models.parents import ModelError
 from models.swin_dims import MOST_STAGES, SwinDims
-from models.vit import Attention, LayerNorm
+from models.vit import Attention
 
 MODULE = "timm.models.swin_transformer"
 MOST_BUFFERS = 100_000_000  # values: the masks and indices of windows grow with sizes that no weight tells

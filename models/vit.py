@@ -7,7 +7,6 @@ so a timm state dict loads unchanged at full width. Legend: B batch, N tokens, E
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import timm
@@ -21,46 +20,10 @@ from torch import Tensor, nn
 from models.attention import attend
 from models.dims import BlockDims, ViTDims
 from models.mlps import sized_mlp
+from models.norms import NORMS, norm_like
 from models.parents import ModelError, left_alone, skeleton
 from models.pooling import pool_by_attention_
 from models.tokens import can_be_lean, merging, plain, train_matrices_
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm whose statistics run over the surviving channels only.
-
-    With no mask it is torch's. With a mask (True is keep) of K of E channels, removed channels take the survivors' mean
-    mu and survivors are stretched around it by c = sqrt(E/K). Then mean and variance over all E channels are those of
-    the survivors, so torch's fused kernel with weights divided by c gives exactly what a LayerNorm of width K computes,
-    and no gradient reaches a removed channel. What depends on the mask is in tensors: a compiled model stays valid when
-    more is removed. Published NViT keeps statistics over all channels while masked, which makes masked and compact
-    differ.
-    """
-
-    averager: Tensor | None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for name in ("averager", "stretch", "shrink"):
-            self.register_buffer(name, None, persistent=False)
-
-    def set_mask(self, keep: Tensor) -> None:
-        """keep: (E,) bool, True is keep."""
-        if keep.all():
-            self.averager = self.stretch = self.shrink = None
-            return
-        survivors = keep.to(self.weight.dtype)
-        self.shrink = survivors.mean().sqrt()  # 1 / c
-        self.stretch = survivors / self.shrink
-        self.averager = (survivors / survivors.sum()).unsqueeze(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.averager is None:
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.to(self.averager.dtype)
-            x = torch.lerp(x @ self.averager, x, self.stretch)  # mu + stretch (x - mu)
-            return F.layer_norm(x, self.normalized_shape, self.weight * self.shrink, self.bias, self.eps)
 
 
 class Attention(nn.Module):
@@ -82,12 +45,14 @@ class Attention(nn.Module):
         attn_drop: float,
         proj_drop: float,
         head_norm: Any = nn.Identity,
+        inner_norm: Any = nn.Identity,
     ) -> None:
         super().__init__()
         self.num_heads, self.qk, self.v, self.scale = dims.heads, dims.qk, dims.v, scale
         self.qkv = nn.Linear(embed, dims.heads * (2 * dims.qk + dims.v), bias=qkv_bias)
         self.q_norm, self.k_norm = head_norm(dims.qk), head_norm(dims.qk)
         self.attn_drop = attn_drop
+        self.norm = inner_norm(dims.heads * dims.v)
         self.proj = nn.Linear(dims.heads * dims.v, embed, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -103,7 +68,8 @@ class Attention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # B H N qk or v
         q, k = self.q_norm(q), self.k_norm(k)
         bias = None if bias is None else bias.to(q.dtype)
-        return attend(q, k, v, self.scale, self.attn_drop if self.training else 0.0, self.route, bias)
+        dropout = self.attn_drop if self.training else 0.0
+        return self.norm(attend(q, k, v, self.scale, dropout, self.route, bias))
 
     def forward(self, x: Tensor, queries: int | None = None, bias: Tensor | None = None) -> Tensor:
         """queries: only the first `queries` tokens are queries and get an output, None for all; bias: as in `mix`."""
@@ -144,6 +110,8 @@ class Block(nn.Module):
         act_layer: Any = nn.GELU,
         mlp_layer: Any = Mlp,
         qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
         tokens: nn.Module | None = None,
         **_: Any,
     ) -> None:
@@ -151,13 +119,21 @@ class Block(nn.Module):
         self.dims, self.tokens, self.num_queries = dims, tokens, dims.queries
         if dims.heads:
             self.norm1 = norm_layer(dim)
-            head_norm = partial(nn.LayerNorm, eps=self.norm1.eps) if qk_norm else nn.Identity
-            self.attn = Attention(dim, dims, scale, qkv_bias, proj_bias, attn_drop, proj_drop, head_norm)
+            norms = [norm_layer if wanted else nn.Identity for wanted in (qk_norm, scale_attn_norm)]
+            self.attn = Attention(dim, dims, scale, qkv_bias, proj_bias, attn_drop, proj_drop, *norms)
             self.ls1 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
             self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         if dims.mlp:
             self.norm2 = norm_layer(dim)
-            self.mlp = sized_mlp(mlp_layer, dim, dims.mlp, act_layer=act_layer, bias=proj_bias, drop=proj_drop)
+            self.mlp = sized_mlp(
+                mlp_layer,
+                dim,
+                dims.mlp,
+                act_layer=act_layer,
+                norm_layer=norm_layer if scale_mlp_norm else None,
+                bias=proj_bias,
+                drop=proj_drop,
+            )
             self.ls2 = LayerScale(dim, init_values=init_values) if init_values else nn.Identity()
             self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
@@ -253,13 +229,15 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
             f"a block computes on {odd[0]} tokens, but {arch} has {total}, of which {prefix} are never "
             f"merged: {prefix + 1} to {total} are possible"
         )
-    pool = parent.attn_pool
+    pool, norm = parent.attn_pool, norm_like(parent.blocks[0].norm1)
     widths = dict(embed_dim=dims.embed, depth=len(dims.blocks)) | (dict(global_pool="") if pool else {})
+    if isinstance(parent.patch_embed.norm, NORMS):
+        widths |= dict(embed_norm_layer=norm_like(parent.patch_embed.norm))
     model = timm.create_model(
         arch,
         pretrained=pretrained and not pool,
         **plain(kwargs) | widths,
-        norm_layer=partial(LayerNorm, eps=parent.blocks[0].norm1.eps),
+        norm_layer=norm,
         block_fn=block,
     )
     if pool:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from models.axes import EMBED
 from models.mlps import first_layers
-from models.vit import Block
+from models.norms import NORMS, normalise
+from models.vit import Attention, Block
 from pruning import streams
 from pruning.moments import FLOOR, TINY, Moments, all_reduced, removal, set_
 from pruning.streams import Branch
@@ -61,11 +62,18 @@ def balance_norms(change: Tensor, undo: Tensor, rows: Tensor, columns: Tensor) -
     return change * scale.unsqueeze(-1), undo / scale.unsqueeze(-2)
 
 
+def _spread(moments: Moments, *layers: nn.Linear) -> Tensor:
+    """Second moments of what layers read, about the mean if all of them have a bias: it takes up what is constant."""
+    return moments.second_moment if any(layer.bias is None for layer in layers) else moments.covariance
+
+
 class _Attention:
     """Second moments of an attention branch, and its alignment."""
 
-    def __init__(self, branch: Branch, heads: int, width: int, normalised: bool) -> None:
-        self.branch, self.heads, self.width, self.normalised = branch, heads, width, normalised
+    def __init__(self, branch: Branch, attention: Attention) -> None:
+        heads, width = attention.num_heads, attention.qk
+        self.branch, self.heads, self.width, self.inner_norm = branch, heads, width, attention.norm
+        self.qk_norm = isinstance(attention.q_norm, NORMS)
         device = branch.last.weight.device
         self.q, self.k = torch.zeros(2, heads, width, width, dtype=torch.float64, device=device)
         self.outputs = Moments(heads * width, device=device)
@@ -81,13 +89,20 @@ class _Attention:
     def align_(self) -> None:
         H, d = self.heads, self.width
         (qkv,), proj = self.branch.readers.values(), self.branch.last
-        covariance = self.outputs.all_reduce().covariance
+        covariance = _spread(self.outputs.all_reduce(), proj)
         columns = proj.weight.double().view(-1, H, d).transpose(0, 1)  # H E d
-        to_v, from_v = v_bases(covariance.view(H, d, H, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1), columns)
-        values = qkv.weight.double().view(3, H, d, -1)[2]
-        to_v, from_v = balance_norms(to_v, from_v, values, columns)
+        of_heads = covariance.view(H, d, H, d).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        if isinstance(norm := self.inner_norm, NORMS):  # whose weights no rotation passes
+            to_v = torch.stack(
+                [_permutation(removal(c[None], w[None])) for c, w in zip(of_heads, columns, strict=True)]
+            )
+            from_v = to_v.mT
+        else:
+            to_v, from_v = v_bases(of_heads, columns)
+            values = qkv.weight.double().view(3, H, d, -1)[2]
+            to_v, from_v = balance_norms(to_v, from_v, values, columns)
         to_q, to_k = qk_bases(all_reduced(self.q), all_reduced(self.k))
-        if self.normalised:  # a norm between qkv and softmax is of these very channels
+        if self.qk_norm:  # a norm between qkv and softmax is of these very channels
             to_q = to_k = torch.eye(d, dtype=to_v.dtype, device=to_v.device).expand(H, d, d)
         change = torch.stack([to_q, to_k, to_v])  # 3 H d d
         order = removal(covariance[None], proj.weight[None], group=d)
@@ -95,29 +110,35 @@ class _Attention:
             rows = change @ parameter.double().view(3, H, d, -1)
             parameter.copy_(rows[:, order].view(parameter.shape))
         proj.weight.copy_((columns @ from_v)[order].transpose(0, 1).reshape(proj.weight.shape))
+        for parameter in norm.parameters():
+            moved = to_v @ parameter.double().view(H, d, 1)
+            parameter.copy_(moved[order].flatten())
 
 
-def _attention(block: Block, branch: Branch) -> _Attention:
-    normalised = isinstance(block.attn.q_norm, nn.LayerNorm)
-    return _Attention(branch, block.dims.heads, block.dims.qk, normalised)
+def _permutation(order: Tensor) -> Tensor:
+    """The matrix that puts what a vector has at order[i] into place i."""
+    return torch.eye(len(order), dtype=torch.float64, device=order.device)[order]
 
 
 class _MLP:
     """Second moments of an MLP branch's hidden units, and their order."""
 
-    def __init__(self, branch: Branch) -> None:
-        self.branch, self.hidden = branch, Moments(branch.last.in_features, device=branch.last.weight.device)
+    def __init__(self, branch: Branch, inner_norm: nn.Module) -> None:
+        self.branch, self.inner_norm = branch, inner_norm
+        self.hidden = Moments(branch.last.in_features, device=branch.last.weight.device)
 
     def see(self, _: Tensor, mixed: Tensor) -> None:
         self.hidden.add(mixed)
 
     def align_(self) -> None:
         last = self.branch.last
-        order = removal(self.hidden.all_reduce().covariance[None], last.weight[None])
+        order = removal(_spread(self.hidden.all_reduce(), last)[None], last.weight[None])
         for reader in self.branch.readers.values():
             for parameter in filter(lambda p: p is not None, (reader.weight, reader.bias)):
                 rows = parameter.unflatten(0, (-1, len(order)))  # two segments where gates are packed with values
                 parameter.copy_(rows[:, order].flatten(0, 1))
+        for parameter in self.inner_norm.parameters():
+            parameter.copy_(parameter[order])
         set_(last, last.weight[:, order], None)
 
 
@@ -134,20 +155,25 @@ def helmert(n: int) -> Tensor:
 
 
 class _Reader:
-    """A LayerNorm of the residual stream and the linear layers behind it, with the moments of what it normalises."""
+    """A norm of the residual stream and the linear layers behind it, with the moments of what it normalises."""
 
-    def __init__(self, norm: nn.LayerNorm, linears: list[nn.Linear]) -> None:
+    def __init__(self, norm: nn.Module, linears: list[nn.Linear]) -> None:
         self.norm, self.linears = norm, linears
         self.moments = Moments(norm.normalized_shape[0], device=norm.weight.device)
 
     def see(self, x: Tensor) -> None:
-        self.moments.add(nn.functional.layer_norm(x, self.norm.normalized_shape, eps=self.norm.eps))
+        self.moments.add(normalise(self.norm, x))
+
+    @property
+    def spread(self) -> Tensor:
+        """Second moments (E, E) of what the norm gives, its weights apart."""
+        return _spread(self.moments, *self.linears)
 
     def weight(self) -> Tensor:
         """A root (E, E) of what the linear layers make of a normalised stream, relative to its size."""
         weight = torch.cat([linear.weight for linear in self.linears]).double() * self.norm.weight.double()
         metric = weight.T @ weight
-        return _roots(metric / (metric * self.moments.covariance).sum().clamp_min(TINY))[0]
+        return _roots(metric / (metric * self.spread).sum().clamp_min(TINY))[0]
 
     def rotate_(self, change: Tensor) -> None:
         """Read a stream that was multiplied by `change`; the norm's affine goes into the linear layers."""
@@ -161,7 +187,7 @@ class _Reader:
 
 def _final(model: VisionTransformer) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """The norm before the classifier, and what it is given of the residual stream."""
-    if isinstance(model.fc_norm, nn.LayerNorm):
+    if isinstance(model.fc_norm, NORMS):
         return model.fc_norm, model.pool
     return model.norm, lambda x: x[:, streams.read(model)]
 
@@ -170,10 +196,12 @@ def why_not_rotated(model: VisionTransformer) -> str | None:
     """What reads or writes the residual stream in a way that a rotation would change, or None."""
     layers = [layer for block in model.blocks for layer in (block.attn.qkv, *first_layers(block.mlp).values())]
     layers += streams.outlets(model) or [model.head]
-    if isinstance(model.norm_pre, nn.LayerNorm):
+    if any(isinstance(norm, NORMS) for norm in (model.norm_pre, model.patch_embed.norm)):
         return "a norm before the first block writes to it"
-    if isinstance(model.norm, nn.LayerNorm) == isinstance(model.fc_norm, nn.LayerNorm):
+    if isinstance(model.norm, NORMS) == isinstance(model.fc_norm, NORMS):
         return "there is not one norm before the classifier"
+    if not isinstance(model.blocks[0].norm1, nn.LayerNorm):
+        return "it is normalised without its mean"
     if model.global_pool not in ("token", "avg", "map"):
         return f"it is pooled by {model.global_pool or 'nothing'}"
     if any(getattr(layer, "bias", None) is None for layer in layers):
@@ -204,7 +232,7 @@ def _rotate_(model: VisionTransformer, readers: list[_Reader]) -> None:
 
 def _sort_(model: VisionTransformer, readers: list[_Reader]) -> None:
     """Put the embedding channels in the order of their worth to all that read them."""
-    covariances = torch.stack([reader.moments.covariance for reader in readers])
+    covariances = torch.stack([reader.spread for reader in readers])
     order = removal(covariances, torch.stack([reader.weight() for reader in readers]))
     for name, parameter in model.named_parameters():
         for position, dim in enumerate(model.dims.axes_of(name)):
@@ -218,7 +246,7 @@ def _align_block_(block: Block, stream: list[Tensor]) -> list[_Reader]:
     for branch in streams.branches(block):
         reader = _Reader(branch.norm, [*branch.readers.values()])
         is_attention = branch.last is block.attn.proj
-        seen = _attention(block, branch) if is_attention else _MLP(branch)
+        seen = _Attention(branch, block.attn) if is_attention else _MLP(branch, block.mlp.norm)
         for i, x in enumerate(stream):
             first = branch.first(branch.norm(x))
             mixed = branch.mix(first)
@@ -243,7 +271,7 @@ def align_(model: VisionTransformer, batches: Sequence[Tensor], embedding: bool 
     if not embedding:
         return ["the embedding stays as it is"]
     norm, given = _final(model)
-    if isinstance(norm, nn.LayerNorm):
+    if isinstance(norm, NORMS):
         readers.append(_Reader(norm, streams.outlets(model)))
         for x in stream:
             readers[-1].see(given(x))

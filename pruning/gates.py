@@ -17,9 +17,9 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from models.axes import Axis
+from models.axes import Axis, Dim
 from models.dims import ViTDims
-from models.vit import LayerNorm
+from models.norms import MASKED
 from pruning import streams
 
 COMPONENTS = ("heads", "mlp", "embed", "qk", "v")  # SAViT's numbers 0, 1, 2, then two of ours
@@ -52,14 +52,14 @@ class Gates:
         for i, block in enumerate(self.model.blocks):
             if block.dims.heads:
                 handles.append(block.attn.qkv.register_forward_hook(self._queries(i)))
-                handles.append(block.attn.proj.register_forward_pre_hook(self._heads(i, block.dims.v)))
-            if block.dims.mlp:
+                if not isinstance(block.attn.norm, MASKED):
+                    handles.append(block.attn.proj.register_forward_pre_hook(self._heads(i)))
+            if block.dims.mlp and not isinstance(block.mlp.norm, MASKED):
                 handles.append(self._gate_hidden(block.mlp, i))
-        for module in self.model.modules():
-            if isinstance(module, LayerNorm):
-                writes = module is getattr(self.model, "norm_pre", None)
-                handles.append(module.register_forward_hook(self._norm(writes)))
-        if not any(isinstance(getattr(self.model, name), LayerNorm) for name in ("norm", "fc_norm")):
+        for name, module in self.model.named_modules():
+            if isinstance(module, MASKED) and (dim := self.model.dims.axes_of(f"{name}.weight")[0]):
+                handles.append(module.register_forward_hook(self._norm(dim, name in ("patch_embed.norm", "norm_pre"))))
+        if not any(isinstance(getattr(self.model, name), MASKED) for name in ("norm", "fc_norm")):
             for module in streams.outlets(self.model):  # no norm before them: they read the residual stream itself
                 handles.append(module.register_forward_pre_hook(self._outlet))
         try:
@@ -77,15 +77,26 @@ class Gates:
 
         return hook
 
-    def _heads(self, block: int, width: int):
+    def _along(self, dim: Dim) -> Tensor | None:
+        """Gates along a dimension of a parameter, (B, length), the products of its axes' gates; None for no gates."""
+        sizes, segments = self.model.dims.sizes(), []
+        if not any(axis in self.values for segment in dim for axis in segment):
+            return None
+        for segment in dim:
+            gate = None
+            for axis in segment:
+                own = self.values.get(axis)
+                own = next(iter(self.values.values())).new_ones(1, sizes[axis]) if own is None else own
+                gate = own if gate is None else (gate[:, :, None] * own[:, None]).flatten(1)
+            segments.append(gate)
+        return torch.cat(segments, 1)
+
+    def _heads(self, block: int):
+        dim = self.model.dims.axes_of(f"blocks.{block}.attn.proj.weight")[1]
+
         def hook(module: nn.Module, args: tuple) -> tuple | None:
-            heads, v = (self.values.get(str(Axis(kind, block))) for kind in ("heads", "v"))
-            (x,) = args  # B N (H v)
-            if heads is not None:
-                x = x * heads.repeat_interleave(width, dim=1)[:, None]
-            if v is not None:
-                x = x * v.repeat(1, self.model.blocks[block].dims.heads)[:, None]
-            return (x,)
+            gate, (x,) = self._along(dim), args  # B N (H v)
+            return None if gate is None else (x * gate[:, None],)
 
         return hook
 
@@ -98,21 +109,24 @@ class Gates:
             return mlp.fc2.register_forward_pre_hook(lambda module, args: (gated(args[0]),))
         return mlp.fc1.register_forward_hook(lambda module, args, output: gated(output))
 
-    def _norm(self, writes: bool):
-        """LayerNorm with statistics weighted by the gates: at zeros and ones, over the survivors.
+    def _norm(self, dim: Dim, writes: bool):
+        """A norm with statistics weighted by the gates: at zeros and ones, over the survivors.
 
-        writes: its output goes into the residual stream, and its readers are gated; else it is a reader itself.
+        dim: the axes of its channels; writes: its output goes into the residual stream, and its readers are gated; else
+        it is a reader itself.
         """
 
-        def hook(module: LayerNorm, args: tuple, output: Tensor) -> Tensor | None:
-            if (gate := self.values.get("embed")) is None:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            if (gate := self._along(dim)) is None:
                 return None
-            (x,) = args  # B N E, or B E after pooling
+            (x,) = args  # B N channels, or B E after pooling
             weight = gate if x.dim() == 2 else gate[:, None]
             total = weight.sum(-1, keepdim=True)
-            centred = x - (weight * x).sum(-1, keepdim=True) / total
-            variance = (weight * centred.square()).sum(-1, keepdim=True) / total
-            y = centred * torch.rsqrt(variance + module.eps) * module.weight + module.bias
+            if isinstance(module, nn.LayerNorm):
+                x = x - (weight * x).sum(-1, keepdim=True) / total
+            variance = (weight * x.square()).sum(-1, keepdim=True) / total
+            y = x * torch.rsqrt(variance + module.eps) * module.weight
+            y = y if (bias := getattr(module, "bias", None)) is None else y + bias
             return y if writes else weight * y
 
         return hook

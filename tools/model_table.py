@@ -7,7 +7,7 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.layers import AttentionPoolLatent, PatchEmbed, RmsNorm, RotaryEmbeddingMixed
+from timm.layers import AttentionPoolLatent, PatchEmbed, RotaryEmbeddingMixed
 from timm.models.vision_transformer import Block
 from torch import nn
 
@@ -76,9 +76,6 @@ def obstacles(model: nn.Module) -> list[str]:
         "fewer heads of keys than of queries": any(_grouped(b) for b in model.blocks),
         f"MLP is {type(mlp).__name__}": mlp is not None and not isinstance(mlp, MLPS),
         rotary: getattr(model, "rope", None) is not None,
-        "norm inside attention": not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity),
-        "norm inside the MLP": not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity),
-        "RMSNorm": any(isinstance(m, RmsNorm) for m in modules),
         f"pool is {type(pool).__name__}": pool is not None and type(pool) is not AttentionPoolLatent,
         f"stem is {type(stem).__name__}": stem is not None and not isinstance(stem, PatchEmbed),
     }

@@ -9,7 +9,6 @@ import ast
 import inspect
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -82,7 +81,6 @@ def build(config: dict[str, Any]) -> nn.Module:
     model = timm.create_model(
         config["arch"]["name"],
         **kwargs | widths,
-        norm_layer=partial(nn.LayerNorm, eps=config["norm_eps"]),
         block_fn=block,
     )
     if pool:

@@ -21,7 +21,9 @@ from pruning.gates import Gates
 from recipes import api
 from tools import formats
 
-STRUCTURES = dict(pool=r"siglip_\d+$|_map_256$", packed_glu=r"giant_patch14_(dinov2|reg)")
+STRUCTURES = dict(
+    pool=r"siglip_\d+$|_map_256$", packed_glu=r"giant_patch14_(dinov2|reg)", rms_norm_glu="aimv2", inner_norms="beit3"
+)
 LISTED = timm.list_models(module="vision_transformer")
 NAMES = {kind: [name for name in LISTED if re.search(rule, name)] for kind, rule in STRUCTURES.items()}
 EVERY = sorted({name for names in NAMES.values() for name in names})

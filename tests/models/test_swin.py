@@ -31,7 +31,7 @@ from models import (
     skeleton,
 )
 from models.foreign import adapt
-from models.vit import LayerNorm
+from models.norms import LayerNorm
 from pruning.saliency import Saliency
 from pruning.shrink import Student
 

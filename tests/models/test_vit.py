@@ -9,7 +9,8 @@ from torch import nn
 
 from models import BlockDims, Masks, ModelError, TokenLogits, ViTDims, build_vit
 from models.attention import ROUTES
-from models.vit import Attention, LayerNorm
+from models.norms import LayerNorm
+from models.vit import Attention
 from training.parts import wrap_for_training
 
 TOKENS = 18
@@ -176,7 +177,6 @@ def test_unknown_names_come_with_the_closest(arch, closest):
         ("vit_tiny_patch16_224", dict(global_pool="prr"), "pools by AttentionPoolPrr"),
         ("vit_small_patch16_18x2_224", {}, "blocks are not plain"),
         ("vit_base_patch16_xp_224", {}, "ParallelScalingBlock"),
-        ("vit_tiny_patch16_224", dict(scale_attn_norm=True), "attn.norm"),
         ("vit_tiny_patch16_224", dict(colour=3), "unexpected keyword argument 'colour'"),
         ("vit_tiny_patch16_224", dict(num_heads=5), "divisible"),
     ],
