@@ -74,7 +74,7 @@ class RmsNorm(timm.layers.RmsNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stretch is None:
-            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)  # fused for one type
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.stretch.dtype) * self.stretch
             return F.rms_norm(x, self.normalized_shape, self.weight * self.shrink, self.eps)

@@ -230,16 +230,12 @@ def build_vit(arch: str, dims: ViTDims | None = None, **kwargs: Any) -> VisionTr
             f"merged: {prefix + 1} to {total} are possible"
         )
     pool, norm = parent.attn_pool, norm_like(parent.blocks[0].norm1)
-    widths = dict(embed_dim=dims.embed, depth=len(dims.blocks)) | (dict(global_pool="") if pool else {})
+    own = dict(embed_dim=dims.embed, depth=len(dims.blocks), norm_layer=norm, block_fn=block)
+    if pool:
+        own |= dict(global_pool="")
     if isinstance(parent.patch_embed.norm, NORMS):
-        widths |= dict(embed_norm_layer=norm_like(parent.patch_embed.norm))
-    model = timm.create_model(
-        arch,
-        pretrained=pretrained and not pool,
-        **plain(kwargs) | widths,
-        norm_layer=norm,
-        block_fn=block,
-    )
+        own |= dict(embed_norm_layer=norm_like(parent.patch_embed.norm))
+    model = timm.create_model(arch, pretrained=pretrained and not pool, **plain(kwargs) | own)
     if pool:
         pool_by_attention_(model, pool)
         if pretrained:

@@ -3,7 +3,7 @@
 Queries and keys of a head may be multiplied by any matrix and its inverse, and so may values and proj; MLP units and
 heads may be put in any order; the residual stream may be rotated, see `helmert`. The bases follow from second moments
 over calibration images, without labels or gradients. SliceGPT (arXiv 2401.15024) rotates the stream of models with
-RMSNorm; here LayerNorm stays.
+RMSNorm; here LayerNorm stays, and streams of either are rotated.
 """
 
 from __future__ import annotations
@@ -177,12 +177,14 @@ class _Reader:
 
     def rotate_(self, change: Tensor) -> None:
         """Read a stream that was multiplied by `change`; the norm's affine goes into the linear layers."""
+        shift = getattr(self.norm, "bias", None)
         for linear in self.linears:
             weight = linear.weight.double()
-            bias = linear.bias.double() + weight @ self.norm.bias.double()
+            bias = None if shift is None else linear.bias.double() + weight @ shift.double()
             set_(linear, weight * self.norm.weight.double() @ change.T, bias)
         self.norm.weight.fill_(1.0)
-        self.norm.bias.zero_()
+        if shift is not None:
+            shift.zero_()
 
 
 def _final(model: VisionTransformer) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
@@ -200,22 +202,28 @@ def why_not_rotated(model: VisionTransformer) -> str | None:
         return "a norm before the first block writes to it"
     if isinstance(model.norm, NORMS) == isinstance(model.fc_norm, NORMS):
         return "there is not one norm before the classifier"
-    if not isinstance(model.blocks[0].norm1, nn.LayerNorm):
-        return "it is normalised without its mean"
     if model.global_pool not in ("token", "avg", "map"):
         return f"it is pooled by {model.global_pool or 'nothing'}"
-    if any(getattr(layer, "bias", None) is None for layer in layers):
+    shifted = getattr(model.blocks[0].norm1, "bias", None) is not None
+    if any(not isinstance(layer, nn.Linear) or shifted and layer.bias is None for layer in layers):
         return "a layer that reads it has no bias"
     return None
 
 
-def _rotate_(model: VisionTransformer, readers: list[_Reader]) -> None:
-    """Principal components first: of the normalised stream, averaged over all that read it."""
-    E = model.embed_dim
-    total = sum(reader.moments.second_moment for reader in readers)
+def _rotation(total: Tensor, centred: bool) -> Tensor:
+    """The change of coordinates (E, E) to the principal components of second moments; centred: for LayerNorms."""
+    E = len(total)
+    if not centred:
+        return torch.linalg.eigh(total).eigenvectors.flip(-1).T
     ones = torch.ones(E, E, dtype=torch.float64, device=total.device)
     components = torch.linalg.eigh(total - ones * total.trace()).eigenvectors.flip(-1)[:, : E - 1]  # ones come last
-    change = helmert(E).to(total.device) @ components.T  # E E
+    return helmert(E).to(total.device) @ components.T
+
+
+def _rotate_(model: VisionTransformer, readers: list[_Reader]) -> None:
+    """Principal components first: of the normalised stream, averaged over all that read it."""
+    centred = isinstance(readers[0].norm, nn.LayerNorm)
+    change = _rotation(sum(reader.moments.second_moment for reader in readers), centred)
     for reader in readers:
         reader.rotate_(change)
     for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):

@@ -15,6 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from models import BlockDims, Masks, ModelError, ViTDims, build_vit
 from models.arch import Arch
 from models.compact import expand_
+from models.norms import NORMS
 from models.parents import skeleton
 
 
@@ -35,6 +36,21 @@ def uniform_dims(dims: ViTDims) -> ViTDims:
     return ViTDims(dims.embed, tuple(BlockDims(fitting[0], channels, channels, mlp, b.tokens) for b in dims.blocks))
 
 
+def _why_not(model: VisionTransformer, block: BlockDims) -> str | None:
+    """What keeps a model from being timm's with blocks of these widths, or None."""
+    if (pool := model.attn_pool) is not None:
+        own = pool.out_features, pool.num_heads, pool.mlp.fc1.out_features
+        if own != (model.dims.embed, block.heads, block.mlp):
+            return "timm gives a pool by attention the width, heads and MLP of its blocks, and these were pruned"
+    for i, each in enumerate(model.blocks):
+        padded = (each.dims.heads, each.dims.v) != (block.heads, block.v)
+        if each.dims.heads and padded and isinstance(each.attn.norm, NORMS):
+            return f"the norm in attention of block {i} would count the zeros that pad it to the width of the others"
+        if each.dims.mlp not in (0, block.mlp) and isinstance(each.mlp.norm, NORMS):
+            return f"the norm in the MLP of block {i} would count the zeros that pad it to the width of the others"
+    return None
+
+
 def _mlp_ratio(embed: int, mlp: int) -> float:
     """timm multiplies and rounds down."""
     return next(ratio for ratio in (mlp / embed, (mlp + 0.5) / embed) if int(embed * ratio) == mlp)
@@ -46,12 +62,9 @@ def plain_timm(model: VisionTransformer, **pretrained_cfg: Any) -> VisionTransfo
 
     pretrained_cfg: what timm is told about input size and normalisation.
     """
-    if model.attn_pool is not None and model.attn_pool.out_features != model.dims.embed:
-        raise ModelError(
-            f"timm's pool by attention is as wide as the embedding, and this one reads {model.dims.embed} of "
-            f"{model.attn_pool.out_features} channels; --format standalone keeps any widths"
-        )
     uniform, block = uniform_dims(model.dims), uniform_dims(model.dims).blocks[0]
+    if reason := _why_not(model, block):
+        raise ModelError(f"{reason}; --format standalone keeps any widths")
     parent_width = skeleton(model.arch, **model.arch_kwargs).blocks[0].attn.head_dim
     dims = ViTDims(
         model.dims.embed, tuple(b if b.heads else replace(b, qk=block.qk, v=block.v) for b in model.dims.blocks)

@@ -13,13 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.one_shot_cost import table_of_macs
-from models import Masks, build_vit, compact, left_alone, macs, params
+from models import Masks, ModelError, build_vit, compact, left_alone, macs, params
 from models.from_timm import take
+from models.pooling import new_classifier_
 from models.vit import Attention
 from pruning.align import align_
 from pruning.gates import Gates
 from recipes import api
 from tools import formats
+from tools.plain_timm import plain_timm
 
 STRUCTURES = dict(
     pool=r"siglip_\d+$|_map_256$", packed_glu=r"giant_patch14_(dinov2|reg)", rms_norm_glu="aimv2", inner_norms="beit3"
@@ -114,6 +116,52 @@ def one_shot(model, tmp_path):
 def test_one_shot_to_the_end(model, tmp_path):
     dense, small = one_shot(model, tmp_path)
     assert small(IMAGES).shape == dense.float()(IMAGES).shape == (96, 10) and small.dims.embed < dense.dims.embed
+
+
+def test_a_stream_of_rms_norms_is_rotated(images, randomise):
+    """No norm stands before the first block, as in AIMv2, and no layer needs a bias."""
+    model = randomise(build_vit("vit_tiny_patch16_224", norm_layer="rmsnorm", qkv_bias=False, **SIZE)).double().eval()
+    images = images.double()
+    expected, before = model(images), model.cls_token.clone()
+    assert align_(model, [IMAGES.double()]) == []
+    assert relative_error(model(images), expected) <= 1e-9
+    moved = (model.cls_token[..., None] - before[..., None, :]).abs().amin(-1)
+    assert moved.max() > 0.1  # no order of the channels gives the old token
+
+
+def test_new_classes_are_read_off_the_pool(randomise):
+    model = randomise(build_vit(NAMES["pool"][0], **SIZE))
+    small = compact(model, Masks.first(model.dims, smaller(model.dims)))
+    new_classifier_(small, 7)
+    assert small.dims.embed < 36 and small(IMAGES).shape == (96, 7)
+
+
+def test_plain_timm_has_no_pool_of_another_width_and_pads_no_norm(randomise):
+    for name, message in ((NAMES["pool"][0], "and these were pruned"), (NAMES["inner_norms"][0], "count the zeros")):
+        model = randomise(build_vit(name, **SIZE))
+        sizes = smaller(model.dims).sizes() | {"embed": 24, "blocks.0.v": 3}
+        with pytest.raises(ModelError, match=message):
+            plain_timm(compact(model, Masks.first(model.dims, model.dims.resized(sizes))))
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES[1:])
+def test_uniform_widths_are_plain_timms(name, randomise):
+    """A gated MLP, and norms of one width, as timm's own modules."""
+    model = randomise(build_vit(name, **SIZE)).eval()
+    sizes = {axis: 12 if axis.endswith("mlp") else n for axis, n in model.dims.sizes().items()}
+    small = compact(model, Masks.first(model.dims, model.dims.resized(sizes)))
+    assert relative_error(plain_timm(small)(IMAGES), small(IMAGES)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_half_precision(name, images, randomise, prune):
+    model = randomise(build_vit(name, **SIZE)).eval()
+    masks = prune(Masks(model.dims), CASES["every_width"])
+    masks.install_(model)
+    expected = model(images)
+    for student in (model, compact(model, masks)):
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            assert relative_error(student(images).float(), expected) <= 0.05
 
 
 @pytest.mark.parametrize("tokens", ["pooled", "patches"])
