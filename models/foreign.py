@@ -45,7 +45,7 @@ TRANSFORMERS = (  # their names, and timm's (of DINOv2: its authors', which timm
     (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.weights_in\.", ".mlp.w12."),
-    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+    (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.w3."),
     (r"^pre_layrnorm\.", "norm_pre."),  # CLIP's spelling
     (r"^(layernorm|post_layernorm)\.", "norm."),
     (r"^(cls_)?classifier\.", "head."),
@@ -54,6 +54,7 @@ TRANSFORMERS = (  # their names, and timm's (of DINOv2: its authors', which timm
 QKV = re.compile(
     r"(blocks\.\d+\.)(?:attention\.attention|attention|self_attn)\.([qkv])(?:uery|ey|alue|_proj)\.(weight|bias)"
 )
+PAIR = re.compile(r"(blocks\.\d+\.mlp\.)(gate|up)_proj\.(weight|bias)")  # of gated MLPs since version 5
 RANKS = dict(pos_embed=3, cls_token=3)  # dimensions that timm has
 KINDS = (  # a pattern of names that cannot be read here, and whose they are
     (r"encoder_layer_\d+\.", "torchvision's names of a ViT"),
@@ -157,11 +158,14 @@ def _transformers(state: State) -> tuple[State, list[str]] | None:
             short = re.sub(pattern, timms, short)
         if match := QKV.fullmatch(short):
             parts.setdefault(f"{match[1]}attn.qkv.{match[3]}", {})[match[2]] = value
+        elif match := PAIR.fullmatch(short):
+            parts.setdefault(f"{match[1]}w12.{match[3]}", {})[match[2]] = value
         else:
             out[short] = value[(None,) * max(0, RANKS.get(short, 0) - value.dim())]
     for name, of in parts.items():
-        if len(of) == 3:
-            out[name] = torch.cat([of[kind] for kind in "qkv"])
+        kinds = ("gate", "up") if ".mlp." in name else ("q", "k", "v")
+        if len(of) == len(kinds):
+            out[name] = torch.cat([of[kind] for kind in kinds])
     return out, left
 
 

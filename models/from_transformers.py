@@ -30,6 +30,7 @@ OTHER_ACTIVATION = {
     ("clip_vision_model", "gelu"): "vit_base_patch16_clip_224",
     ("siglip_vision_model", "gelu"): "vit_base_patch16_siglip_gap_224",
 }
+GATED = dict(dinov2="vit_giant_patch14_dinov2", dinov2_with_registers="vit_giant_patch14_reg4_dinov2")
 AGREE, ROUNDED = 3e-5, 0.05  # relative difference of outputs, in float32, and in half precision
 
 
@@ -44,9 +45,10 @@ def _arch(model: nn.Module, config: Any, state: dict[str, Tensor]) -> Arch:
     known, activation = NAMES.get(kind, ("", "")) if "head_dist.weight" not in state else TEACHER
     if not known:
         raise ModelError(f"a {type(model).__name__} cannot be pruned; of transformers: {', '.join(NAMES)}")
-    if getattr(config, "use_swiglu_ffn", False):
-        raise ModelError(f"a {type(model).__name__} with a gated MLP cannot be pruned")
-    if config.hidden_act != activation:
+    gated = getattr(config, "use_swiglu_ffn", False)
+    if gated:
+        known = GATED.get(kind, "")
+    elif config.hidden_act != activation:
         known = OTHER_ACTIVATION.get((kind, config.hidden_act), "")
     if not known:
         raise ModelError(f"a {type(model).__name__} with the activation {config.hidden_act} cannot be pruned")
@@ -59,7 +61,7 @@ def _arch(model: nn.Module, config: Any, state: dict[str, Tensor]) -> Arch:
         embed_dim=width,
         depth=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
-        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / width,
+        mlp_ratio=len(state["blocks.0.mlp.w12.weight" if gated else "blocks.0.mlp.fc1.weight"]) / width,
     )
     if "blocks.0.attn.qkv.bias" not in state:
         kwargs |= dict(qkv_bias=False)

@@ -70,7 +70,7 @@ def plain_timm(model: VisionTransformer, **pretrained_cfg: Any) -> VisionTransfo
         model.dims.embed, tuple(b if b.heads else replace(b, qk=block.qk, v=block.v) for b in model.dims.blocks)
     )
     padded = build_vit(model.arch, uniform, **model.arch_kwargs)
-    expand_(padded, Masks.first(uniform, dims), model)
+    expand_(padded, Masks.first(padded.dims, dims), model)
     state, fold = padded.state_dict(), (block.qk / parent_width) ** 0.5  # timm's scale is the padded width's
     for name, value in state.items():
         if ".attn.qkv." in name:

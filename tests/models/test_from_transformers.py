@@ -70,6 +70,17 @@ def test_they_are_pruned(name):
     assert small.divergence < 0.5
 
 
+@pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2WithRegistersModel"])
+def test_gated_mlps_come_too(name):
+    """Those of DINOv2-g."""
+    model = build(name, use_swiglu_ffn=True)
+    ours = convert(model)
+    with torch.no_grad():
+        found = ours.forward_features(IMAGES)
+    torch.testing.assert_close(found, read(name, model, IMAGES), rtol=1e-5, atol=1e-5)
+    assert ours.dims.structure.packed and ours.dims.blocks[0].mlp > 0
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_state_dicts_are_read(name):
     """torch.save(model.state_dict()): the names of this version of transformers."""
@@ -86,7 +97,6 @@ def test_state_dicts_are_read(name):
 @pytest.mark.parametrize(
     "name, more, message",
     [
-        ("Dinov2Model", dict(use_swiglu_ffn=True), "with a gated MLP cannot be pruned"),
         ("ViTModel", dict(hidden_act="relu"), "with the activation relu cannot be pruned"),
     ],
 )
