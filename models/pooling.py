@@ -47,6 +47,7 @@ def pool_by_attention_(model: Any, like: AttentionPoolLatent) -> None:
     model.num_features = model.head_hidden_size = like.out_features
     for module in filter(lambda m: isinstance(m, nn.Linear), model.attn_pool.modules()):
         _initialise_(module)
+    del model.head  # parameters come in timm's order
     new_classifier_(model, model.num_classes)
 
 

@@ -56,7 +56,7 @@ def test_branches():
     assert branch_of("norm.weight") is None and branch_of("patch_embed.proj.weight") is None
 
 
-@pytest.mark.parametrize("name", ["blocks.0.attn.norm.weight", "blocks.0.mlp.fc1", "stem.weight", "blocks.x.norm1"])
+@pytest.mark.parametrize("name", ["blocks.0.attn.gate.weight", "blocks.0.mlp.fc1", "stem.weight", "blocks.x.norm1"])
 def test_unknown_parameters_are_refused(name):
     with pytest.raises(KeyError):
         axes_of(name)

@@ -55,7 +55,8 @@ def test_full_width_is_timms_function_and_counted_as_torch_counts(name, classes,
     kwargs = SIZE | dict(num_classes=classes)
     theirs = randomise(timm.create_model(name, **kwargs)).double().eval()
     ours = take(theirs)
-    assert ours.arch == name and relative_error(ours(images.double()), theirs(images.double())) <= 1e-12
+    assert ours.arch == name and [*ours.state_dict()] == [*theirs.state_dict()]
+    assert relative_error(ours(images.double()), theirs(images.double())) <= 1e-12
     for model in (ours, compact(ours, Masks.first(ours.dims, smaller(ours.dims)))):
         with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             model(images[:1].double())
