@@ -24,7 +24,11 @@ from tools import formats
 from tools.plain_timm import plain_timm
 
 STRUCTURES = dict(
-    pool=r"siglip_\d+$|_map_256$", packed_glu=r"giant_patch14_(dinov2|reg)", rms_norm_glu="aimv2", inner_norms="beit3"
+    pool=r"siglip_\d+$|_map_256$|^test_vit3$",
+    packed_glu=r"giant_patch14_(dinov2|reg)",
+    rms_norm_glu="aimv2",
+    inner_norms="beit3",
+    rms_norm="^test_vit4$",
 )
 LISTED = timm.list_models(module="vision_transformer")
 NAMES = {kind: [name for name in LISTED if re.search(rule, name)] for kind, rule in STRUCTURES.items()}
