@@ -27,7 +27,7 @@ THEIR_STEM = re.compile(r"(.*\.)?embeddings\.patch_embedding(s\.projection)?\.we
 WRAPPERS = {"module", "_orig_mod", "model", "backbone", "net", "network", "student", "teacher"}
 LEFT_OVER = re.compile(
     r"(mask_token|n_averaged|decoder.*|pooler\..*|pre_logits\..*|position_ids|"
-    r"head\.(mlp|last_layer|attention|layernorm|probe)\b.*)"  # of pretraining, and SigLIP's pooling by attention
+    r"head\.(mlp|last_layer)\b.*|attn_pool\..*)"  # of pretraining, and SigLIP's pooling by attention
 )
 EMA = re.compile(r"(^|[._])ema([._]|$)")
 TOKENS = ("cls_token", "dist_token", "reg_token")
@@ -50,6 +50,10 @@ TRANSFORMERS = (  # their names, and timm's (of DINOv2: its authors', which timm
     (r"^(layernorm|post_layernorm)\.", "norm."),
     (r"^(cls_)?classifier\.", "head."),
     (r"^distillation_classifier\.", "head_dist."),
+    (r"^head\.probe$", "attn_pool.latent"),  # SigLIP's pool
+    (r"^head\.attention\.out_proj\.", "attn_pool.proj."),
+    (r"^head\.layernorm\.", "attn_pool.norm."),
+    (r"^head\.mlp\.", "attn_pool.mlp."),
 )
 QKV = re.compile(
     r"(blocks\.\d+\.)(?:attention\.attention|attention|self_attn)\.([qkv])(?:uery|ey|alue|_proj)\.(weight|bias)"
@@ -137,6 +141,17 @@ def _unprefixed(state: State, path: str, ema: bool) -> tuple[State, list[str]]:
     return deeper, left + more
 
 
+def _rejoin_(out: State, parts: dict[str, State]) -> None:
+    """Put layers that timm has in one, or apart, into `out`: `parts` by timm's name and kind, and SigLIP's pool."""
+    for kind in ("weight", "bias"):
+        if (rows := out.pop(f"head.attention.in_proj_{kind}", None)) is not None:  # of q, k and v
+            out[f"attn_pool.q.{kind}"], out[f"attn_pool.kv.{kind}"] = rows.split([len(rows) // 3, len(rows) // 3 * 2])
+    for name, of in parts.items():
+        kinds = ("gate", "up") if ".mlp." in name else ("q", "k", "v")
+        if len(of) == len(kinds):
+            out[name] = torch.cat([of[kind] for kind in kinds])
+
+
 def _transformers(state: State) -> tuple[State, list[str]] | None:
     """As `_unprefixed`, where the names are Hugging Face transformers', of any version; else None."""
     prefixes = [(match[1] or "") for name in state if (match := THEIR_STEM.fullmatch(name))]
@@ -162,10 +177,7 @@ def _transformers(state: State) -> tuple[State, list[str]] | None:
             parts.setdefault(f"{match[1]}w12.{match[3]}", {})[match[2]] = value
         else:
             out[short] = value[(None,) * max(0, RANKS.get(short, 0) - value.dim())]
-    for name, of in parts.items():
-        kinds = ("gate", "up") if ".mlp." in name else ("q", "k", "v")
-        if len(of) == len(kinds):
-            out[name] = torch.cat([of[kind] for kind in kinds])
+    _rejoin_(out, parts)
     return out, left
 
 

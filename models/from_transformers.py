@@ -50,6 +50,8 @@ def _arch(model: nn.Module, config: Any, state: dict[str, Tensor]) -> Arch:
         known = GATED.get(kind, "")
     elif config.hidden_act != activation:
         known = OTHER_ACTIVATION.get((kind, config.hidden_act), "")
+    if "attn_pool.latent" in state:
+        known = known.replace("_gap_", "_")
     if not known:
         raise ModelError(f"a {type(model).__name__} with the activation {config.hidden_act} cannot be pruned")
     stem, width = state["patch_embed.proj.weight"], config.hidden_size
@@ -72,11 +74,13 @@ def _arch(model: nn.Module, config: Any, state: dict[str, Tensor]) -> Arch:
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """What a user reads: logits, or the normalised tokens (of CLIP: the class token, which alone it normalises)."""
+    """What a user reads: logits, or the normalised tokens (of CLIP: the class token, which alone it normalises; of
+    SigLIP what its pool makes of them)."""
     given = model(pixel_values=images)
     if (logits := getattr(given, "logits", None)) is not None:
         return logits
-    return given.pooler_output if model.config.model_type.startswith("clip") else given.last_hidden_state
+    pooled = model.config.model_type.startswith(("clip", "siglip")) and given.pooler_output is not None
+    return given.pooler_output if pooled else given.last_hidden_state
 
 
 @full_float32()
@@ -101,8 +105,8 @@ def convert(model: nn.Module) -> VisionTransformer:
     """A copy of a vision model of transformers as one of this project's, in eval mode, on its device.
 
     ViT, DeiT, DINOv2 (with registers too), the vision towers of CLIP and SigLIP; with a classifier where it has one.
-    CLIP's projection and SigLIP's pooling by attention are left out: features are the tokens before them. Raises
-    ModelError.
+    CLIP's projection is left out: features are the tokens before it. SigLIP's pool by attention comes too, where the
+    model has it. Raises ModelError.
     """
     name = type(model).__name__
     inner = getattr(model, "vision_model", model)  # of CLIPModel and SiglipModel
