@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from runtime.errors import RunFailed
 from runtime.run import current
@@ -87,13 +87,16 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def open_image(path: str, exif: bool = True) -> tuple[Image.Image, int]:
     """An image file as 8-bit RGB, and what was done to it (`to_rgb`). Raises CorruptImage, which names the path."""
+    content = b""
     try:
-        content = io.BytesIO(Path(path).read_bytes())  # Pillow would read the file in dozens of small pieces
-        with Image.open(content) as image:
+        content = Path(path).read_bytes()  # Pillow would read the file in dozens of small pieces
+        with Image.open(io.BytesIO(content)) as image:
             return to_rgb(image, exif)
+    except UnidentifiedImageError:
+        reason = "not an image that Pillow knows" if content else "the file is empty"
     except Exception as error:  # Pillow's decoders raise a dozen types, from OSError to struct.error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CorruptImage(f"cannot read image {path} ({reason})") from None
+    raise CorruptImage(f"cannot read image {path} ({reason})")
 
 
 def read_image(path: str, exif: bool = True) -> Image.Image:

@@ -159,6 +159,12 @@ class TestPictures:
         with pytest.raises(CorruptImage, match=f"x.tif .*{reason}"):
             read_image(str(tmp_path / "x.tif"))
 
+    @pytest.mark.parametrize("content, reason", [(b"", "the file is empty"), (b"GARBAGE", "not an image")])
+    def test_what_is_no_image_is_said_so(self, content, reason, tmp_path):
+        (tmp_path / "x.png").write_bytes(content)
+        with pytest.raises(CorruptImage, match=rf"cannot read image .*x.png \({reason}[^<]*\)$"):
+            read_image(str(tmp_path / "x.png"))
+
     @pytest.mark.parametrize("orientation", range(10))
     def test_images_are_turned_as_their_exif_says(self, orientation, tmp_path):
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), np.uint8))
