@@ -71,7 +71,7 @@ def checkpoint_path(path: str) -> Path:
 
 
 def run_folder(args: argparse.Namespace) -> Path:
-    """As published: the arguments that matter are in the name."""
+    """--run_name, else as published: the arguments that matter are in the name."""
     kind = "scratch" if args.scratch else "ft_dense"
     name = f"{kind}_{args.epochs}_lr_{args.lr}_a_{args.distillation_alpha}_T_{args.distillation_tau}"
     if args.asp:
@@ -79,7 +79,7 @@ def run_folder(args: argparse.Namespace) -> Path:
     if not args.kl_loss_coeff:
         name += "_CNN_only"
     parent = Path(args.output_dir) if args.output_dir else checkpoint_path(args.finetune).parent
-    return parent / name
+    return parent / (args.run_name or name)
 
 
 def _full_model(args: argparse.Namespace, parent: Checkpoint | None) -> FullModel:

@@ -60,7 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     options.add_optimizer_args(parser)
     options.add_distillation_args(parser)
     options.add_tau_arg(parser, "of soft CNN distillation; the full model's KL is at 3, as published")
-    options.add_run_args(parser, "where the run's folder is made (default: %(default)s)", output_dir="runs")
+    options.add_run_args(parser, "where the run's folder is made (default: %(default)s)", output_dir="runs", named=True)
     options.add_resume_args(parser, CHECKPOINT)
     nvit_options.add_pruning_args(parser)
     one_shot_options.add_one_shot_args(parser)

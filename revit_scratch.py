@@ -58,12 +58,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def run_folder(args: argparse.Namespace, dims: ViTDims) -> Path:
-    """As published: the arguments that matter are in the name."""
+    """--run_name, else as published: the arguments that matter are in the name."""
     name = (
         f"scratch_revit_EMB_{dims.embed}_{args.epochs}_lr_{args.lr}_a_{args.distillation_alpha}"
         f"_T_{args.distillation_tau}"
     )
-    return Path(args.output_dir) / (name + ("" if args.kl_loss_coeff else "_CNN_only"))
+    return Path(args.output_dir) / (args.run_name or name + ("" if args.kl_loss_coeff else "_CNN_only"))
 
 
 def _dims(args: argparse.Namespace, full: FullModel) -> ViTDims:

@@ -9,7 +9,7 @@ from datasets import DATA_SETS
 from loading import inat
 from options.images import add_preparation_args
 from options.parser import KeyValues, amount
-from options.ranges import ABOVE_0, FROM_0, SHARE, SHARE_BELOW_1
+from options.ranges import ABOVE_0, FOLDER_NAME, FROM_0, SHARE, SHARE_BELOW_1
 
 
 def add_model_args(parser: argparse.ArgumentParser, drops: bool = True) -> None:
@@ -144,10 +144,23 @@ def _add_loader_args(group: Any) -> None:
     )
 
 
-def add_run_args(parser: argparse.ArgumentParser, output: str, trains: bool = True, output_dir: str = "") -> None:
-    """trains: with the flags that only training reads; output: help of --output_dir, output_dir: its default."""
+def add_run_args(
+    parser: argparse.ArgumentParser, output: str, trains: bool = True, output_dir: str = "", named: bool = False
+) -> None:
+    """output: help of --output_dir; output_dir: its default; trains: with the flags that only training reads; named:
+    the run's folder is made in --output_dir, and --run_name names it.
+    """
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", metavar="DIR", default=output_dir, help=output, path=True)
+    if named:
+        group.add_argument(
+            "--run_name",
+            metavar="NAME",
+            default=None,
+            help="name of the run's folder (default: made of the main arguments, as published)",
+            path=True,
+            check=FOLDER_NAME,
+        )
     group.add_argument(
         "--device", default="cuda", help="cuda or cpu (default: cuda, and cpu where there is no GPU)", may_differ=True
     )

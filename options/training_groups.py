@@ -279,5 +279,5 @@ def add_dense_training_args(parser: argparse.ArgumentParser, output: str) -> Non
     add_distillation_args(parser)
     add_tau_arg(parser, "of the full model's KL and of soft CNN distillation")
     add_ema_args(parser)
-    add_run_args(parser, output)
+    add_run_args(parser, output, named=True)
     add_resume_args(parser, "ft_checkpoint.pth")

@@ -28,7 +28,9 @@ CHECKPOINT = "checkpoint.pth"
 
 
 def run_folder(args: Any, full: FullModel, label: str, cap: int) -> Path:
-    """As published: the arguments that matter are in the name."""
+    """--run_name, else as published: the arguments that matter are in the name."""
+    if args.run_name:
+        return Path(args.output_dir) / args.run_name
     if args.one_shot:
         return Path(args.output_dir) / one_shot_options.folder_name(args, full.arch.name)
     data_set = args.data_set.replace("/", "_")

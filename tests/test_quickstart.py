@@ -10,21 +10,23 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)  # eight minutes on an idle machine, and it measures until latencies settle
-def test_the_quickstart_shows_a_speed_up_at_the_same_accuracy(tmp_path):
+@pytest.mark.timeout(1800)  # three minutes on an idle machine, and it measures until latencies settle
+def test_the_quickstart_shows_speed_ups_at_the_same_accuracy(tmp_path):
     done = subprocess.run(["bash", ROOT / "scripts" / "quickstart.sh"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     out = ROOT / "runs" / "quickstart"
-    summary = json.loads((out / "summary.json").read_text())
+    content = json.loads((out / "one_shot" / "sizes.json").read_text())
+    dense = content["dense"]["top1"]
+    assert dense >= 94 and [size["target"] for size in content["sizes"]] == [0.7, 0.5, 0.3]
+    for size, lost in zip(content["sizes"], (1.5, 2.5, 6), strict=True):
+        assert size["top1"] >= dense - lost and size["latency_measured"] <= size["target"]
+    tuned = out / "nvit" / "finetuned"
+    summary = json.loads((tuned / "summary.json").read_text())
     assert list(summary) == ["dense", "pruned", "finetuned"]
-    dense, tuned = summary["dense"], summary["finetuned"]
-    assert dense["top1"] >= 97 and tuned["top1"] >= dense["top1"] - 1.0
-    assert summary["pruned"]["latency_predicted"] <= 0.5
-    assert tuned["latency_measured"] <= 0.6  # 1.8 x and more on an idle machine; this one may be shared
-    assert (out / "widths.png").stat().st_size > 10_000
-    (pruned,) = out.glob("global_prune_*/pruned_checkpoint.pth")
-    (small,) = out.glob("global_prune_*/ft_dense_*/ft_checkpoint.pth")
-    assert small.stat().st_size < pruned.stat().st_size / 2
-    assert "finetuned" in done.stdout and "speed-up" in done.stdout
-    page = out / "report.html"
-    assert page.exists() and done.stdout.splitlines()[-1] == f"report: {page.as_uri()}"
+    assert summary["pruned"]["latency_measured"] <= 0.5 and summary["finetuned"]["top1"] >= dense - 4
+    masked = (out / "nvit" / "pruned_checkpoint.pth").stat().st_size
+    assert (tuned / "ft_checkpoint.pth").stat().st_size < masked / 2
+    assert (out / "one_shot" / "pareto.png").stat().st_size > 10_000 and (out / "report.html").exists()
+    *_, page, yours = done.stdout.splitlines()
+    assert page == f"report: {(out / 'report.html').as_uri()}" and "D finetuned" in done.stdout
+    assert yours.startswith("your own model: ") and "--one_shot --model" in yours

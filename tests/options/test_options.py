@@ -15,8 +15,11 @@ import main_full_global_latency
 import main_pm_vit
 import main_savit
 import main_savit_deploy
+import options
 import revit_scratch
 from options import boolean
+from recipes import nvit_files
+from runtime.errors import Problems
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = dict(
@@ -200,3 +203,16 @@ def test_savit_components():
         with pytest.raises(argparse.ArgumentTypeError):
             main_savit.components(text)
     assert parse("main_savit", "--pruning_protect False").pruning_protect is False
+
+
+def test_a_run_is_named_or_named_as_published():
+    tuning, pruning = (script.get_args_parser() for script in (finetune_dense, main_full_global_latency))
+    words = ["--scratch", "--output_dir", "out"]
+    assert finetune_dense.run_folder(tuning.parse_args(words)).name.startswith("scratch_300_lr_")
+    assert finetune_dense.run_folder(tuning.parse_args([*words, "--run_name", "x"])) == Path("out", "x")
+    named = pruning.parse_args(["--output_dir", "out", "--run_name", "y"])
+    assert nvit_files.run_folder(named, None, "Global", 0) == Path("out", "y")
+    for odd in ("a/b", "..", "/tmp", ""):
+        problems = Problems()
+        options.check_values(tuning.parse_args([*words, "--run_name", odd]), problems)
+        assert problems.found == [f"--run_name must be the name of a folder, without a path, not {odd}"]
