@@ -146,6 +146,11 @@ class LatencyTable:
         return self.data.get("_meta", {})
 
     @property
+    def device(self) -> str:
+        """What it was measured on, as `runtime.device.device_name` calls it; "" for a published table."""
+        return str(self.meta.get("device", "")).replace(", 1 threads", ", 1 thread")  # which older tables have
+
+    @property
     def tokens(self) -> int:
         """The largest token count of a block if the table was measured at several, else 0."""
         return self.stages[0].tokens

@@ -63,7 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def device_for(name: str, lut: LatencyTable) -> torch.device:
     """Raises ValueError for a device that is not there."""
     cuda = torch.cuda.is_available()
-    device = torch.device(name or ("cuda" if cuda and lut.meta.get("device") == device_name("cuda") else "cpu"))
+    device = torch.device(name or ("cuda" if cuda and lut.device == device_name("cuda") else "cpu"))
     if device.type == "cuda" and not cuda:
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
     return device
@@ -171,7 +171,7 @@ def report(check: Check, names: list[str], chosen: list[Dims], plot: str | Path)
 
 def main(args: argparse.Namespace) -> None:
     check, given = check_args(args)
-    here, theirs = device_name(check.device), check.lut.meta.get("device")
+    here, theirs = device_name(check.device), check.lut.device
     if theirs and theirs != here:
         warn(f"the table was measured on {theirs}, this is {here}: the errors are those of using it here")
     torch.manual_seed(args.seed)

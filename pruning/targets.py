@@ -54,7 +54,7 @@ def targets_of(
     """
     targets = []
     if latency_ms is not None:
-        unit = f"ms per batch of {table.meta.get('batch', 'unknown size')} on {table.meta.get('device', 'its device')}"
+        unit = f"ms per batch of {table.meta.get('batch', 'unknown size')} on {table.device or 'its device'}"
         targets.append(Target("--latency_target_ms", latency_ms, unit, lambda d: 1e3 * table.model_seconds(d)))
     counts = (("--macs_target", "MACs", macs_, "macs"), ("--params_target", "parameters", params_, "params"))
     for flag, unit, limit, count in counts:

@@ -52,10 +52,9 @@ def check(args: Any, table: LatencyTable, device: torch.device, dtype: torch.dty
 
 def can_be_measured(table: LatencyTable, device: torch.device) -> bool:
     """Whether what is measured here is what the table predicts: it is of this device, and of torch."""
-    meta = table.meta
-    theirs = str(meta.get("device", "")).rpartition(", ")[0] if "threads_wanted" in meta else meta.get("device")
+    theirs = table.device.rpartition(", ")[0] if "threads_wanted" in table.meta else table.device
     here = device_name(device)
-    return meta.get("runtime", "torch") == "torch" and theirs in (here, here.rpartition(", ")[0])
+    return table.meta.get("runtime", "torch") == "torch" and theirs in (here, here.rpartition(", ")[0])
 
 
 def measures_target(args: Any, table: LatencyTable, device: torch.device) -> bool:

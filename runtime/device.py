@@ -18,4 +18,5 @@ def device_name(device: torch.device | str) -> str:
     if cpuinfo.exists():
         lines = cpuinfo.read_text(errors="replace").splitlines()
         cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    return f"{cpu}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{cpu}, {threads} thread{'' if threads == 1 else 's'}"

@@ -103,6 +103,16 @@ def test_links_lead_somewhere(name):
             assert place[1:] in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], place
 
 
+@pytest.mark.parametrize("name", [*PAGES, "SECURITY.md"])
+def test_tests_that_a_page_names_exist(name):
+    page = (ROOT / name).read_text()
+    for path in re.findall(r"`(tests/[\w/]+\.py)", page):
+        assert (ROOT / path).is_file(), path
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for test in re.findall(r"::((?:test_|Test)\w+)`", page):
+        assert re.search(rf"^ *(?:def|class) {test}\b", sources, re.M), test
+
+
 def test_shell_scripts_use_flags_that_exist():
     for path in (ROOT / "scripts").glob("*.sh"):
         text = path.read_text()

@@ -58,7 +58,7 @@ def other_conditions(table: LatencyTable, device: torch.device, dtype: torch.dty
     here, computed = device_name(device), {v: k for k, v in DTYPES.items()}[dtype or torch.float32]
     meta, lines = table.meta, []
     for what, theirs, ours in (
-        ("on", meta.get("device", here), here),
+        ("on", table.device or here, here),
         ("in", meta.get("dtype", computed), computed),
         ("by", meta.get("runtime", "torch"), "torch"),
     ):

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from jobs import token_table
 
 from latency.bench import Bench
+from latency.disturbance import thread_count
 from latency.measure import Timing, interleaved, ratio
 from models import Arch, ViTDims, build_vit, skeleton
 from models.content import OnGroups
@@ -85,8 +87,11 @@ def test_wrong_requests_are_refused():
 
 
 def test_device_name_tells_the_threads():
-    assert device_name("cpu").endswith(f", {torch.get_num_threads()} threads")
-    assert len(device_name("cpu").split(",")[0]) > 2
+    assert device_name("cpu").endswith(", 1 thread") and len(device_name("cpu").split(",")[0]) > 2
+    with thread_count(2):
+        assert device_name("cpu").endswith(", 2 threads")
+    for device in (device_name("cpu"), device_name("cpu") + "s"):  # as older tables say it
+        assert token_table(device=device).device == device_name("cpu")
 
 
 def test_bench_measures_every_branch_of_the_grid():
