@@ -37,7 +37,7 @@ Which of the ViTs of timm {version} can be pruned: {taken} of {total} names in {
 - **alignment of the embedding**: rotated, or sorted by importance where something stands in the way of a rotation.
 - **lean last block**: whether the head reads prefix tokens alone, so that the last block need compute no other.
 
-Swin Transformers are no plain ViTs and have their own rules: TRAINING.md.
+Swin Transformers are no plain ViTs and have [their own rules](swin.md).
 """
 
 

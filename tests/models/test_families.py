@@ -34,6 +34,7 @@ LISTED = timm.list_models(module="vision_transformer")
 NAMES = {kind: [name for name in LISTED if re.search(rule, name)] for kind, rule in STRUCTURES.items()}
 EVERY = sorted({name for names in NAMES.values() for name in names})
 REPRESENTATIVES = [names[0] for names in NAMES.values()]
+PARAMS = [pytest.param(name, marks=[] if name in REPRESENTATIVES else [pytest.mark.slow]) for name in EVERY]
 SIZE = TINY | dict(embed_dim=36)
 IMAGES = torch.randn(96, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -48,12 +49,12 @@ def model(request, randomise):
     return randomise(build_vit(request.param, **SIZE)).double().eval()
 
 
-every = pytest.mark.parametrize("model", EVERY, indirect=True)
+every = pytest.mark.parametrize("model", PARAMS, indirect=True)
 representative = pytest.mark.parametrize("model", REPRESENTATIVES, indirect=True)
 
 
 @pytest.mark.parametrize("classes", [0, 10])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", PARAMS)
 def test_full_width_is_timms_function_and_counted_as_torch_counts(name, classes, images, randomise, monkeypatch):
     monkeypatch.setattr(Attention, "route", "fused")
     kwargs = SIZE | dict(num_classes=classes)
