@@ -56,5 +56,6 @@ def draw(path: Path, top1_dense: float, points: Sequence[dict]) -> None:
         axes.annotate(label, place, (4, -12), textcoords="offset points", fontsize=9)
     axes.annotate("dense", (1.0, top1_dense), (-4, -12), textcoords="offset points", fontsize=9, ha="right")
     axes.set(xlabel="measured latency, share of the dense model's", ylabel="top-1, %", xlim=(0, 1.05))
+    axes.margins(y=0.15)  # room for the labels below the points
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
