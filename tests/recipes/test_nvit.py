@@ -136,6 +136,15 @@ def test_gradients_are_those_of_the_compact_model(pruned):
     torch.testing.assert_close(norm(run.model), norm(small), rtol=1e-4, atol=0)
 
 
+def test_the_teacher_runs_once_for_the_loss_and_the_saliency(pruned):
+    run = pruned(flags=["--saliency", "gate_samples", "--saliency_loss", "teacher"])
+    calls = []
+    run.teacher.register_forward_hook(lambda *_: calls.append(run.steps.events))
+    for _ in range(6):
+        run.update()
+    assert calls == [0, 0, 1, 1, 2, 2]  # until the first event the loss has no use for it, the saliency has
+
+
 SCORED_BY_HOOKS = (
     ["--saliency", "gates"],
     ["--saliency", "gate_samples", "--saliency_loss", "teacher"],
