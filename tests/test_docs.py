@@ -102,4 +102,4 @@ def test_the_notebook_runs_and_keeps_what_the_model_knows(monkeypatch, tmp_path)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     lost = [float(word) for word in done.stdout.split("LOST")[1].split()]
-    assert "the same predictions: True" in done.stdout and max(lost[:2]) <= 3 and lost[2] <= 30
+    assert "the same predictions: True" in done.stdout and max(lost[:2]) <= 3 and lost[2] <= 50

@@ -74,7 +74,7 @@ def laughs():
     [
         (kwargs(depth=10**9), "depth=1000000000, more than 1,000"),
         (kwargs(img_size=10**7), "img_size=10000000, more than"),
-        (kwargs(img_size=4000), "do not fit its architecture"),
+        (kwargs(img_size=4000), "tokens must be at most 1,000,000, not 1000002"),
         (kwargs(patch_size=0), "no model that can be built"),
         (kwargs(checkpoint_path="evil.pth"), "'checkpoint_path', which is not part of an architecture"),
         (kwargs(pretrained=True), "'pretrained', which is not part"),
