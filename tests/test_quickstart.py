@@ -17,13 +17,13 @@ def test_the_quickstart_shows_speed_ups_at_the_same_accuracy(tmp_path):
     out = ROOT / "runs" / "quickstart"
     content = json.loads((out / "one_shot" / "sizes.json").read_text())
     dense = content["top1_dense"]
-    assert dense >= 94 and [size["target"] for size in content["sizes"]] == [0.7, 0.5, 0.3]
+    assert dense >= 92 and [size["target"] for size in content["sizes"]] == [0.7, 0.5, 0.3]
     for size, lost in zip(content["sizes"], (1.5, 2.5, 6), strict=True):
         assert size["top1"] >= dense - lost and size["latency_measured"] <= size["target"]
     tuned = out / "nvit" / "finetuned"
     summary = json.loads((tuned / "summary.json").read_text())
     assert list(summary) == ["dense", "pruned", "finetuned"]
-    assert summary["pruned"]["latency_measured"] <= 0.5 and summary["finetuned"]["top1"] >= dense - 4
+    assert summary["pruned"]["latency_measured"] <= 0.5 and summary["finetuned"]["top1"] >= dense - 5
     masked = (out / "nvit" / "pruned_checkpoint.pth").stat().st_size
     assert (tuned / "ft_checkpoint.pth").stat().st_size < masked / 2
     assert (out / "one_shot" / "pareto.png").stat().st_size > 10_000 and (out / "report.html").exists()
