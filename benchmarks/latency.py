@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     lut = LatencyTable.load(args.table)
     meta = lut.meta
     arch, kwargs, batch, dtype, compiled = (meta[k] for k in ("model", "model_kwargs", "batch", "dtype", "compile"))
-    device = torch.device("cuda" if torch.cuda.is_available() and "threads" not in meta["device"] else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() and "thread" not in meta["device"] else "cpu")
     dense = ViTDims.of(build_vit(arch, **kwargs))
     scores = saliency(arch, kwargs, device)
     chosen = [choose(lut, dense, scores, target, args)[0] for target in args.targets]

@@ -67,9 +67,8 @@ def with_structure(arch: str, keep_rate: float, device: torch.device, route: str
 def main(args: argparse.Namespace) -> None:
     """A line per model and keep rate."""
     device = torch.device(args.device)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     how = "compiled" if args.compile else "eager"
-    print(f"batch {args.batch_size}, {args.dtype}, {how}, {device_name(device).removesuffix(threads)}{threads}")
+    print(f"batch {args.batch_size}, {args.dtype}, {how}, {device_name(device)}")
     for arch in args.models:
         images = random_images(Arch.of(arch), args.batch_size, device)
         models = {f"{k:g}": with_structure(arch, k, device) for k in args.keep_rates}
