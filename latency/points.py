@@ -6,11 +6,13 @@ import random
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 
+from latency.table import STAGE
 from models.dims import BLOCK_AXES, BlockDims, ViTDims
-from models.swin_dims import Dims
+from models.swin_dims import Dims, SwinDims
 
 GROUPS = dict(embed=16, heads=2, qk=8, v=8, mlp=16)  # units pruned together; at most an eighth
 
@@ -20,11 +22,13 @@ def group_of(axis: str, full: int) -> int:
     return min(GROUPS[axis], max(1, full // 8))
 
 
-def grid_of(counts: dict[str, int], dims: ViTDims, left_alone: Collection[str] = ()) -> dict[str, list[int]]:
+def grid_of(counts: dict[str, int], dims: Dims, left_alone: Collection[str] = ()) -> dict[str, Any]:
     """Points of every axis: multiples of the pruning group, from one group to the full width, `counts` at most.
 
-    An axis that is never pruned has its full width alone.
+    An axis that is never pruned has its full width alone. Of a Swin Transformer the points of every stage, by its name.
     """
+    if isinstance(dims, SwinDims):
+        return {f"{STAGE}{i}": grid_of(counts, stage, left_alone) for i, stage in enumerate(dims.stages)}
     grid = {}
     for axis, count in counts.items():
         full = dims.embed if axis == "embed" else max(getattr(b, axis) for b in dims.blocks)

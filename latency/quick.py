@@ -16,10 +16,10 @@ from latency.fit import choose_models
 from latency.points import grid_of
 from latency.samples import Progress
 from latency.swin_bench import make_bench
-from latency.table import STAGE, LatencyTable
+from latency.table import LatencyTable
 from latency.whole import Measured, measure_ratios
 from models.arch import Arch
-from models.swin_dims import Dims
+from models.swin_dims import Dims, SwinDims
 from runtime.device import device_name
 
 POINTS = dict(embed=4, heads=3, qk=3, v=3, mlp=5)
@@ -30,13 +30,14 @@ ROUNDS, BUILDS, MODELS = 3, 2, 5
 
 def describe(arch: Arch, grid: dict[str, Any], batch_size: int, dtype: str, device: str, rounds: int) -> dict[str, Any]:
     """The `_meta` of a table that is measured in torch: what its measurements depend on. device: its name."""
-    tokens = [stage.blocks[0].tokens for stage in arch.dims.stages]
+    dims = arch.dims
+    tokens = [stage.blocks[0].tokens for stage in dims.stages]
     return dict(
         model=arch.name,
         model_kwargs=arch.kwargs,
         batch=batch_size,
         img_size=list(arch.skeleton.patch_embed.img_size),
-        tokens=tokens if len(tokens) > 1 else tokens[0],
+        tokens=tokens if isinstance(dims, SwinDims) else tokens[0],
         dtype=dtype,
         device=device,
         runtime="torch",
@@ -53,10 +54,9 @@ def describe(arch: Arch, grid: dict[str, Any], batch_size: int, dtype: str, devi
 def choose_grid(arch: Arch, by_tokens: bool = False) -> dict[str, Any]:
     """The coarse points of every axis, of a Swin Transformer by stage. by_tokens: at several token counts, too."""
     dims = arch.dims
-    if len(dims.stages) > 1:
-        return {f"{STAGE}{i}": grid_of(POINTS_MORE, stage, arch.left_alone) for i, stage in enumerate(dims.stages)}
-    grid = grid_of(POINTS_MORE if by_tokens else POINTS, dims, arch.left_alone)
-    if not by_tokens:
+    by_stage = isinstance(dims, SwinDims)
+    grid = grid_of(POINTS_MORE if by_stage or by_tokens else POINTS, dims, arch.left_alone)
+    if by_stage or not by_tokens:
         return grid
     own, prefix = dims.blocks[0].tokens, arch.prefix
     return grid | dict(tokens=sorted({*(prefix + max(1, round(s * (own - prefix))) for s in TOKEN_SHARES), own}))

@@ -15,7 +15,6 @@ from latency.measure import DTYPES
 from latency.points import GROUPS, grid_of
 from latency.runtimes import Command, OnnxRuntime
 from latency.stage import PUBLISHED_POINTS
-from latency.table import STAGE
 from models import Arch, SwinDims
 from models.pretrained import read_initial
 from models.swin_dims import Dims
@@ -67,9 +66,10 @@ def grid_for(args: Any, dims: Dims | None, fixed: Collection[str] = (), prefix: 
         raise ValueError(f"--points: {total:,} combinations, of at most {MAX_LEAVES:,}")
     if not dims:
         return {}
+    grid = grid_of(counts, dims, fixed)
     if isinstance(dims, SwinDims):
-        return {f"{STAGE}{i}": grid_of(counts, stage, fixed) for i, stage in enumerate(dims.stages)}
-    grid, own = grid_of(counts, dims, fixed), dims.blocks[0].tokens
+        return grid
+    own = dims.blocks[0].tokens
     if odd := [n for n in args.tokens if not prefix < n <= own]:
         raise ValueError(f"--tokens must be from {prefix + 1} to the model's {own}, not {odd[0]}")
     return grid | (dict(tokens=sorted({*args.tokens, own})) if args.tokens else {})
@@ -89,7 +89,7 @@ def runtime_of(args: Any) -> OnnxRuntime | Command | None:
 
 def _check_plain(args: Any, arch: Arch) -> None:
     """Raises ValueError where a flag is for plain ViTs and the model is none."""
-    if not arch.merges_tokens and (flags := [f"--{name}" for name in ("tokens", "runtime") if getattr(args, name)]):
+    if arch.is_swin and (flags := [f"--{name}" for name in ("tokens", "runtime") if getattr(args, name)]):
         raise ValueError(f"{' and '.join(flags)}: for plain ViTs, not for {arch.name}, a Swin Transformer")
 
 

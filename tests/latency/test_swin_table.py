@@ -11,6 +11,7 @@ from swin_parts import ARCH, DENSE, SMALL, attention, merging, mlp, outside, par
 from latency import LatencyTable, LatencyTableError
 from latency.build_table import get_args_parser, main
 from latency.fit import choose_models, correct
+from latency.quick import measure_table
 from latency.swin_bench import SwinBench
 from models import Arch, BlockDims, Masks, SwinDims, ViTDims, skeleton
 from pruning.config import PruningConfig
@@ -156,6 +157,13 @@ def test_the_cheaper_unit_goes_where_saliency_is_equal(table):
 def test_other_targets_count_a_swin(table):
     macs_, params_ = targets_of(DENSE, table, Arch.of(ARCH, **SMALL), macs_=0.5, params_=0.25)
     assert macs_.measure(DENSE) == 2 * macs_.limit and params_.measure(DENSE) == 4 * params_.limit
+
+
+def test_a_swin_of_one_stage_is_measured_by_stage():
+    one = Arch.of(ARCH, **SMALL | dict(depths=[2], num_heads=[2]))
+    table = measure_table(one, 2)
+    assert [*table.data] == ["_meta", "STAGE_0"] and table.meta["tokens"] == [one.dims.stages[0].blocks[0].tokens]
+    table.check_covers(one.dims)
 
 
 def test_the_bench_measures_every_part_through_the_modules_of_the_compact_model():
