@@ -12,6 +12,7 @@ from jobs import PLAIN, run, same
 import finetune_dense
 import main_pm_vit
 from datasets import build_dataset
+from files import checkpoint
 from models import load_dense
 from models.tokens import SKIPPED, DenseTokenMerge, layers
 from pruning.objective import divergence
@@ -42,6 +43,23 @@ def pruned(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pm") / "pruned"
     run(main_pm_vit, *SCORE, "--resume", runs["dense"] / "ft_checkpoint.pth", "--output_dir", folder)
     return folder
+
+
+@pytest.mark.parametrize("kind, forged", [("soft", ("none", 0.8, 320.0, 1.0)), ("hard", ("hard", 0.8 / 1.8, 0.0, 1.8))])
+def test_older_checkpoints_hold_the_weights_of_the_loss_in_place_of_flags(runs, pruned, tmp_path, kind, forged):
+    """They resume with the same flags, and with no others."""
+    flags = [*TUNE, "--distillation-type", kind, "--teacher-path", runs["dense"] / "ft_checkpoint.pth"]
+    flags += ["--output_dir", tmp_path]
+    run(main_pm_vit, *flags, "--resume", pruned / "pruned_checkpoint.pth")
+    path = tmp_path / "ft_checkpoint.pth"
+    content = checkpoint.load(path)
+    names = ("distillation_type", "distillation_alpha", "kl_loss_coeff", "original_loss_coeff")
+    older = content["args"] | dict(zip(names, forged, strict=True))
+    checkpoint.save(path, **content | dict(args=older))
+    run(main_pm_vit, *flags, "--resume", path)
+    checkpoint.save(path, **content | dict(args=older))
+    with pytest.raises(BadArguments, match="was made with other arguments: .*alpha was|was made with .*coeff was"):
+        run(main_pm_vit, *flags, "--distillation-alpha", "0.7", "--resume", path)
 
 
 def summary_of(folder):

@@ -156,6 +156,7 @@ def read_resumed(args: Any, run: Run, folder: Path, resume: str | None = None) -
         needed="lr_scheduler",
         inputs=run.inputs,
         resume=resume,
+        losses=run.losses and run.losses.as_flags(),
     )
 
 

@@ -176,6 +176,11 @@ class LossWeights:
         kind, alpha = args.distillation_type, args.distillation_alpha
         return cls(args.original_loss_coeff, args.kl_loss_coeff, kind, alpha, tau, kl_tau or tau)
 
+    def as_flags(self) -> dict[str, Any]:
+        """Under the names of the flags that give them elsewhere, as older checkpoints hold them; temperatures apart."""
+        loss = dict(kl_loss_coeff=self.kl, original_loss_coeff=self.original)
+        return loss | dict(distillation_type=self.kind, distillation_alpha=self.alpha)
+
 
 def make_loss(
     args: Any, weights: LossWeights, cnn: nn.Module | None, full: nn.Module | None, per_token: bool

@@ -73,8 +73,6 @@ def _show(value: Any) -> Any:
 
 def _differences(now: dict[str, Any], before: dict[str, Any], may_differ: set[str]) -> list[str]:
     may_differ = {n for n, flag in options.FLAGS.items() if flag.path or flag.may_differ} | may_differ | NOT_FLAGS
-    if "kl_loss_coeff" in before and "kl_loss_coeff" not in now:  # older files: the loss's weights under flags' names
-        may_differ |= {"distillation_type", "distillation_alpha"}
     names = [n for n in now if n in before and n not in may_differ and now[n] != before[n]]
     differences = [f"{options.flag(name)} was {_show(before[name])}, now {_show(now[name])}" for name in names]
     if _global_batch(now) != _global_batch(before):
@@ -128,12 +126,14 @@ def read(
     inputs: dict[str, str] | None = None,
     may_differ: set[str] = frozenset(),
     resume: str | None = None,
+    losses: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """The checkpoint to resume from, read: see `find`.
 
     data: this run's; run: what kind of run it must be of; fitting: what some of its keys must hold;
-    needed: a key that it must have; inputs: what the run must have been made from; resume: in place of --resume. Raises
-    ValueError for one that does not fit, or whose epoch or hyper-parameters are not the arguments'.
+    needed: a key that it must have; inputs: what the run must have been made from; resume: in place of --resume;
+    losses: under flags' names the weights of this run's loss, where older files hold them. Raises ValueError for one
+    that does not fit, or whose epoch or hyper-parameters are not the arguments'.
     """
     if (path := find(args, folder, name, resume)) is None:
         return None
@@ -143,7 +143,10 @@ def read(
         raise ValueError(f"--resume: {path} is not a {run} run of this model")
     if args.start_epoch not in (None, content["epoch"] + 1):
         raise ValueError(f"--start_epoch is {args.start_epoch} but {path} continues with epoch {content['epoch'] + 1}")
-    differing = _differences(saved_args(args, ""), content["args"], set(may_differ))
+    now = saved_args(args, "")
+    if losses and "kl_loss_coeff" in content["args"]:
+        now |= losses
+    differing = _differences(now, content["args"], set(may_differ))
     if differing := differing + _preparation_differences(args, data.preparation, content):
         raise ValueError(f"--resume: {path} was made with other arguments: {'; '.join(differing)}")
     check_class_names(content["args"].get("class_names") or [], data.names, f"--resume: {path}")
