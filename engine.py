@@ -137,9 +137,9 @@ def train_one_epoch(
             loss = torch.zeros((), device=precision.device)
             for number in range(accumulate):
                 with contextlib.nullcontext() if number + 1 == accumulate or world_size() == 1 else model.no_sync():
-                    part, values, images = _backward(model, criterion, next(batches), precision, mixup, 1 / accumulate)
+                    part, values, count = _backward(model, criterion, next(batches), precision, mixup, 1 / accumulate)
                 guard.see(part, step * accumulate + number)
-                meters.add(dict(loss=part) | values, images)
+                meters.add(dict(loss=part) | values, count)
                 loss += part / accumulate
             precision.scaler.unscale_(optimizer)
             if guard.check(model, progress.epoch, step, last=step + 1 == progress.updates):

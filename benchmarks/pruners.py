@@ -61,15 +61,16 @@ ONE_SHOT = {
 
 
 def _scores(
-    model: nn.Module, saliency: EventMean, dense: nn.Module, images: Tensor, labels: Tensor
+    model: nn.Module, saliency: EventMean, teacher: nn.Module | None, images: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """One pass over the images, in eval mode, without a step."""
-    both, teacher = TokenLogits(model), TokenLogits(dense)
+    """One pass over the images, in eval mode, without a step; teacher: where the saliency asks one."""
+    both = TokenLogits(model)
     for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
         logits = both(x)
-        with torch.no_grad():
-            taught = teacher(x)
-        saliency.see(logits, taught)
+        if teacher:
+            with torch.no_grad():
+                taught = teacher(x)
+            saliency.see(logits, taught)
         model.zero_grad()
         F.cross_entropy(sum(logits) / 2, y).backward()
         saliency.step()
@@ -113,7 +114,8 @@ class Gradient(Pruner):
         else:
             scaler = torch.amp.GradScaler("cpu", enabled=False)
             estimate = GateSaliency(scored, masks, saliency, 0.0, scaler, taught=teacher)
-        self.scores = _scores(scored, estimate, self.dense, self.images, bench.calibration(seed)[1])
+        teacher = TokenLogits(self.dense) if teacher else None
+        self.scores = _scores(scored, estimate, teacher, self.images, bench.calibration(seed)[1])
 
     @torch.no_grad()
     def __call__(self, aim: float) -> nn.Module:

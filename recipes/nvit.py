@@ -137,7 +137,7 @@ class PruningSteps:
     def loss(self, logits: tuple[Tensor, Tensor], images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss and its parts; the saliency may differentiate another."""
         taught = None
-        if self.criterion.kl_coeff or self.args.saliency_loss == "teacher":
+        if self.args.saliency_loss == "teacher":
             taught = self.criterion.teach(images)
             self.saliency.see(logits, taught)
         return self.criterion(logits, images, targets, taught)
